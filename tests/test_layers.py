@@ -87,6 +87,9 @@ def test_act_layer_arguments():
     layer = sugar_act_layer("nelu", alpha=0.2, save="uint8")(inplace=True)
     assert repr(layer) == "Sugar(nelu, alpha=0.2, inplace=True, save=uint8)"
     assert sugar_act_layer("nelu", act_layer="gelu") is get_act_layer("gelu")
+    assert sugar_act_layer("bsilu", alpha=0.05, act_layer="nelu")(inplace=True).alpha == 0.05
+    with pytest.raises(ValueError, match="alpha and act_layer contradict"):
+        sugar_act_layer("bsilu", alpha=0.05, act_layer="gelu")
     with pytest.raises(ValueError, match="save and act_layer contradict"):
         sugar_act_layer("nelu", act_layer="gelu", save="uint8")
     with pytest.raises(ValueError, match="did you mean 'gelu'"):

@@ -132,7 +132,7 @@ def sugar_act_layer(
     Args:
         default: The model's own surrogate, whose alpha `alpha` overrides; None for a model without one.
         surrogate: Another surrogate; its alpha starts from its own default.
-        alpha: Shape parameter of the surrogate in force.
+        alpha: Shape parameter of the surrogate in force, or of the activations ``bsilu`` and ``nelu``.
         act_layer: Any activation that timm resolves, by name or class, in place of SUGAR.
         save: What is kept for the backward, as in `timm_sugar.sugar`; None is "exact".
         default_alpha: The model's own alpha, in force with the model's own surrogate only.
@@ -142,8 +142,8 @@ def sugar_act_layer(
         and every other argument is None, which leaves the model its own activation.
 
     Raises:
-        ValueError: surrogate, alpha or save given together with act_layer; alpha or save without any surrogate; or a
-            name or alpha that is not valid.
+        ValueError: surrogate, save or an alpha that it does not take given together with act_layer; alpha or save
+            without any surrogate; or a name or alpha that is not valid.
     """
     given = [k for k, v in (("surrogate", surrogate), ("alpha", alpha), ("save", save)) if v is not None]
     if act_layer is None:
@@ -155,14 +155,16 @@ def sugar_act_layer(
             surrogate, alpha = default, default_alpha if alpha is None else alpha
         module = Sugar(surrogate, alpha, save=save or "exact")
         return partial(_create_sugar, module.surrogate, alpha=module.alpha, save=module.save)
+    if isinstance(act_layer, str):
+        try:
+            act_layer = create_act.get_act_layer(act_layer)
+        except KeyError:
+            raise ValueError(unknown_name("activation", act_layer, [*create_act._ACT_LAYER_DEFAULT])) from None
+    if given == ["alpha"] and act_layer in (BSiLU, NeLU):
+        return partial(act_layer, alpha=act_layer(alpha=alpha).alpha)
     if given:
         raise ValueError(f"{' and '.join(given)} and act_layer contradict each other; give one of them")
-    if not isinstance(act_layer, str):
-        return act_layer
-    try:
-        return create_act.get_act_layer(act_layer)
-    except KeyError:
-        raise ValueError(unknown_name("activation", act_layer, [*create_act._ACT_LAYER_DEFAULT])) from None
+    return act_layer
 
 
 def register_surrogate(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.conftest import COLOURS, coloured_images
 from timm_sugar.training import TrainConfig, train
 from timm_sugar.training.build import prepare
+from timm_sugar.training.loop import State, train_steps
 from timm_sugar.training.schedules import surrogate_at
 
 SMALL = {"channels": [8, 8, 8, 8]}
@@ -36,6 +37,15 @@ def test_alpha_and_surrogate_over_time(tmp_path):
     assert (summary["surrogate"], summary["alpha"]) == ("nelu", 0.05)
     train(_config(tmp_path / "b", epochs=4, val_fraction=0, limit_val=None))
     assert any(not torch.equal(w, _weights(tmp_path / "b")[name]) for name, w in _weights(tmp_path / "a").items())
+
+
+def test_channels_last_trains_what_channels_first_does(tmp_path):
+    first, last = (prepare(_config(tmp_path / f"{flag}", channels_last=flag)) for flag in (False, True))
+    assert not first.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    losses = [[loss.item() for loss, *_ in train_steps(run, State())] for run in (first, last)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert all(w.is_contiguous() for w in last.evaluated.state_dict().values())
 
 
 def test_cosine_of_alpha():

@@ -55,7 +55,8 @@ def test_a_signal_saves_and_names_the_command(number, status, tmp_path):
     assert line.split(" at step ")[1].split(";")[0] == str(int(checkpoint.name.removeprefix("step-")))
 
 
-def test_stopped_during_validation_it_goes_on_from_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_stopped_during_validation_it_goes_on_from_there(channels_last, tmp_path, monkeypatch):
     from timm_sugar.training import Stopped, loop
 
     def stop(*args):
@@ -64,10 +65,10 @@ def test_stopped_during_validation_it_goes_on_from_there(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "measure", stop)
         with pytest.raises(Stopped, match="stopped by SIGTERM at step 4"):
-            train(_config(tmp_path / "stopped", epochs=2))
+            train(_config(tmp_path / "stopped", epochs=2, channels_last=channels_last))
     assert latest_checkpoint(tmp_path / "stopped" / "checkpoints").name == "step-000000004"
     for name in ("stopped", "whole"):
-        train(_config(tmp_path / name, epochs=2))
+        train(_config(tmp_path / name, epochs=2, channels_last=channels_last))
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("stopped", "whole")]
     assert weights[0] == weights[1]
     assert len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()) == 2

@@ -137,6 +137,8 @@ def prepare(config: TrainConfig) -> Run:
     evaluated.eval().requires_grad_(False)
     if config.sync_bn:
         network = convert_sync_batchnorm(network)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
     run = Run(
         config, left_open, accelerator, Agreement(), source.class_names, data_config,
         {name: len(split) for name, split in images.items()}, bad_images, **splits,

@@ -97,6 +97,7 @@ class TrainConfig:
     checkpoint_steps: int | None = _setting(None, "steps between checkpoints within an epoch, besides")
     mixed_precision: Literal["no", "bf16", "fp16"] = _setting("no", "precision of training; evaluation is float32")
     compile: bool = _setting(False, "train through torch.compile")
+    channels_last: bool = _setting(False, "train with images and weights in channels-last order, often faster")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _setting("none", "where metrics are sent besides")
     push_to_hub: str | None = _setting(None, "publish the finished run as this repository", "ORG/NAME")
     eval_only: bool = _setting(False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop")

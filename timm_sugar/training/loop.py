@@ -123,6 +123,8 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
         targets = labels
         if run.mixup is not None:
             inputs, targets = run.mixup(inputs, labels)
+        if config.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(run.model):
             logits = run.model(inputs)
             # Mixup smooths its targets itself.
