@@ -210,7 +210,7 @@ def write_packed_product(
     out_second.copy_(opmath(grad_second) * table[second])
 
 
-def _scalars(grid: Grid) -> tuple[float, ...]:
+def _scalars(grid: Grid) -> tuple[float, float, float, float, float, float]:
     """Return what `_quantise` takes beside x, apart from the highest code."""
     inverse = 1 / grid.step
     ends = -grid.below * grid.step, grid.above * grid.step

@@ -58,7 +58,7 @@ class Progress:
         """
         if not self._enabled:
             return
-        shown = {}
+        shown: dict[str, Any] = {}
         if (now := time.monotonic()) - self._shown > 0.2:
             self._shown = now
             speed = self._bar.tasks[self._task].speed
