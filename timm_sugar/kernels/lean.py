@@ -22,18 +22,18 @@ from .compiled import flat, is_plain, opmath, run
 class Grid(NamedTuple):
     """Intervals of x, numbered away from 0: (0, step] is number 1, [-step, 0) number -1, and 0 itself number 0."""
 
-    step: float  # width of the narrow intervals
-    below: float  # they reach from -below * step ...
-    above: float  # ... to above * step, and need not end at the end of an interval
-    coarse_below: float  # width, in steps, of the intervals below them
-    coarse_above: float  # and above them
-    negative: float  # how many intervals are below 0; an integer
+    step: Tensor  # width of the narrow intervals
+    below: Tensor  # they reach from -below * step ...
+    above: Tensor  # ... to above * step, and need not end at the end of an interval
+    coarse_below: Tensor  # width, in steps, of the intervals below them
+    coarse_above: Tensor  # and above them
+    negative: Tensor  # how many intervals are below 0; an integer
 
 
 class Levels(NamedTuple):
-    """How codes stand for derivatives: code 0 is NaN, and every other code c is interval ``c - 1 - grid.negative``."""
+    """How codes stand for derivatives: code 0 is NaN, and the others number the intervals from the lowest up."""
 
-    grid: Grid
+    encoder: tuple[float, ...]  # what `_quantise` takes beside x
     table: tuple[float, ...]  # the derivative of each code
 
 
@@ -79,7 +79,8 @@ def _levels(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
         # What half a byte can tell apart is needed where inputs are likely; a byte has room for unlikely ones.
         grid = _fit(derivative, intervals, wide=0.3 if save == "uint4" else 1.0)
         numbers = torch.arange(_CODES[save] - 1, dtype=torch.float64) - grid.negative
-        return Levels(grid, (math.nan, *derivative(_middle(numbers, grid)).tolist()))
+        table = derivative(_middle(numbers, grid)).tolist()
+        return Levels(tuple(value.item() for value in _encoder(grid, intervals)), (math.nan, *table))
 
 
 def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
@@ -100,7 +101,7 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, wide: float) ->
 
     def errors(grids: Tensor) -> Tensor:
         columns = Grid(*grids.T[:, :, None, None])
-        codes = _quantise(x, *_scalars(columns), intervals + 1)
+        codes = _quantise(x, *_encoder(columns, intervals))
         found = derivative(_middle(codes - 1 - columns.negative, columns))
         return ((found - exact).square().sum(2) * weights).sum(1)
 
@@ -123,7 +124,7 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, wide: float) ->
         best = errors(tried.flatten(0, 1)).view(tried.shape[:2]).argmin(0)
         grids = tried[best, torch.arange(len(grids))]
         factor = torch.where(best[:, None] == 0, factor.sqrt(), factor)
-    return Grid(*grids[errors(grids).argmin()].tolist())
+    return Grid(*grids[errors(grids).argmin()])
 
 
 def _middle(numbers: Tensor, grid: Grid) -> Tensor:
@@ -136,23 +137,22 @@ def _middle(numbers: Tensor, grid: Grid) -> Tensor:
 
 def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
     """Return relu(x), and the codes of x, from one pass over memory."""
-    scalars = (*_scalars(levels.grid), len(levels.table) - 1)
     if not is_plain(x) or x.numel() == 0:
         if save == "uint8":
-            codes = _quantise(x, *scalars)
+            codes = _quantise(x, *levels.encoder)
         else:
             first, second = _halves(x.reshape(-1))
-            codes = _pack(_quantise(first, *scalars), _quantise(second, *scalars))
+            codes = _pack(_quantise(first, *levels.encoder), _quantise(second, *levels.encoder))
         return torch.relu(x), Code(codes.to(torch.uint8), levels, None)
     y = torch.empty_like(x)
     if y.stride() != x.stride():  # y is dense, x is not
         x = y.clone().copy_(x)
     if save == "uint8":
         codes = torch.empty_like(x, dtype=torch.uint8)
-        run(write_codes, None, (flat(x), flat(y), flat(codes)), scalars)
+        run(write_codes, None, (flat(x), flat(y), flat(codes)), levels.encoder)
     else:
         codes = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
-        run(write_packed_codes, None, (*_halves(flat(x)), *_halves(flat(y)), codes), scalars)
+        run(write_packed_codes, None, (*_halves(flat(x)), *_halves(flat(y)), codes), levels.encoder)
     return y, Code(codes, levels, y.stride())
 
 
@@ -171,23 +171,22 @@ def times_decoded(grad: Tensor, code: Code) -> Tensor:
             run(write_decoded_product, None, (flat(grad), flat(codes), flat(out)), (levels.table,))
         return out
     if packed:
-        first, second = _unpack(codes)
-        both = torch.cat([first, second[2 * len(codes) - grad.numel() :]])
+        both = torch.cat([codes & 15, codes[2 * len(codes) - grad.numel() :] >> 4])
         codes = both.view(grad.shape) if strides is None else both.as_strided(grad.shape, strides)
     wide = opmath(grad)
     table = torch.tensor(levels.table, dtype=wide.dtype, device=wide.device)
     return (wide * table[codes.to(torch.int32)]).to(grad.dtype)
 
 
-def write_codes(_: None, x: Tensor, y: Tensor, codes: Tensor, *grid: float) -> None:
-    codes.copy_(_quantise(x, *grid).to(torch.uint8))
+def write_codes(_: None, x: Tensor, y: Tensor, codes: Tensor, *encoder: float) -> None:
+    codes.copy_(_quantise(x, *encoder).to(torch.uint8))
     y.copy_(torch.relu(x))
 
 
 def write_packed_codes(
-    _: None, x_first: Tensor, x_second: Tensor, y_first: Tensor, y_second: Tensor, codes: Tensor, *grid: float
+    _: None, x_first: Tensor, x_second: Tensor, y_first: Tensor, y_second: Tensor, codes: Tensor, *encoder: float
 ) -> None:
-    codes.copy_(_pack(_quantise(x_first, *grid), _quantise(x_second, *grid)).to(torch.uint8))
+    codes.copy_(_pack(_quantise(x_first, *encoder), _quantise(x_second, *encoder)).to(torch.uint8))
     y_first.copy_(torch.relu(x_first))
     y_second.copy_(torch.relu(x_second))
 
@@ -205,45 +204,55 @@ def write_packed_product(
     out_second: Tensor,
     table: Tensor,
 ) -> None:
-    first, second = _unpack(codes)
-    out_first.copy_(opmath(grad_first) * table[first])
-    out_second.copy_(opmath(grad_second) * table[second])
+    # Of so short a table, an element is selected in fewer instructions than it is loaded.
+    pairs = codes.to(torch.int32)
+    bits = [(pairs & (1 << i)) != 0 for i in range(8)]
+    out_first.copy_(opmath(grad_first) * _select(table, bits[:4]))
+    out_second.copy_(opmath(grad_second) * _select(table, bits[4:]))
 
 
-def _scalars(grid: Grid) -> tuple[float, float, float, float, float, float]:
-    """Return what `_quantise` takes beside x, apart from the highest code."""
-    inverse = 1 / grid.step
-    ends = -grid.below * grid.step, grid.above * grid.step
-    return *ends, inverse, inverse / grid.coarse_below, inverse / grid.coarse_above, grid.negative
+def _select(table: Tensor, bits: list[Tensor]) -> Tensor:
+    left = list(table.split(1))
+    for bit in bits:
+        left = [torch.where(bit, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
+    return left[0]
+
+
+def _encoder(grid: Grid, intervals: int) -> tuple[Tensor, ...]:
+    """Return what `_quantise` takes beside x; the ends are within the outermost intervals, so that these are open."""
+    fine = 1 / grid.step
+    turns = (
+        -grid.below * grid.step,
+        fine - fine / grid.coarse_below,
+        grid.above * grid.step,
+        fine - fine / grid.coarse_above,
+    )
+    ends = _middle(-grid.negative, grid), _middle(intervals - grid.negative, grid)
+    return fine, *turns, *ends, grid.negative + 1
 
 
 def _quantise(
     x: Tensor,
-    below: float,
-    above: float,
     fine: float,
-    coarse_below: float,
-    coarse_above: float,
-    negative: float,
+    below: float,
+    less_below: float,
+    above: float,
+    less_above: float,
+    lowest: float,
     highest: float,
+    zero: float,
 ) -> Tensor:
     # Every operation here is a few vector instructions: isnan, and clamp of a float, are not. The conversion makes of
     # NaN the lowest integer or 0, as the processor has it.
     x = opmath(x)
-    inner = torch.where(x > above, above, torch.where(x < below, below, x))
-    steps = fine * inner + coarse_above * torch.relu(x - above) - coarse_below * torch.relu(below - x)
+    x = torch.where(x > highest, highest, torch.where(x < lowest, lowest, x))
+    steps = fine * x + less_below * torch.relu(below - x) - less_above * torch.relu(x - above)
     number = torch.where(x > 0, torch.ceil(steps), torch.floor(steps))
-    code = torch.relu(number + negative) + 1
-    return torch.where(code > highest, highest, code).to(torch.int32).clamp(min=0)
+    return (number + zero).to(torch.int32).clamp(min=0)
 
 
 def _pack(first: Tensor, second: Tensor) -> Tensor:
     return first + 16 * second
-
-
-def _unpack(codes: Tensor) -> tuple[Tensor, Tensor]:
-    pairs = codes.to(torch.int32)
-    return pairs & 15, pairs >> 4
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
