@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16"))
     parser.add_argument("--memory-epochs", type=int, default=10, help="epochs over which memory is watched")
     options = parser.parse_args()
+    if options.epochs < 2:
+        parser.error("--epochs must be at least 2: the first is not counted")
     precision = options.mixed_precision
 
     with tempfile.TemporaryDirectory() as folder:
