@@ -303,11 +303,11 @@ def test_export_gives_relu(save):
     assert targets == {"aten.conv2d.default", "aten.relu.default"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:FutureWarning", "ignore:.*torch.jit.:DeprecationWarning")
 @pytest.mark.parametrize("save", SAVES)
 def test_trace_script_and_fx(save):
     net, x = Net(save), torch.randn(2, 3, 8, 8)
-    with pytest.warns(FutureWarning, match="torch.jit"):
-        traced, scripted = torch.jit.trace(net, x), torch.jit.script(net)
+    traced, scripted = torch.jit.trace(net, x), torch.jit.script(net)
     symbolic = torch.fx.symbolic_trace(net)
     for module in (traced, scripted, symbolic):
         torch.testing.assert_close(module(x), net(x))

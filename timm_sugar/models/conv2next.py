@@ -188,12 +188,14 @@ class Conv2NeXt(nn.Module):
             Conv2NeXtStage(*(Conv2NeXtBlock(dim, rate, ls_init_value, act_layer, **dd) for rate in stage_rates))
             for dim, stage_rates in zip(dims, rates, strict=True)
         )
-        self.feature_info: list[dict[str, Any]] = [
+        feature_info: list[dict[str, Any]] = [
             dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
             for i, (dim, reduction) in enumerate(zip(dims, (1, 1, 2, 2), strict=True))
         ]
+        self.feature_info = feature_info
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=False)
-        self.norm: nn.Module = _layer_norm(dims[3], **dd)
+        norm: nn.Module = _layer_norm(dims[3], **dd)
+        self.norm = norm
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[3], num_classes, **dd) if num_classes > 0 else nn.Identity()

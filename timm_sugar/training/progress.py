@@ -41,11 +41,13 @@ class Progress:
         self._task = self._bar.add_task("training", total=total, completed=done, rate="", loss="-", accuracy="-")
 
     def __enter__(self) -> "Progress":
-        self._bar.start()
+        if self._enabled:  # older versions of rich print an empty line where it is disabled
+            self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+        if self._enabled:
+            self._bar.stop()
 
     def step(self, loss: Tensor, logits: Tensor, labels: Tensor, mixed: bool = False) -> None:
         """Advance by one step. Nothing is read but where it is shown, a few times a second: it waits for the device.
