@@ -14,6 +14,7 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import disable_progress_bars
 from timm.models import model_entrypoint
 
+from . import __version__
 from .hub import check_weights, files_of_run, publish, read_facts, surrogate_of, verify
 from .models import is_own
 from .models._weights import list_tags
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
     """
     parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: list, publish and verify them.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(

@@ -1,8 +1,9 @@
 """Which units of a network are active: counted at its activations during an evaluation pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ class UnitCounts:
     def add_up_processes(self, device: torch.device) -> None:
         """Replace the counts of each process of a process group by their sum; one that saw no images counts as 0."""
         mine = {name: (tuple(counts.shape), self.channels_last[name]) for name, counts in self.active.items()}
-        layouts: list[dict] = [{} for _ in range(dist.get_world_size())]
+        layouts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(layouts, mine)
         layout = {name: spec for part in layouts for name, spec in part.items()}
         for name, (shape, channels_last) in layout.items():
@@ -73,7 +74,7 @@ class UnitCounts:
             dist.all_reduce(counts)
             dist.all_reduce(images)
             self.active[name], self.channels_last[name] = counts, channels_last
-            self.images[name] = images.item()
+            self.images[name] = int(images.item())
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def count_units(model: nn.Module) -> Iterator[UnitCounts]:
         nonlocal after_linear
         after_linear = isinstance(module, nn.Linear)
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             calls[name] = calls.get(name, 0) + 1

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard, hf_hub_download
 
 from ..data import load_source
 from ..models import create_model
@@ -60,7 +61,8 @@ def verify(model: str, data: str, label_column: str | None = None, revision: str
     arguments = claim.dataset_args or {}
     column = label_column or arguments.get("label_column")
     images = load_source(data, column, arguments.get("split_seed") or 0)
-    names = list(network.pretrained_cfg["label_names"])
+    cfg: Any = network.pretrained_cfg
+    names = list(cfg["label_names"])
     if names != list(images.class_names):
         raise ValueError(
             f"{data} has other classes than {model}: {len(images.class_names)} beginning with "
@@ -70,9 +72,9 @@ def verify(model: str, data: str, label_column: str | None = None, revision: str
     return Verification(claim.metric_value, top1, count)
 
 
-def _claim(path: Path, model: str):
+def _claim(path: Path, model: str) -> EvalResult:
     try:
-        results = ModelCard.load(path).data.eval_results or []
+        results: list[EvalResult] = ModelCard.load(path).data.eval_results or []
     except ValueError as error:
         raise ValueError(f"the card of {model} cannot be read: {' '.join(str(error).split())}") from error
     for result in results:
