@@ -1,0 +1,106 @@
+"""Models and data as a command line names them: a run's folder, a published folder, or a repository on the Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+
+from ..data import Source, load_source
+from ..models import create_model
+from ..models._weights import check_download
+from .client import check_repo_id
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """Where a model is, and its card.
+
+    Attributes:
+        name: As it was given.
+        source: ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``, as `timm_sugar.create_model` takes it.
+        card: File of the model card, None where there is none.
+    """
+
+    name: str
+    source: str
+    card: Path | None
+
+    def load(self) -> nn.Module:
+        """Build the network, with the surrogate that it was trained with, and load its weights."""
+        return create_model(self.source, pretrained=True)
+
+    def claim(self) -> EvalResult | None:
+        """Return the accuracy that the card claims, with the data that it was measured on; None if it claims none.
+
+        Raises:
+            ValueError: the card cannot be read.
+        """
+        if self.card is None:
+            return None
+        try:
+            results = ModelCard.load(self.card).data.eval_results or []
+        except ValueError as error:
+            raise ValueError(f"the card of {self.name} cannot be read: {' '.join(str(error).split())}") from error
+        for result in results:
+            if result.metric_type == "accuracy" and isinstance(result.metric_value, float | int):
+                return result
+        return None
+
+    def load_data(self, network: nn.Module, data: str, label_column: str | None = None) -> Source:
+        """Load the data for the network, split as in its training where the card tells how.
+
+        Args:
+            network: The model, loaded.
+            data: As `timm_sugar.data.load_source` takes it.
+            label_column: Likewise; None for the one that the card names.
+
+        Raises:
+            ValueError: the data has other classes.
+        """
+        claim = self.claim()
+        arguments: dict[str, Any] = (claim and claim.dataset_args) or {}
+        column = label_column or arguments.get("label_column")
+        images = load_source(data, column, arguments.get("split_seed") or 0)
+        names = list(network.pretrained_cfg.get("label_names") or [])
+        if names and names != list(images.class_names):
+            raise ValueError(
+                f"{data} has other classes than {self.name}: {len(images.class_names)} beginning with "
+                f"{images.class_names[0]!r}, not {len(names)} beginning with {names[0]!r}"
+            )
+        if len(images.class_names) != network.num_classes:
+            raise ValueError(
+                f"{data} has {len(images.class_names)} classes, but {self.name} has {network.num_classes} logits"
+            )
+        return images
+
+
+def find_model(model: str, revision: str | None = None) -> NamedModel:
+    """Find a model by the name that a user gives.
+
+    Args:
+        model: A folder with config.json and model.safetensors, a run's folder, or ORG/NAME on the Hub.
+        revision: Of a repository: branch, tag or commit.
+
+    Raises:
+        OSError: there is no such model, the run is not finished, or the card is corrupted.
+        ValueError: the name is not legal.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if (folder / "config.yaml").is_file() and not (folder / "model").is_dir():
+            raise FileNotFoundError(f"{model} holds a run without a model: it is not finished")
+        folder = folder / "model" if (folder / "model").is_dir() else folder
+        card = folder / "README.md"
+        return NamedModel(model, f"local-dir:{folder}", card if card.is_file() else None)
+    if model.startswith((".", "/", "~")) or "/" not in model:
+        raise FileNotFoundError(f"there is no folder {model}")
+    check_repo_id(model)
+    try:
+        card = Path(hf_hub_download(model, "README.md", revision=revision))
+        check_download(card)
+    except EntryNotFoundError:
+        card = None
+    return NamedModel(model, f"hf-hub:{model}@{revision}" if revision else f"hf-hub:{model}", card)
