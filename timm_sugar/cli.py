@@ -4,17 +4,31 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import timm
+import torch
 from huggingface_hub import get_token
 from huggingface_hub.utils import disable_progress_bars
 from timm.models import model_entrypoint
 
-from .hub import check_weights, files_of_run, publish, read_facts, surrogate_of, verify
+from .analysis import loss_landscape, summarise_landscape
+from .analysis.report import unique_names
+from .hub import (
+    NamedModel,
+    check_weights,
+    files_of_run,
+    find_model,
+    publish,
+    read_facts,
+    sample_batches,
+    surrogate_of,
+    verify,
+)
 from .models import is_own
 from .models._weights import list_tags
 
@@ -149,6 +163,89 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if found.holds else 1
 
 
+def _landscape_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help="run's folder, published folder, or ORG/NAME")
+    parser.add_argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder")
+    parser.add_argument("--label-column", help="column of the class labels; default: the one that the card names")
+    parser.add_argument("--resolution", type=int, default=25, help="points in each direction, odd (default: 25)")
+    parser.add_argument("--limit", type=int, default=500, help="training images, a stratified sample (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of the directions and of the sample (default: 0)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results; default: the run's own")
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+
+
+def _landscape(args: argparse.Namespace) -> int:
+    from .analysis.landscape_plots import landscape_contours, landscape_surfaces
+    from .analysis.plots import save
+
+    if args.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {args.limit}")
+    models = [find_model(name) for name in args.models]
+    names = unique_names(args.models)
+    folders = [_folder_of_results(args, model, name) for model, name in zip(models, names, strict=True)]
+    found = {}
+    for model, name, folder in zip(models, names, folders, strict=True):
+        network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
+        images = model.load_data(network, args.data, args.label_column).train
+        batches = sample_batches(network, images, args.limit, args.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _progress(f"{name}: landscape", f"{name}: sharpness") as (on_point, on_iteration):
+            file = folder / "landscape.json"
+            found[name] = loss_landscape(network, batches, file, args.resolution, args.seed, on_point, on_iteration)
+    pictures = {folder: {name: found[name]} for name, folder in zip(names, folders, strict=True)}
+    if args.output:
+        pictures[args.output] = found  # several models on one scale
+    for folder, shown in pictures.items():
+        save(landscape_contours(shown), folder / "landscape_contours")
+        save(landscape_surfaces(shown), folder / "landscape_surface")
+    rows = [
+        dict(model=name, folder=str(folder)) | summarise_landscape(found[name])
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    head = ("model", "loss at the centre", "highest loss", "sharpness", "iterations")
+    table = []
+    for row in rows:
+        sharp = row["sharpness"]
+        value = sharp.get("largest")
+        shown = sharp.get("missing", "not finite") if value is None else f"{value:.4g} ± {sharp['residual']:.1g}"
+        iterations = f"{sharp.get('iterations', '-')}{'' if sharp.get('converged', True) else ', not converged'}"
+        table.append((row["model"], _number(row["centre_loss"]), _number(row["highest_loss"]), shown, iterations))
+    _print_table([head, *table], right={1, 2, 3, 4})
+    print(f"pictures are in {', '.join(str(folder) for folder in pictures)}")
+    return 0
+
+
+def _folder_of_results(args: argparse.Namespace, model: NamedModel, name: str) -> Path:
+    if args.output:
+        return args.output / name.replace("/", "-") if len(args.models) > 1 else args.output
+    if (Path(model.name) / "config.yaml").is_file():
+        return Path(model.name)
+    raise ValueError(f"{model.name} is no run's folder: say with --output where the results should go")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+@contextmanager
+def _progress(*tasks: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """Show a bar for each task on a terminal; yield for each a function that takes the steps done and in all."""
+    import rich.progress as bars
+    from rich.console import Console
+
+    with bars.Progress(
+        *bars.Progress.get_default_columns(), console=Console(stderr=True), disable=not sys.stderr.isatty()
+    ) as progress:
+
+        def updater(task: bars.TaskID) -> Callable[[int, int], None]:
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield [updater(progress.add_task(task, total=None)) for task in tasks]
+
+
 def _print_table(rows: Sequence[Sequence[str]], right: set[int]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -162,6 +259,12 @@ COMMANDS = {
         "timm-sugar models --json",
         _models_arguments,
         _models,
+    ),
+    "landscape": Command(
+        "measure the loss around trained networks along two random directions, and its sharpness",
+        "timm-sugar landscape output/relu output/sugar --data cifar10 --output output/landscapes",
+        _landscape_arguments,
+        _landscape,
     ),
     "publish": Command(
         "publish a finished run on the Hub, in one commit",

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 
-from ..data import Source, load_source
+from ..data import LabelledImages, NormalizedBatches, Source, decode, eval_transform, load_source, stratified_sample
 from ..models import create_model
 from ..models._weights import check_download
 from .client import check_repo_id
@@ -77,6 +78,15 @@ class NamedModel:
         return images
 
 
+def sample_batches(network: nn.Module, images: LabelledImages, limit: int | None, seed: int = 0) -> NormalizedBatches:
+    """Decode images, or a stratified sample of `limit` of them, as the network was evaluated on them in training."""
+    if limit is not None and limit < len(images):
+        images = images.subset(stratified_sample(images.labels, limit, seed))
+    cfg = network.pretrained_cfg
+    pixels = decode(images, eval_transform(cfg))
+    return NormalizedBatches(pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
+
+
 def find_model(model: str, revision: str | None = None) -> NamedModel:
     """Find a model by the name that a user gives.
 
@@ -101,6 +111,6 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
     try:
         card = Path(hf_hub_download(model, "README.md", revision=revision))
         check_download(card)
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         card = None
     return NamedModel(model, f"hf-hub:{model}@{revision}" if revision else f"hf-hub:{model}", card)
