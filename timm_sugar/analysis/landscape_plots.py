@@ -1,7 +1,7 @@
 """Pictures of loss landscapes, as figure 5 shows them: contours and surfaces of several models on one scale."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from .plots import BLACK, Figure, new_figure
 
 try:
     from matplotlib.colors import LogNorm
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("plots need matplotlib: pip install 'timm-sugar[report]'", name="matplotlib") from error
@@ -33,8 +34,10 @@ def landscape_contours(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
         axis = found["axis"]
         shade = ax.contourf(axis, axis, loss, levels, norm=norm, cmap="viridis_r", extend="both")
         lines = ax.contour(axis, axis, loss, levels, colors="white", linewidths=0.5)
-        ax.clabel(lines, fmt=_number, fontsize=7, colors="white")
-        ax.plot(0, 0, "+", color=BLACK, markersize=9, markeredgewidth=1.6)
+        outline = [withStroke(linewidth=2, foreground="white")]
+        for text in ax.clabel(lines, fmt=_number, fontsize=7, colors=BLACK):
+            text.set_path_effects(outline)
+        ax.plot(0, 0, "+", color=BLACK, markersize=9, markeredgewidth=1.6, path_effects=outline)
         ax.set(title=name, aspect="equal")
         ax.grid(visible=False)
     _hide_rest(axes, len(landscapes))
@@ -46,15 +49,16 @@ def landscape_contours(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-def landscape_surfaces(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
+def landscape_surfaces(landscapes: Mapping[str, dict[str, Any]], highest: float | None = None) -> Figure:
     """The loss as a surface, one panel a model, all with the same axes.
 
     Args:
         landscapes: As for `landscape_contours`.
+        highest: Where the axis of the loss ends; None for the highest loss of all.
     """
     rows, columns = _shape(len(landscapes))
     figure = Figure(figsize=(3.9 * columns + 0.4, 3.7 * rows), layout="constrained")
-    highest = max(np.nanmax(_loss(found)) for found in landscapes.values())
+    highest = highest or highest_loss(landscapes.values())
     for place, (name, found) in enumerate(landscapes.items(), 1):
         ax = figure.add_subplot(rows, columns, place, projection="3d")
         x, y = np.meshgrid(found["axis"], found["axis"])
@@ -63,10 +67,15 @@ def landscape_surfaces(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
         ax.set(title=name, xlabel="first direction", ylabel="second direction", zlim=(0, highest))
         ax.set_zlabel("cross-entropy (nats)")
         ax.view_init(elev=28, azim=-55)
-        ax.set_box_aspect(None, zoom=0.82)
+        ax.set_box_aspect(None, zoom=0.86)
         ax.locator_params(axis="x", nbins=5)
         ax.locator_params(axis="y", nbins=5)
     return figure
+
+
+def highest_loss(landscapes: Iterable[dict[str, Any]]) -> float:
+    """The highest finite loss on several grids."""
+    return max(float(np.nanmax(_loss(found))) for found in landscapes)
 
 
 def _loss(found: dict[str, Any]) -> np.ndarray:
