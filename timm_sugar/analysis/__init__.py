@@ -1,13 +1,19 @@
-"""What a network does: dead units and sparsity, and the loss around it."""
+"""What a network does: dead units, activation profiles, gradient norms, and the loss around it."""
 
 from .landscape import Sharpness, loss_landscape, random_directions, sharpness, summarise_landscape
-from .units import UnitCounts, count_units
+from .profiles import LayerProfile, Profile, gradient_norms, profile
+from .units import LayerCounts, UnitCounts, count_units
 
 __all__ = [
+    "LayerCounts",
+    "LayerProfile",
+    "Profile",
     "Sharpness",
     "UnitCounts",
     "count_units",
+    "gradient_norms",
     "loss_landscape",
+    "profile",
     "random_directions",
     "sharpness",
     "summarise_landscape",
