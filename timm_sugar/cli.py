@@ -17,7 +17,6 @@ from huggingface_hub.utils import disable_progress_bars
 from timm.models import model_entrypoint
 
 from .analysis import loss_landscape, summarise_landscape
-from .analysis.report import unique_names
 from .hub import (
     NamedModel,
     check_weights,
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
     """
-    parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: list, publish and verify them.")
+    parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -177,6 +176,7 @@ def _landscape_arguments(parser: argparse.ArgumentParser) -> None:
 def _landscape(args: argparse.Namespace) -> int:
     from .analysis.landscape_plots import landscape_contours, landscape_surfaces
     from .analysis.plots import save
+    from .analysis.report import unique_names
 
     if args.limit < 1:
         raise ValueError(f"limit must be at least 1, got {args.limit}")
@@ -215,6 +215,21 @@ def _landscape(args: argparse.Namespace) -> int:
         table.append((row["model"], _number(row["centre_loss"]), _number(row["highest_loss"]), shown, iterations))
     _print_table([head, *table], right={1, 2, 3, 4})
     print(f"pictures are in {', '.join(str(folder) for folder in pictures)}")
+    return 0
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", default=Path("report.html"), help="the page (default: report.html)"
+    )
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .analysis.report import write_report
+
+    for path in write_report(args.runs, args.output):
+        print(path)
     return 0
 
 
@@ -271,6 +286,12 @@ COMMANDS = {
         "timm-sugar publish output/digits --repo-id me/resnet18_sugar_bsilu.digits --dry-run",
         _publish_arguments,
         _publish,
+    ),
+    "report": Command(
+        "write a page about a run, or several compared, and pictures beside it",
+        "timm-sugar report output/relu output/sugar --output output/report.html",
+        _report_arguments,
+        _report,
     ),
     "verify": Command(
         "measure again the accuracy that the card of a published model claims; exit status 1 where it is another",

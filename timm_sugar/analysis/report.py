@@ -3,10 +3,10 @@
 import importlib.util
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
@@ -21,9 +21,48 @@ from .landscape import summarise_landscape
 _TEMPLATE = Path(__file__).with_name("report.html")
 _NOT_OF_A_RECIPE = ("output", "resume", "tracker", "push_to_hub", "eval_only", "dry_run", "left_open", "processes")
 _SCRIPTS = {"digits": "digits", "tiny-imagenet": "tinyimagenet"}
-_HIGHER, _LOWER = 1, -1
 _WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
 _COLOURS = 8  # of runs, in the template
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Column(NamedTuple):
+    """How a column of the summary is written, which of its values is the best, and whether that needs the same data."""
+
+    text: Callable[[Any], str] = str
+    better: Callable[[Iterable[float]], float] | None = None
+    of_data: bool = False
+
+
+_COLUMNS = {
+    "activation": _Column(),
+    "state": _Column(),
+    "test top-1": _Column(_percent, max, of_data=True),
+    "val top-1": _Column(_percent, max, of_data=True),
+    "dead units": _Column(_percent, min, of_data=True),
+    "sparsity": _Column(_percent),
+    "test loss": _Column(_loss, min, of_data=True),
+    "val loss": _Column(_loss, min, of_data=True),
+    "images/s": _Column("{:,.0f}".format, max),
+    "time": _Column(_duration, min),
+    "best epoch": _Column(),
+    "parameters": _Column("{:,}".format),
+    "model": _Column(),
+}
 
 
 @dataclass(frozen=True)
@@ -86,9 +125,11 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: a folder holds no run.
-        ValueError: a file of a run is not what a run writes, or the same run is given twice.
+        ValueError: a file of a run is not what a run writes, the same run is given twice, or `output` is not .html.
         ModuleNotFoundError: the extra "report" is not installed.
     """
+    if output.suffix not in (".html", ".htm"):
+        raise ValueError(f"the report is an HTML file, so its name must end in .html, not {output.name}")
     for module in ("matplotlib", "plotly"):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"reports need {module}: pip install 'timm-sugar[report]'")
@@ -194,47 +235,46 @@ def summary_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[tu
     """Return the heads of the columns that any run has values for, and for each run its cells.
 
     A cell is its text, and whether it is the best of its column. None is marked where all are equal, where only one
-    run has a value, or where values cannot be compared because the runs have other data.
+    finished run has a value, or where values cannot be compared because the runs have other data.
     """
-    unfinished = any(record.summary is None for record in records)
-    one_data_set = len({(r.settings.get("data"), r.settings.get("split_seed")) for r in records}) == 1
-
-    def values(record: RunRecord) -> dict[str, tuple[Any, Callable[[Any], str], int, bool]]:
-        done, line, epoch = record.summary or {}, record.best_line, len(record.metrics)
-        found = {**line, **done}  # what was measured at the end wins
-        state = "finished" if record.summary else f"epoch {epoch} of {record.settings.get('epochs', '?')}"
-        seconds = done.get("seconds") or sum(charts.finite(m.get("seconds")) or 0 for m in record.metrics) or None
-        return {
-            "activation": (record.activation, str, 0, False),
-            "state": (state if unfinished else None, str, 0, False),
-            "test top-1": (found.get("test_top1"), _percent, _HIGHER, True),
-            "val top-1": (found.get("val_top1"), _percent, _HIGHER, True),
-            "dead units": (found.get("dead_units"), _percent, _LOWER, True),
-            "sparsity": (found.get("activation_sparsity"), _percent, 0, False),
-            "test loss": (found.get("test_loss"), _loss, _LOWER, True),
-            "val loss": (line.get("val_loss"), _loss, _LOWER, True),
-            "images/s": (found.get("images_per_second"), lambda v: f"{v:,.0f}", _HIGHER, False),
-            "time": (seconds, _duration, _LOWER, False),
-            "best epoch": (done.get("best_epoch") or line.get("epoch"), str, 0, False),
-            "parameters": (found.get("parameters"), lambda v: f"{v:,}", 0, False),
-            "model": (record.settings.get("model"), str, 0, False),
-        }
-
-    rows = [values(record) for record in records]
-    heads = [head for head in rows[0] if any(row[head][0] is not None for row in rows)]
+    same_data = len({(r.settings.get("data"), r.settings.get("split_seed")) for r in records}) == 1
+    rows = [_summary_values(record) for record in records]
+    if all(record.summary for record in records):
+        rows = [{**row, "state": None} for row in rows]
+    heads = [head for head in _COLUMNS if any(row[head] is not None for row in rows)]
     cells: list[list[tuple[str, bool]]] = [[] for _ in records]
     for head in heads:
-        of_data = rows[0][head][3]
-        direction = rows[0][head][2] if one_data_set or not of_data else 0
-        scores = [
-            direction * v if direction and (v := charts.finite(row[head][0])) is not None else None for row in rows
-        ]
-        known = [score for score in scores if score is not None]
-        best = max(known) if len(set(known)) > 1 else None
-        for cell, row, score in zip(cells, rows, scores, strict=True):
-            value, text = row[head][:2]
-            cell.append(("–" if value is None else text(value), best is not None and score == best))  # noqa: RUF001
+        column = _COLUMNS[head]
+        values = [charts.finite(row[head]) if r.summary else None for r, row in zip(records, rows, strict=True)]
+        known = {value for value in values if value is not None}
+        comparable = len(known) > 1 and (same_data or not column.of_data)
+        best = column.better(known) if column.better and comparable else None
+        for run, (row, value) in enumerate(zip(rows, values, strict=True)):
+            text = "–" if row[head] is None else column.text(row[head])  # noqa: RUF001
+            cells[run].append((text, best is not None and value == best))
     return heads, cells
+
+
+def _summary_values(record: RunRecord) -> dict[str, Any]:
+    done, line = record.summary or {}, record.best_line
+    found = {**line, **done}  # what was measured at the end wins
+    unfinished = f"epoch {len(record.metrics)} of {record.settings.get('epochs', '?')}"
+    seconds = sum(charts.finite(line.get("seconds")) or 0 for line in record.metrics)
+    return {
+        "activation": record.activation,
+        "state": "finished" if record.summary else unfinished,
+        "test top-1": found.get("test_top1"),
+        "val top-1": found.get("val_top1"),
+        "dead units": found.get("dead_units"),
+        "sparsity": found.get("activation_sparsity"),
+        "test loss": found.get("test_loss"),
+        "val loss": line.get("val_loss"),
+        "images/s": found.get("images_per_second"),
+        "time": done.get("seconds", seconds or None),
+        "best epoch": done.get("best_epoch", line.get("epoch")),
+        "parameters": found.get("parameters"),
+        "model": record.settings.get("model"),
+    }
 
 
 def compare_settings(records: Sequence[RunRecord]) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -317,18 +357,3 @@ def _setting_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}%"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

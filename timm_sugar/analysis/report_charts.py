@@ -41,7 +41,10 @@ def curve_charts(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> list[Chart]
                     last.append(f"{name}{', ' + part if part else ''}: {points[-1][1]:.4g}")
         if traces:
             description = f"Line chart of {title.lower()} by epoch, {unit}. At the end: {'; '.join(last)}."
-            charts.append(_chart(chart_id, title, description, traces, _axes("epoch", unit)))
+            layout = _axes("epoch", unit)
+            if max(epoch for trace in traces for epoch in trace["x"]) <= 10:
+                layout["xaxis"] |= {"dtick": 1}
+            charts.append(_chart(chart_id, title, description, traces, layout))
     return charts
 
 
@@ -74,6 +77,8 @@ def dead_unit_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart
     )
     layout = _axes("layer, in the order of the forward pass", "dead units (%)") | {"barmode": "group"}
     layout["yaxis"] |= {"rangemode": "tozero"}
+    if len(order) <= 20:
+        layout["xaxis"] |= {"dtick": 1}
     return _chart("dead-by-layer", "Dead units by layer", f"Bar chart of dead units by layer. {worst}.", traces, layout)
 
 
@@ -149,10 +154,13 @@ def landscape_chart(run: int, name: str, found: dict[str, Any], low: float, high
         "colorscale": "Viridis",
         "reversescale": True,
         "colorbar": {
-            "title": {"text": "nats", "side": "right"},
+            "title": {"text": "cross-entropy (nats)", "side": "bottom"},
             "tickvals": ticks,
             "ticktext": [f"{10**tick:.2g}" for tick in ticks],
             "thickness": 12,
+            "orientation": "h",
+            "y": -0.2,
+            "yanchor": "top",
         },
     }
     centre = found["loss"][len(found["loss"]) // 2][len(found["loss"]) // 2]
@@ -161,7 +169,7 @@ def landscape_chart(run: int, name: str, found: dict[str, Any], low: float, high
         f"Contour plot of the loss around {name}: {number(centre)} nats in the middle, from {number(min(values))} to "
         f"{number(max(values))} on the grid."
     )
-    layout = _axes("first direction", "second direction") | {"height": 380}
+    layout = _axes("first direction", "second direction") | {"height": 430}
     layout["xaxis"] |= {"constrain": "domain"}
     layout["yaxis"] |= {"constrain": "domain", "scaleanchor": "x"}
     return _chart(f"landscape-{run}", name, description, [trace], layout)
