@@ -169,7 +169,12 @@ def _landscape_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, default=25, help="points in each direction, odd (default: 25)")
     parser.add_argument("--limit", type=int, default=500, help="training images, a stratified sample (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the directions and of the sample (default: 0)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results; default: the run's own")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results and of one picture of all models; default: the run's own",
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects")
 
 
@@ -192,9 +197,8 @@ def _landscape(args: argparse.Namespace) -> int:
         with _progress(f"{name}: landscape", f"{name}: sharpness") as (on_point, on_iteration):
             file = folder / "landscape.json"
             found[name] = loss_landscape(network, batches, file, args.resolution, args.seed, on_point, on_iteration)
-    pictures = {folder: {name: found[name]} for name, folder in zip(names, folders, strict=True)}
-    if args.output:
-        pictures[args.output] = found  # several models on one scale
+    each_its_own = {folder: {name: found[name]} for name, folder in zip(names, folders, strict=True)}
+    pictures = {args.output: found} if args.output else each_its_own
     for folder, shown in pictures.items():
         save(landscape_contours(shown), folder / "landscape_contours")
         save(landscape_surfaces(shown), folder / "landscape_surface")

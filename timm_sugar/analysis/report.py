@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -227,7 +228,7 @@ def render(records: Sequence[RunRecord]) -> str:
         commands=reproduce_commands(records),
         number=charts.number,
         version=timm_sugar.__version__,
-        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        plotly=Markup(_inline_script(get_plotlyjs())),
     )
 
 
@@ -275,6 +276,12 @@ def _summary_values(record: RunRecord) -> dict[str, Any]:
         "parameters": found.get("parameters"),
         "model": record.settings.get("model"),
     }
+
+
+def _inline_script(code: str) -> str:
+    """Return JavaScript as HTML may hold it: nothing that ends the element, control characters as escapes."""
+    code = code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    return re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", code)
 
 
 def compare_settings(records: Sequence[RunRecord]) -> tuple[dict[str, list[str]], dict[str, str]]:
