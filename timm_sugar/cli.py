@@ -173,7 +173,7 @@ def _landscape_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder of the results and of one picture of all models; default: the run's own",
+        help="folder of results and a common picture; default: each run's own",
     )
     parser.add_argument("--json", action="store_true", help="print a list of objects")
 
