@@ -50,12 +50,12 @@ class _Column(NamedTuple):
 
 
 _COLUMNS = {
-    "activation": _Column(),
-    "state": _Column(),
     "test top-1": _Column(_percent, max, of_data=True),
     "val top-1": _Column(_percent, max, of_data=True),
     "dead units": _Column(_percent, min, of_data=True),
     "sparsity": _Column(_percent),
+    "activation": _Column(),
+    "state": _Column(),
     "test loss": _Column(_loss, min, of_data=True),
     "val loss": _Column(_loss, min, of_data=True),
     "images/s": _Column("{:,.0f}".format, max),

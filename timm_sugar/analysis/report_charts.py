@@ -77,7 +77,7 @@ def dead_unit_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart
     )
     layout = _axes("layer, in the order of the forward pass", "dead units (%)") | {"barmode": "group"}
     layout["yaxis"] |= {"rangemode": "tozero"}
-    if len(order) <= 20:
+    if len(order) <= 10:
         layout["xaxis"] |= {"dtick": 1}
     return _chart("dead-by-layer", "Dead units by layer", f"Bar chart of dead units by layer. {worst}.", traces, layout)
 
