@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from timm_sugar.analysis import gradient_norms, profile
 from timm_sugar.analysis.report import unique_names, write_report
 from timm_sugar.cli import main
+from timm_sugar.hub import find_model, image_batches
 from timm_sugar.training import load_config
 
 VOID = {"meta", "link", "img", "input", "br", "source"}
@@ -79,12 +81,13 @@ def landscape(scale: float) -> dict:
     return dict(settings={"images": 40}, axis=axis, loss=loss, top1=top1, done=9, seconds=1.0, sharpness=sharp)
 
 
-def profile(dead: int) -> dict:
-    """What the command profile writes."""
-    histogram = [dead * 4] + [1] * 49
-    layer = dict(name="act", kind="relu", units=8, elements=sum(histogram), dead=dead, always_active=1)
-    layer |= dict(dead_elements=dead * 4, sparsity=0.5, probability=[0.5] * 8, histogram=histogram)
-    return dict(images=40, dead_units=dead / 8, always_active=0.125, dead_elements=0.3, sparsity=0.5, layers=[layer])
+def profiled(run: Path) -> dict:
+    """What the command profile writes, on the test images."""
+    model = find_model(str(run))
+    network = model.load()
+    images = model.load_data(network, "digits").test
+    gradients = gradient_norms(network, *next(image_batches(network, images)))
+    return profile(network, image_batches(network, images)).to_dict() | {"split": "test", "gradients": gradients}
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +95,9 @@ def folders(runs, tmp_path_factory) -> list[Path]:
     """A SUGAR run and a ReLU run with profile and landscape, one that has done an epoch, one that has just begun."""
     folder = tmp_path_factory.mktemp("report")
     sugar, relu = (Path(shutil.copytree(run, folder / run.name)) for run in runs)
-    for run, scale, dead in ((sugar, 1.0, 1), (relu, 9.0, 5)):
+    for run, scale in ((sugar, 1.0), (relu, 9.0)):
         (run / "landscape.json").write_text(json.dumps(landscape(scale)))
-        (run / "profile.json").write_text(json.dumps(profile(dead)))
+        (run / "profile.json").write_text(json.dumps(profiled(run)))
     half, begun = folder / "half", folder / "begun"
     for run in (half, begun):
         run.mkdir()
@@ -127,7 +130,8 @@ def test_the_page_is_whole_and_loads_nothing(page, report):
     assert page.images_without_text == 0
     assert page.title == "4 runs compared · timm-sugar"
     assert {path.name for path in report.parent.glob("*.png")} == {
-        f"report_{name}.png" for name in ("curves", "dead_units", "landscape_contours", "landscape_surface")
+        f"report_{name}.png"
+        for name in ("curves", "dead_units", "activation_profile", "landscape_contours", "landscape_surface")
     }
 
 
@@ -162,7 +166,14 @@ def test_the_charts_hold_the_metrics(page, folders):
     assert losses[1, "dot"] == [line["train_loss"] for line in lines[1]]
     assert losses[1, "solid"] == [line["val_loss"] for line in lines[1]]
     assert set(page.charts) >= {"lr", "dead-units", "sparsity", "dead-by-layer", "activation-1", "landscape-0"}
-    assert [trace["y"] for trace in page.charts["dead-by-layer"]["data"]] == [[12.5], [62.5]]
+    profiles = [json.loads((folder / "profile.json").read_text()) for folder in folders[:2]]
+    for number, found in enumerate(profiles):
+        layers = found["layers"]
+        bars = page.charts["dead-by-layer"]["data"][number]
+        assert bars["y"] == [100 * layer["dead"] / layer["units"] for layer in layers]
+        assert len(page.charts[f"activation-{number}"]["data"][0]["z"]) == len(layers) == 3
+    sugar, relu = page.charts["gradients"]["data"][:2]
+    assert (sugar["y"], relu["y"]) == tuple([row[k] for row in profiles[0]["gradients"]] for k in ("sugar", "relu"))
     contour = page.charts["landscape-1"]["data"][0]
     assert contour["z"][0][0] is None
     assert contour["customdata"][1][1] == [pytest.approx(0.9), 90.0]

@@ -1,7 +1,7 @@
 """What a network does: dead units, activation profiles, gradient norms, and the loss around it."""
 
 from .landscape import Sharpness, loss_landscape, random_directions, sharpness, summarise_landscape
-from .profiles import LayerProfile, Profile, gradient_norms, profile
+from .profiles import LayerProfile, Profile, gradient_norms, profile, revived_units
 from .units import LayerCounts, UnitCounts, count_units
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "loss_landscape",
     "profile",
     "random_directions",
+    "revived_units",
     "sharpness",
     "summarise_landscape",
 ]

@@ -209,3 +209,31 @@ def _layer(name: str, counts: LayerCounts) -> LayerProfile:
         probability=[float(f"{share:.4g}") for share in (units.double() / seen).tolist()],
         histogram=torch.bincount(bins, minlength=BINS).tolist(),
     )
+
+
+def revived_units(before: Profile, after: Profile) -> list[dict[str, Any]]:
+    """Compare the dead units of one network before and after training, on the same data, layer by layer.
+
+    Returns:
+        ``{"name", "units", "dead_before", "dead_after", "revived", "died"}`` for each layer: `revived` units were dead
+        and are not, `died` the other way round.
+
+    Raises:
+        ValueError: the profiles have other layers or units.
+    """
+    if [(layer.name, layer.units) for layer in before.layers] != [(layer.name, layer.units) for layer in after.layers]:
+        raise ValueError("the two profiles are not of the same network: their layers differ")
+    rows = []
+    for old, new in zip(before.layers, after.layers, strict=True):
+        pairs = [(was == 0, now == 0) for was, now in zip(old.probability, new.probability, strict=True)]
+        rows.append(
+            {
+                "name": old.name,
+                "units": old.units,
+                "dead_before": old.dead,
+                "dead_after": new.dead,
+                "revived": pairs.count((True, False)),
+                "died": pairs.count((False, True)),
+            }
+        )
+    return rows

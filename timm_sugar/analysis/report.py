@@ -205,7 +205,9 @@ def render(records: Sequence[RunRecord]) -> str:
     landscapes = {i: r for i, r in enumerate(records) if r.landscape_is_complete}
     sections = {
         "curves": charts.curve_charts({r.name: [_json_numbers(line) for line in r.metrics] for r in records}),
-        "dead": [charts.dead_unit_chart(profiles)] if profiles else [],
+        "dead": list(filter(None, [charts.dead_unit_chart(profiles), charts.gradient_chart(profiles)]))
+        if profiles
+        else [],
         "activation": [charts.activation_chart(i, name, found) for i, (name, found) in profiles.items()],
         "landscape": _landscape_charts(landscapes),
     }

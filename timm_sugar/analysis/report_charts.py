@@ -82,6 +82,30 @@ def dead_unit_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart
     return _chart("dead-by-layer", "Dead units by layer", f"Bar chart of dead units by layer. {worst}.", traces, layout)
 
 
+def gradient_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart | None:
+    """Norm of the gradient of each layer's weights with SUGAR and, on the same weights and images, with ReLU.
+
+    Args:
+        profiles: As for `dead_unit_chart`.
+
+    Returns:
+        None where no profile has gradients.
+    """
+    traces = []
+    for run, (name, found) in profiles.items():
+        for kind, dash in (("sugar", "solid"), ("relu", "dot")):
+            norms = [finite(row[kind]) or None for row in found.get("gradients") or []]  # no logarithm of 0
+            if any(norms):
+                label = {"sugar": "SUGAR", "relu": "ReLU"}[kind]
+                traces.append(_line(run, name, label, dash, list(enumerate(norms, 1))))
+    if not traces:
+        return None
+    layout = _axes("convolution or linear layer, from the input", "norm of the gradient")
+    layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
+    description = "Line chart of the gradient's norm by layer, with SUGAR (solid) and with ReLU (dotted)."
+    return _chart("gradients", "Gradient by layer: SUGAR solid, ReLU dotted", description, traces, layout)
+
+
 def activation_chart(run: int, name: str, found: dict[str, Any]) -> Chart:
     """How often the elements of each layer are active: the histograms of figures 4 and 10 as rows of a heat map.
 
@@ -186,7 +210,7 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"  # noqa: RUF001
 
 
-def _line(run: int, name: str, part: str, dash: str, points: list[tuple[float, float]]) -> dict[str, Any]:
+def _line(run: int, name: str, part: str, dash: str, points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
     label = html.escape(f"{name}, {part}" if part else name)
     return {
         "type": "scatter",

@@ -1,4 +1,4 @@
-"""The pictures beside a report, for print: curves, dead units by layer and landscapes of the same runs."""
+"""The pictures beside a report, for print, and those of landscapes on its page."""
 
 import io
 from base64 import b64encode
@@ -10,6 +10,7 @@ from matplotlib import rc_context
 
 from .landscape_plots import highest_loss, landscape_contours, landscape_surfaces
 from .plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, Figure, new_figure, save
+from .run_plots import activation_ridges, dead_units_by_layer
 
 if TYPE_CHECKING:
     from .report import RunRecord
@@ -30,7 +31,7 @@ _PANELS = (
 
 
 def draw_pictures(records: Sequence["RunRecord"], path: Path) -> list[Path]:
-    """Draw what the runs have, as PATH_curves, PATH_dead_units, PATH_landscape_contours and PATH_landscape_surface.
+    """Draw what the runs have: PATH_curves, _dead_units, _activation_profile, _landscape_contours, _landscape_surface.
 
     Returns:
         The PNG files; a PDF is beside each.
@@ -38,8 +39,10 @@ def draw_pictures(records: Sequence["RunRecord"], path: Path) -> list[Path]:
     figures: dict[str, Figure] = {}
     if any(record.metrics for record in records):
         figures["curves"] = _curves(records)
-    if any(record.profile for record in records):
-        figures["dead_units"] = _dead_units(records)
+    profiles = {record.name: record.profile for record in records if record.profile is not None}
+    if profiles:
+        figures["dead_units"] = dead_units_by_layer(profiles)
+        figures["activation_profile"] = activation_ridges(profiles)
     landscapes = {r.name: r.landscape for r in records if r.landscape is not None and r.landscape_is_complete}
     if landscapes:
         figures["landscape_contours"] = landscape_contours(landscapes)
@@ -80,19 +83,4 @@ def _curves(records: Sequence["RunRecord"]) -> Figure:
                 ax.plot(*zip(*points, strict=True), label=record.name, **style)
         ax.set(title=label, xlabel="epoch")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return figure
-
-
-def _dead_units(records: Sequence["RunRecord"]) -> Figure:
-    profiled = [(i, r.name, r.profile["layers"]) for i, r in enumerate(records) if r.profile is not None]
-    names = list(dict.fromkeys(layer["name"] for _, _, layers in profiled for layer in layers))
-    figure, axes = new_figure(1, 1, max(7, 0.3 * len(names) + 2), 3.8)
-    width = 0.8 / len(profiled)
-    for place, (i, name, layers) in enumerate(profiled):
-        x = [names.index(layer["name"]) + (place + 0.5) * width - 0.4 for layer in layers]
-        shares = [100 * layer["dead"] / layer["units"] for layer in layers]
-        axes[0, 0].bar(x, shares, width, color=_COLOURS[i % len(_COLOURS)], label=name)
-    axes[0, 0].set(ylabel="dead units (%)", xlim=(-0.6, len(names) - 0.4))
-    axes[0, 0].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -2,7 +2,7 @@
 
 from .card import read_facts
 from .client import check_destination
-from .loading import NamedModel, find_model, sample_batches
+from .loading import NamedModel, find_model, image_batches, sample_batches
 from .packaging import surrogate_of, write_model_folder
 from .publish import Published, check_weights, files_of_run, publish
 from .verify import Verification, verify
@@ -15,6 +15,7 @@ __all__ = [
     "check_weights",
     "files_of_run",
     "find_model",
+    "image_batches",
     "publish",
     "read_facts",
     "sample_batches",

@@ -1,15 +1,29 @@
 """Models and data as a command line names them: a run's folder, a published folder, or a repository on the Hub."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from torch import nn
+from timm.models import is_model
+from torch import Tensor, nn
 
-from ..data import LabelledImages, NormalizedBatches, Source, decode, eval_transform, load_source, stratified_sample
+from ..data import (
+    LabelledImages,
+    NormalizedBatches,
+    Source,
+    Split,
+    decode,
+    eval_transform,
+    load_source,
+    normalize,
+    split_validation,
+    stratified_sample,
+)
 from ..models import create_model
 from ..models._weights import check_download
 from .client import check_repo_id
@@ -21,7 +35,7 @@ class NamedModel:
 
     Attributes:
         name: As it was given.
-        source: ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``, as `timm_sugar.create_model` takes it.
+        source: ``local-dir:FOLDER``, ``hf-hub:ORG/NAME`` or a name in the registry, as `create_model` takes it.
         card: File of the model card, None where there is none.
     """
 
@@ -61,10 +75,7 @@ class NamedModel:
         Raises:
             ValueError: the data has other classes.
         """
-        claim = self.claim()
-        arguments: dict[str, Any] = (claim and claim.dataset_args) or {}
-        column = label_column or arguments.get("label_column")
-        images = load_source(data, column, arguments.get("split_seed") or 0)
+        images = self.load_any_data(data, label_column)
         names = list(network.pretrained_cfg.get("label_names") or [])
         if names and names != list(images.class_names):
             raise ValueError(
@@ -76,6 +87,39 @@ class NamedModel:
                 f"{data} has {len(images.class_names)} classes, but {self.name} has {network.num_classes} logits"
             )
         return images
+
+    def load_any_data(self, data: str, label_column: str | None = None) -> Source:
+        """Load data that may have other classes, split as in the network's training where the card tells how."""
+        claim = self.claim()
+        arguments: dict[str, Any] = (claim and claim.dataset_args) or {}
+        return load_source(data, label_column or arguments.get("label_column"), arguments.get("split_seed") or 0)
+
+    def validation_images(self, source: Source) -> tuple[str, LabelledImages]:
+        """Return "val" and the images that a run was validated on, else "test" and the test images.
+
+        The test images stand in for them where this is no run's folder, or where the run validated on none.
+        """
+        path = Path(self.name, "config.yaml")
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not settings.get("val_fraction") or settings.get("skip_bad_images"):
+            return "test", source.test
+        seed, limit = settings["split_seed"], settings.get("limit_val")
+        _, images = split_validation(source.train, settings["val_fraction"], seed)
+        return "val", images if limit is None else images.subset(stratified_sample(images.labels, limit, seed))
+
+
+def image_batches(network: nn.Module, images: LabelledImages, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decode images as they are needed; yield them as the network was evaluated on them in training, and their labels.
+
+    Returns:
+        Batches of float32 (B, 3, H, W) and int64 (B,) on the network's device.
+    """
+    cfg = network.pretrained_cfg
+    device = next(network.parameters()).device
+    split = Split(torch.from_numpy(images.labels), None, images, eval_transform(cfg))
+    order = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
+    for pixels, labels in split.batches(order):
+        yield normalize(pixels.to(device), cfg["mean"], cfg["std"]), labels.to(device)
 
 
 def sample_batches(network: nn.Module, images: LabelledImages, limit: int | None, seed: int = 0) -> NormalizedBatches:
@@ -91,7 +135,8 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
     """Find a model by the name that a user gives.
 
     Args:
-        model: A folder with config.json and model.safetensors, a run's folder, or ORG/NAME on the Hub.
+        model: A folder with config.json and model.safetensors, a run's folder, ORG/NAME on the Hub, or a model of
+            timm's registry that has published weights.
         revision: Of a repository: branch, tag or commit.
 
     Raises:
@@ -105,6 +150,8 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
         folder = folder / "model" if (folder / "model").is_dir() else folder
         card = folder / "README.md"
         return NamedModel(model, f"local-dir:{folder}", card if card.is_file() else None)
+    if is_model(model.partition(".")[0]):
+        return NamedModel(model, model, None)
     if model.startswith((".", "/", "~")) or "/" not in model:
         raise FileNotFoundError(f"there is no folder {model}")
     check_repo_id(model)
