@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import ALLOCATORS, environment, print_table, run_self, time_shuffled, write_json
+from common import ALLOCATORS, environment, print_table, run_self, write_json
 from torch import Tensor, nn
 
 from timm_sugar import Sugar, forward_gradient_injection, list_surrogates
+from timm_sugar.analysis.speed import time_shuffled
 from timm_sugar.surrogates import get_surrogate
 
 

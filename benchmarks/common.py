@@ -1,13 +1,10 @@
-"""What the benchmarks share: allocator environments, shuffled timing, tables and JSON files."""
+"""What the benchmarks share: allocator environments, tables and JSON files."""
 
 import json
 import os
 import platform
-import random
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +23,6 @@ ALLOCATORS = {
 def run_self(arguments: list[str], allocator: str) -> None:
     """Run the calling script again in a process of its own with one of `ALLOCATORS`."""
     subprocess.run([sys.executable, *arguments], check=True, env={**os.environ, **ALLOCATORS[allocator]})
-
-
-def time_shuffled(contestants: dict[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, float]:
-    """Return each contestant's median seconds over `rounds`, every round in a new random order, after two to warm up.
-
-    A contestant does its work once and returns the seconds that count.
-    """
-    order = random.Random(seed)
-    names = list(contestants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds + 2):
-        order.shuffle(names)
-        for name in names:
-            seconds = contestants[name]()
-            if i >= 2:
-                times[name].append(seconds)
-    return {name: statistics.median(times[name]) for name in contestants}
 
 
 def environment() -> dict[str, Any]:

@@ -3,136 +3,40 @@
     python benchmarks/step.py --output step.json
     python benchmarks/step.py --networks resnet18_sugar_bsilu --modes eager --rounds 5
 
-The networks are ours, at 32 px and at 64 px, in float32, each activation taking the place of theirs; the step is
-forward, loss, backward and SGD. Memory counts the distinct storages that autograd saves, parameters and buffers left
-out.
+ResNet-18 at 32 px with B-SiLU and Swin-T at 64 px with NeLU, in float32, each activation taking the place of theirs.
+`timm-sugar bench` does the same for any network.
 """
 
 import argparse
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
-from common import environment, print_table, time_shuffled, write_json
-from torch import Tensor, nn
+from common import environment, print_table, write_json
 
-from timm_sugar import forward_gradient_injection
-from timm_sugar.surrogates import get_surrogate
+from timm_sugar.analysis.speed import activations, bench
 
 NETWORKS = {
-    "resnet18_sugar_bsilu": dict(surrogate="bsilu", size=32, batch=128, arguments={}),
-    "swin_tiny_sugar_nelu": dict(surrogate="nelu", size=64, batch=32, arguments=dict(img_size=64)),
+    "resnet18_sugar_bsilu": dict(surrogate="bsilu", img_size=32, batch_size=128),
+    "swin_tiny_sugar_nelu": dict(surrogate="nelu", img_size=64, batch_size=32),
 }
-
-
-class Injected(nn.Module):
-    """Forward gradient injection as the paper writes it, direct (eq. 5) or indirect (eq. 4)."""
-
-    def __init__(self, surrogate: str, direct: bool, inplace: bool = False):
-        super().__init__()
-        self.surrogate, self.direct = surrogate, direct
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.direct:
-            return forward_gradient_injection(x, torch.relu, self.surrogate)
-        entry = get_surrogate(self.surrogate)
-        m = x * entry.derivative(x, entry.alpha).detach()
-        return m - m.detach() + torch.relu(x).detach()
-
-
-# What a network is built with, given its surrogate. ReLU and SiLU work in place, as in timm's networks.
-ACTIVATIONS: dict[str, Callable[[str], dict]] = {
-    "relu": lambda surrogate: dict(act_layer=partial(nn.ReLU, inplace=True)),
-    "gelu": lambda surrogate: dict(act_layer="gelu"),
-    "silu": lambda surrogate: dict(act_layer=partial(nn.SiLU, inplace=True)),
-    "fgi_direct": lambda surrogate: dict(act_layer=partial(Injected, surrogate, direct=True)),
-    "fgi_indirect": lambda surrogate: dict(act_layer=partial(Injected, surrogate, direct=False)),
-    "sugar": lambda surrogate: {},
-    "sugar_uint8": lambda surrogate: dict(save="uint8"),
-    "sugar_uint4": lambda surrogate: dict(save="uint4"),
-}
-
-
-def build(network: str, activation: str) -> nn.Module:
-    """Return the network for 10 classes with an activation, from a fixed seed."""
-    settings = NETWORKS[network]
-    torch.manual_seed(0)
-    arguments = settings["arguments"] | ACTIVATIONS[activation](settings["surrogate"])
-    return timm.create_model(network, num_classes=10, **arguments).train()
-
-
-def saved_bytes(model: nn.Module, images: Tensor) -> int:
-    """Return the bytes of the storages saved for the backward of one forward pass."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(images)  # alive until the bytes are summed, so that no address is used twice
-    return sum(storage.nbytes() for address, storage in saved.items() if address not in own) if y.requires_grad else 0
-
-
-def step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
-    """Take one training step and return its seconds."""
-    start = time.perf_counter()
-    optimiser.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
-    optimiser.step()
-    return time.perf_counter() - start
-
-
-def measure(network: str, mode: str, activations: list[str], rounds: int) -> list[dict]:
-    """Time all activations side by side in one network and mode."""
-    settings = NETWORKS[network]
-    images = torch.randn(settings["batch"], 3, settings["size"], settings["size"])
-    labels = torch.arange(settings["batch"]) % 10
-    contestants, memory = {}, {}
-    for activation in activations:
-        model = build(network, activation)
-        memory[activation] = saved_bytes(model, images)
-        optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
-        run = torch.compile(model, fullgraph=True) if mode == "compile" else model
-        contestants[activation] = partial(step, run, optimiser, images, labels)
-    seconds = time_shuffled(contestants, rounds)
-    return [
-        {
-            "network": network,
-            "mode": mode,
-            "activation": activation,
-            "ms": 1e3 * seconds[activation],
-            "images_per_second": settings["batch"] / seconds[activation],
-            "vs_relu": seconds[activation] / seconds["relu"],
-            "eager_saved_mib": memory[activation] / 2**20,
-            "saved_vs_relu": memory[activation] / memory["relu"],
-        }
-        for activation in activations
-    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--modes", nargs="+", choices=["eager", "compile"], default=["eager", "compile"])
-    parser.add_argument("--only", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS), help="activations")
+    parser.add_argument("--only", nargs="+", choices=activations("bsilu"), help="activations")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    activations = list(dict.fromkeys(["relu", *options.only]))
-    rows = [
-        row
-        for network in options.networks
-        for mode in options.modes
-        for row in measure(network, mode, activations, options.rounds)
-    ]
+    rows = []
+    for network in options.networks:
+        for mode in options.modes:
+            how = dict(only=options.only, rounds=options.rounds, compiled=mode == "compile")
+            measured = bench(network, **NETWORKS[network], **how)
+            rows += [{"network": network, "mode": mode, **row} for row in measured]
     print_table(rows)
     if options.output:
         write_json(options.output, {"environment": environment(), "rows": rows})

@@ -20,9 +20,9 @@ from timm_sugar.surrogates import get_surrogate
 NAMES = list_surrogates()
 SAVES = ["exact", "uint8", "uint4"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Relative to the largest entry: a 16-bit gradient is rounded once, from float32; a code is off by half a step.
+# Relative to the largest entry: a 16-bit gradient is rounded once, from float32.
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
-HALF_STEPS = {"exact": 0.0, "uint8": 0.5 / 200, "uint4": 0.5 / 12}
+CODE_ERRORS = {"exact": 0.0, "uint8": 0.01, "uint4": 0.12}  # the largest of any surrogate's derivative at any x
 
 
 @pytest.fixture(params=["compiled", "composed"], autouse=True)
@@ -107,9 +107,8 @@ def _check_gradient(name, dtype, shape, layouts, seed, save):
     assert result.dtype == dtype
     expected = fgi_gradient(x, upstream, name)
     if x.numel():
-        bound = (TOLERANCES[dtype] + HALF_STEPS[save] * 1.4) * upstream.double().abs() * 1.4 + 1e-6 * (
-            dtype != DTYPES[3]
-        )
+        bound = (TOLERANCES[dtype] * 1.4 + CODE_ERRORS[save]) * upstream.double().abs()
+        bound += 1e-6 * (dtype != torch.float64)
         assert ((result.double() - expected).abs() <= bound + 1e-12).all()
 
 
@@ -124,7 +123,7 @@ def test_infinities_and_nan(name, save, path):
     torch.testing.assert_close(y, torch.relu(x), equal_nan=True, rtol=0, atol=0)
     result = gradient(x, torch.ones(35), name, save)
     expected = entry.derivative(x.detach().double(), entry.alpha).float()
-    tolerance = 1e-6 + 1.4 * HALF_STEPS[save]
+    tolerance = 1e-6 + CODE_ERRORS[save]
     torch.testing.assert_close(result, expected, equal_nan=True, rtol=0, atol=tolerance)
 
 

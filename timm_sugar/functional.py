@@ -28,9 +28,9 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
             16-bit tensor is computed in float32.
         surrogate: A name of `list_surrogates()` or an alias.
         alpha: Shape parameter of the surrogate; None takes its default.
-        save: What is kept for the backward: "exact", the pre-activation itself; "uint8" or "uint4", the derivative
-            quantised to one byte or half a byte an element, which needs a bounded derivative and forbids
-            differentiating twice. `torch.func` transforms and forward-mode differentiation are exact in every mode.
+        save: What is kept for the backward: "exact", the pre-activation itself; "uint8" or "uint4", a code for it of
+            one byte or half a byte an element, which needs a bounded derivative and forbids differentiating twice.
+            `torch.func` transforms and forward-mode differentiation are exact in every mode.
 
     Returns:
         ``relu(x)``, of the shape, dtype and memory format of x; its gradient with respect to x is
@@ -53,7 +53,7 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
         return torch.relu(x)
     if save == "exact" or not x.requires_grad or (not torch.compiler.is_compiling() and is_transformed()):
         return _inject(x, torch.relu, entry, alpha)
-    return _LeanInjection.apply(x, entry, alpha, save, levels_of(entry.name, f"{alpha}", save))[0]
+    return _LeanInjection.apply(x, save, levels_of(entry.name, f"{alpha}", save))[0]
 
 
 def surrogate_activation(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None) -> Tensor:
@@ -149,17 +149,15 @@ class _TransformableInjection(torch.autograd.Function):
 
 
 class _LeanInjection(torch.autograd.Function):
-    """``relu(x)`` that saves the derivative in a code of one byte or half a byte an element.
+    """``relu(x)`` that saves a code of x, of one byte or half a byte an element.
 
     The second output is empty. It ties the gradient to the graph, so that differentiating twice meets a clear error
     and not a constant.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, surrogate: Surrogate, alpha: float | None, save: str, levels: Levels
-    ) -> tuple[Tensor, Tensor]:
-        y, code = encode(x, surrogate, alpha, save, levels)
+    def forward(ctx: Any, x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Tensor]:
+        y, code = encode(x, save, levels)
         tie = x.new_empty(0)
         ctx.save_for_backward(code.codes, tie)
         ctx.levels, ctx.strides, ctx.save = code.levels, code.strides, save
@@ -170,8 +168,8 @@ class _LeanInjection(torch.autograd.Function):
         codes, tie = ctx.saved_tensors
         code = Code(codes, ctx.levels, ctx.strides)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _LeanGradient.apply(grad, tie, code, ctx.save), None, None, None, None
-        return times_decoded(grad, code), None, None, None, None
+            return _LeanGradient.apply(grad, tie, code, ctx.save), None, None
+        return times_decoded(grad, code), None, None
 
 
 class _LeanGradient(torch.autograd.Function):

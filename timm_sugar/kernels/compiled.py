@@ -52,30 +52,35 @@ def flat(x: Tensor) -> Tensor:
 
 
 def run(
-    body: Callable[..., None], surrogate: Surrogate | None, tensors: Sequence[Tensor], scalars: Sequence[float]
+    body: Callable[..., None],
+    surrogate: Surrogate | None,
+    tensors: Sequence[Tensor],
+    constants: Sequence[float | tuple[float, ...]] = (),
 ) -> None:
-    """Call ``body(surrogate, *tensors, *scalars)``, compiled if possible.
+    """Call ``body(surrogate, *tensors, *constants)``, compiled if possible.
 
     Args:
         body: Writes the result of an elementwise computation into some of its tensors with `copy_` and returns
             nothing. One kernel is compiled for each body, surrogate, list of dtypes and device; it serves any length
-            and any scalars.
+            and any constants.
         surrogate: The entry of the table that the body computes with, or None where it needs none.
         tensors: 1-D contiguous, all of one length, at least 1.
-        scalars: The kernel receives them as tensors of one element in the `opmath` dtype of the first tensor.
+        constants: Numbers, and tables of a fixed length. The body receives them as 1-D tensors in the `opmath` dtype
+            of the first tensor.
     """
     dtypes = tuple(x.dtype for x in tensors)
     device = tensors[0].device
-    key = (body, surrogate, dtypes, len(scalars), device)
+    values = [_constant(value, opmath_dtype(dtypes[0]), device) for value in constants]
+    key = (body, surrogate, dtypes, tuple(len(value) for value in values), device)
     if key not in _kernels:
         with _lock:
             if key not in _kernels:
                 _kernels[key] = _compile_or_none(*key)
     kernel = _kernels[key]
     if kernel is None:
-        body(surrogate, *tensors, *scalars)
+        body(surrogate, *tensors, *values)
     else:
-        kernel(*tensors, *(_scalar(value, opmath_dtype(dtypes[0]), device) for value in scalars))
+        kernel(*tensors, *values)
 
 
 def opmath(x: Tensor) -> Tensor:
@@ -89,8 +94,9 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=256)
-def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:  # kept: no transfer at every step
-    return torch.full((1,), value, dtype=dtype, device=device)
+def _constant(value: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, so that nothing is transferred at every step.
+    return torch.tensor(value if isinstance(value, tuple) else (value,), dtype=dtype, device=device)
 
 
 _kernels: dict[tuple, Callable[..., None] | None] = {}
@@ -100,13 +106,13 @@ def _compile_or_none(
     body: Callable[..., None],
     surrogate: Surrogate | None,
     dtypes: tuple[torch.dtype, ...],
-    scalars: int,
+    lengths: tuple[int, ...],
     device: torch.device,
 ) -> Callable[..., None] | None:
     name = f"{body.__name__}({surrogate.name if surrogate else ''})"
     _logger.info("compiling %s for %s on %s, once", name, str(dtypes[0]).removeprefix("torch."), device)
     try:
-        return _compile(partial(body, surrogate), dtypes, scalars, device)
+        return _compile(partial(body, surrogate), dtypes, lengths, device)
     except Exception as error:  # no compiler, an Inductor without this entry, a derivative that cannot be traced
         reason = str(error).partition("\n")[0] or type(error).__name__
         _logger.info("not compiled, ATen operations are used instead: %s", reason)
@@ -114,7 +120,7 @@ def _compile_or_none(
 
 
 def _compile(
-    body: Callable[..., None], dtypes: tuple[torch.dtype, ...], scalars: int, device: torch.device
+    body: Callable[..., None], dtypes: tuple[torch.dtype, ...], lengths: tuple[int, ...], device: torch.device
 ) -> Callable[..., None]:
     _import_cpp_extension()
     from torch._inductor import config, cpu_vec_isa, standalone_compile  # takes a second, hence not at import
@@ -125,7 +131,7 @@ def _compile(
         return ()
 
     example = [torch.empty(_EXAMPLE_LENGTH, dtype=dtype, device=device) for dtype in dtypes]
-    example += [torch.empty(1, dtype=opmath_dtype(dtypes[0]), device=device) for _ in range(scalars)]
+    example += [torch.empty(length, dtype=opmath_dtype(dtypes[0]), device=device) for length in lengths]
     # Inductor's own settings serve whole networks. For a kernel or two, building a precompiled header, starting worker
     # processes and probing instruction sets with test programs would take most of the time of a first step. The list
     # of instruction sets is dropped afterwards, so that the user's own torch.compile probes as always.

@@ -1,12 +1,14 @@
-"""Lean saving: the surrogate's derivative as a code of one byte or half a byte an element.
+"""Lean saving: one byte or half a byte an element stands for the pre-activation.
 
-The derivative is what the backward multiplies with, and it is bounded, so it is quantised itself. Negative and
-non-negative derivatives have a step each: 0 is exact, and no sign is ever lost. Code 0 means NaN. Two 4-bit codes
-share a byte, one from each half of the flat tensor, so that loads stay contiguous; where the length is odd the halves
-overlap in the middle element. Few-bit backward passes: Novikov et al., arXiv:2202.00441.
+Every code is an interval of x, and a table holds the surrogate's derivative in the middle of each. The intervals are
+fitted to the surrogate: narrow where its derivative bends, wider by a factor on either side, open at both ends. 0 has
+a code of its own and no interval crosses it, so that neither a step of the derivative at 0 nor its sign is lost. Code
+0 means NaN. Two 4-bit codes share a byte, one from each half of the flat tensor, so that loads stay contiguous; where
+the length is odd the halves overlap in the middle element. Few-bit backward passes: Novikov et al., arXiv:2202.00441.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,30 +19,38 @@ from ..surrogates import Surrogate, get_surrogate
 from .compiled import flat, is_plain, opmath, run
 
 
-class Levels(NamedTuple):
-    """How codes stand for derivatives: code 0 is NaN, and every other code c is ``c - zero`` steps."""
+class Grid(NamedTuple):
+    """Intervals of x, numbered away from 0: (0, step] is number 1, [-step, 0) number -1, and 0 itself number 0."""
 
-    negative_step: float
-    positive_step: float
-    zero: float
-    highest: int
+    step: Tensor  # width of the narrow intervals
+    below: Tensor  # they reach from -below * step ...
+    above: Tensor  # ... to above * step, and need not end at the end of an interval
+    coarse_below: Tensor  # width, in steps, of the intervals below them
+    coarse_above: Tensor  # and above them
+    negative: Tensor  # how many intervals are below 0; an integer
+
+
+class Levels(NamedTuple):
+    """How codes stand for derivatives: code 0 is NaN, and the others number the intervals from the lowest up."""
+
+    encoder: tuple[float, ...]  # what `_quantise` takes beside x
+    table: tuple[float, ...]  # the derivative of each code
 
 
 class Code(NamedTuple):
-    """Derivatives, encoded, and what is needed to decode them. uint8 of x's size, or of half that in one dimension."""
+    """Pre-activations, encoded, and what is needed to decode their derivatives."""
 
-    codes: Tensor
+    codes: Tensor  # uint8 of x's size, or of half that in one dimension
     levels: Levels
     strides: tuple[int, ...] | None  # of the tensor whose memory order 4-bit codes follow; None for its logical order
 
 
-_HIGHEST_CODES = {"uint8": 255, "uint4": 15}
-_NUDGE = 1e-4  # of a step: more than float32 rounds a code by, too little to matter
+_CODES = {"uint8": 256, "uint4": 16}
 
 
 @torch.compiler.assume_constant_result  # torch.compile evaluates it once for each graph
 def levels_of(surrogate: str, alpha: str, save: str) -> Levels:
-    """Place the levels over the range of the derivative of a named surrogate.
+    """Fit the levels to a named surrogate, in a quarter of a second and once.
 
     Args:
         surrogate: A name of the table.
@@ -55,110 +65,134 @@ def levels_of(surrogate: str, alpha: str, save: str) -> Levels:
 
 @lru_cache(maxsize=256)
 def _levels(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
+    def derivative(x: Tensor) -> Tensor:
+        found = surrogate.derivative(x, alpha)
+        return torch.where(found.isnan(), 0.0, found)
+
+    with torch.inference_mode():
+        if not _is_bounded(derivative):
+            raise ValueError(
+                f"save={save!r} needs a surrogate whose derivative is bounded, which that of {surrogate.name!r} is "
+                "not; use save='exact'"
+            )
+        intervals = _CODES[save] - 2
+        # What half a byte can tell apart is needed where inputs are likely; a byte has room for unlikely ones.
+        grid = _fit(derivative, intervals, wide=0.3 if save == "uint4" else 1.0)
+        numbers = torch.arange(_CODES[save] - 1, dtype=torch.float64) - grid.negative
+        table = derivative(_middle(numbers, grid)).tolist()
+        return Levels(tuple(value.item() for value in _encoder(grid, intervals)), (math.nan, *table))
+
+
+def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
     magnitudes = torch.cat([torch.arange(0, 50, 1e-3, dtype=torch.float64), torch.logspace(1.7, 30, 1_000).double()])
-    x = torch.cat([-magnitudes.flip(0), magnitudes])
-    derivative = surrogate.derivative(x, alpha)
-    derivative = torch.where(derivative.isnan(), 0.0, derivative)
-    bound = 4 * derivative[x.abs() <= 1e3].abs().max().item()
-    if not derivative.abs().max().item() <= bound:
-        raise ValueError(
-            f"save={save!r} needs a surrogate whose derivative is bounded, which that of {surrogate.name!r} is not; "
-            "use save='exact'"
-        )
-    low, high = min(derivative.min().item(), 0.0), max(derivative.max().item(), 0.0)
-    highest = _HIGHEST_CODES[save]
-    below = 0  # levels for negative derivatives: a share of the range, but enough to tell small ones apart
-    if low < 0:
-        below = min(max((highest + 1) // 16, round((highest - 1) * -low / (high - low))), highest - 2)
-    above = highest - 1 - below
-    return Levels(-low / below if below else 1.0, high / above if high > 0 else 1.0, 1.0 + below, highest)
+    found = derivative(torch.cat([-magnitudes, magnitudes])).abs().view(2, -1)
+    return bool(found.max() <= 4 * found[:, magnitudes <= 1e3].max())
 
 
-def encode(x: Tensor, surrogate: Surrogate, alpha: float | None, save: str, levels: Levels) -> tuple[Tensor, Code]:
-    """Return relu(x), and the code of the derivative at x, from one pass over memory."""
-    scalars = (1 / levels.negative_step, 1 / levels.positive_step, levels.zero - 1 - _NUDGE)
+def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, wide: float) -> Grid:
+    """Search the grid with the least squared error of the derivative, relative to its square.
+
+    The error is that for inputs from N(0, 1), plus `wide` times that for inputs from N(0, 9).
+    """
+    normal = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400)
+    x = torch.stack([normal, 3 * normal])
+    exact = derivative(x)
+    weights = torch.tensor([1.0, wide]).double() / exact.square().sum(1).clamp(min=1e-30)
+
+    def errors(grids: Tensor) -> Tensor:
+        columns = Grid(*grids.T[:, :, None, None])
+        codes = _quantise(x, *_encoder(columns, intervals))
+        found = derivative(_middle(codes - 1 - columns.negative, columns))
+        return ((found - exact).square().sum(2) * weights).sum(1)
+
+    many = intervals / 14  # as many intervals for each that a 4-bit code has
+    starts = [
+        (step / many, 0.8 * negative, 0.6 * (intervals - negative), 4.0, 4.0, negative)
+        for step in torch.logspace(-6, 1, 15, base=2).tolist()
+        for negative in (round(many * i) for i in range(3, 12))
+    ]
+    grids = torch.tensor(starts, dtype=torch.float64)
+    grids = grids[errors(grids).topk(3, largest=False).indices]
+    factor = torch.full((len(grids), 1), 1.3, dtype=torch.float64)
+    shift = torch.zeros(6, dtype=torch.float64)
+    shift[-1] = round(many)
+    for _ in range(25):  # one value at a time up or down; by less where none of that helps
+        scaled = [torch.where(torch.arange(6) == i, factor**sign, 1.0) for i in range(5) for sign in (1, -1)]
+        tried = torch.stack([grids, *(grids * scale for scale in scaled), grids + shift, grids - shift])
+        tried[..., 3:5].clamp_(min=1.0)
+        tried[..., 5].clamp_(1, intervals - 1)
+        best = errors(tried.flatten(0, 1)).view(tried.shape[:2]).argmin(0)
+        grids = tried[best, torch.arange(len(grids))]
+        factor = torch.where(best[:, None] == 0, factor.sqrt(), factor)
+    return Grid(*grids[errors(grids).argmin()])
+
+
+def _middle(numbers: Tensor, grid: Grid) -> Tensor:
+    """Return the middle of intervals by number; of an open one, what its middle would be if it had the usual width."""
+    steps = numbers - 0.5 * numbers.sign()
+    inner = torch.where(steps > grid.above, grid.above, torch.where(steps < -grid.below, -grid.below, steps))
+    outer = grid.coarse_above * torch.relu(steps - grid.above) - grid.coarse_below * torch.relu(-grid.below - steps)
+    return grid.step * (inner + outer)
+
+
+def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
+    """Return relu(x), and the codes of x, from one pass over memory."""
     if not is_plain(x) or x.numel() == 0:
         if save == "uint8":
-            codes = _quantise(surrogate, x, *scalars, levels.highest, alpha)
+            codes = _quantise(x, *levels.encoder)
         else:
             first, second = _halves(x.reshape(-1))
-            codes = _pack(
-                _quantise(surrogate, first, *scalars, levels.highest, alpha),
-                _quantise(surrogate, second, *scalars, levels.highest, alpha),
-            )
+            codes = _pack(_quantise(first, *levels.encoder), _quantise(second, *levels.encoder))
         return torch.relu(x), Code(codes.to(torch.uint8), levels, None)
     y = torch.empty_like(x)
     if y.stride() != x.stride():  # y is dense, x is not
         x = y.clone().copy_(x)
-    if alpha is not None:
-        scalars += (alpha,)
     if save == "uint8":
         codes = torch.empty_like(x, dtype=torch.uint8)
-        run(write_codes, surrogate, (flat(x), flat(y), flat(codes)), scalars)
+        run(write_codes, None, (flat(x), flat(y), flat(codes)), levels.encoder)
     else:
         codes = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
-        run(write_packed_codes, surrogate, (*_halves(flat(x)), *_halves(flat(y)), codes), scalars)
+        run(write_packed_codes, None, (*_halves(flat(x)), *_halves(flat(y)), codes), levels.encoder)
     return y, Code(codes, levels, y.stride())
 
 
 def times_decoded(grad: Tensor, code: Code) -> Tensor:
     """Return `grad` times the derivative that `code` holds, in the shape, dtype and memory format of the input."""
     codes, levels, strides = code
-    packed = levels.highest == _HIGHEST_CODES["uint4"]
+    packed = len(levels.table) == _CODES["uint4"]
     if is_plain(grad, codes) and strides is not None:
         out = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
         if grad.stride() != strides:
             grad = torch.empty_like(out).copy_(grad)
         if packed:
-            run(write_packed_product, None, (*_halves(flat(grad)), codes, *_halves(flat(out))), levels[:3])
+            tensors = (*_halves(flat(grad)), codes, *_halves(flat(out)))
+            run(write_packed_product, None, tensors, (levels.table,))
         else:
-            run(write_decoded_product, None, (flat(grad), flat(codes), flat(out)), levels[:3])
+            run(write_decoded_product, None, (flat(grad), flat(codes), flat(out)), (levels.table,))
         return out
     if packed:
-        first, second = _unpack(opmath(grad.new_empty(0)).dtype, codes)
-        both = torch.cat([first, second[2 * len(codes) - grad.numel() :]])
+        both = torch.cat([codes & 15, codes[2 * len(codes) - grad.numel() :] >> 4])
         codes = both.view(grad.shape) if strides is None else both.as_strided(grad.shape, strides)
-    return (opmath(grad) * _dequantise(codes.to(opmath(grad).dtype), *levels[:3])).to(grad.dtype)
+    wide = opmath(grad)
+    table = torch.tensor(levels.table, dtype=wide.dtype, device=wide.device)
+    return (wide * table[codes.to(torch.int32)]).to(grad.dtype)
 
 
-def write_codes(
-    surrogate: Surrogate,
-    x: Tensor,
-    y: Tensor,
-    codes: Tensor,
-    negative_inverse: float,
-    positive_inverse: float,
-    offset: float,
-    alpha: float | None = None,
-) -> None:
-    inverses = negative_inverse, positive_inverse
-    codes.copy_(_quantise(surrogate, x, *inverses, offset, _HIGHEST_CODES["uint8"], alpha).to(torch.uint8))
+def write_codes(_: None, x: Tensor, y: Tensor, codes: Tensor, *encoder: float) -> None:
+    codes.copy_(_quantise(x, *encoder).to(torch.uint8))
     y.copy_(torch.relu(x))
 
 
 def write_packed_codes(
-    surrogate: Surrogate,
-    x_first: Tensor,
-    x_second: Tensor,
-    y_first: Tensor,
-    y_second: Tensor,
-    codes: Tensor,
-    negative_inverse: float,
-    positive_inverse: float,
-    offset: float,
-    alpha: float | None = None,
+    _: None, x_first: Tensor, x_second: Tensor, y_first: Tensor, y_second: Tensor, codes: Tensor, *encoder: float
 ) -> None:
-    inverses = negative_inverse, positive_inverse
-    first = _quantise(surrogate, x_first, *inverses, offset, _HIGHEST_CODES["uint4"], alpha)
-    second = _quantise(surrogate, x_second, *inverses, offset, _HIGHEST_CODES["uint4"], alpha)
-    codes.copy_(_pack(first, second).to(torch.uint8))
+    codes.copy_(_pack(_quantise(x_first, *encoder), _quantise(x_second, *encoder)).to(torch.uint8))
     y_first.copy_(torch.relu(x_first))
     y_second.copy_(torch.relu(x_second))
 
 
-def write_decoded_product(_: None, grad: Tensor, codes: Tensor, out: Tensor, *levels: float) -> None:
-    wide = opmath(grad)
-    out.copy_(wide * _dequantise(codes.to(wide.dtype), *levels))
+def write_decoded_product(_: None, grad: Tensor, codes: Tensor, out: Tensor, table: Tensor) -> None:
+    out.copy_(opmath(grad) * table[codes.to(torch.int32)])
 
 
 def write_packed_product(
@@ -168,45 +202,57 @@ def write_packed_product(
     codes: Tensor,
     out_first: Tensor,
     out_second: Tensor,
-    *levels: float,
+    table: Tensor,
 ) -> None:
-    wide_first, wide_second = opmath(grad_first), opmath(grad_second)
-    first, second = _unpack(wide_first.dtype, codes)
-    out_first.copy_(wide_first * _dequantise(first, *levels))
-    out_second.copy_(wide_second * _dequantise(second, *levels))
+    # Of so short a table, an element is selected in fewer instructions than it is loaded.
+    pairs = codes.to(torch.int32)
+    bits = [(pairs & (1 << i)) != 0 for i in range(8)]
+    out_first.copy_(opmath(grad_first) * _select(table, bits[:4]))
+    out_second.copy_(opmath(grad_second) * _select(table, bits[4:]))
+
+
+def _select(table: Tensor, bits: list[Tensor]) -> Tensor:
+    left = list(table.split(1))
+    for bit in bits:
+        left = [torch.where(bit, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
+    return left[0]
+
+
+def _encoder(grid: Grid, intervals: int) -> tuple[Tensor, ...]:
+    """Return what `_quantise` takes beside x; the ends are within the outermost intervals, so that these are open."""
+    fine = 1 / grid.step
+    turns = (
+        -grid.below * grid.step,
+        fine - fine / grid.coarse_below,
+        grid.above * grid.step,
+        fine - fine / grid.coarse_above,
+    )
+    ends = _middle(-grid.negative, grid), _middle(intervals - grid.negative, grid)
+    return fine, *turns, *ends, grid.negative + 1
 
 
 def _quantise(
-    surrogate: Surrogate,
     x: Tensor,
-    negative_inverse: float,
-    positive_inverse: float,
-    offset: float,
-    highest: int,
-    alpha: float | None,
+    fine: float,
+    below: float,
+    less_below: float,
+    above: float,
+    less_above: float,
+    lowest: float,
+    highest: float,
+    zero: float,
 ) -> Tensor:
-    # Every operation here is a few vector instructions and a tenth of the time: isnan, and clamp of a float, are not.
-    # The conversion truncates, and makes of NaN the lowest integer or 0, as the processor has it. A negative
-    # derivative, however small, is nudged to the level below 0.
-    derivative = surrogate.derivative(opmath(x), alpha)
-    steps = torch.where(derivative < 0, derivative * negative_inverse, derivative * positive_inverse + 0.5)
-    return (torch.relu(steps + offset) + 1).to(torch.int32).clamp(0, highest)
-
-
-def _dequantise(codes: Tensor, negative_step: float, positive_step: float, zero: float) -> Tensor:
-    steps = codes - zero
-    derivative = torch.where(steps < 0, (steps + 0.5) * negative_step, steps * positive_step)
-    return torch.where(codes == 0, math.nan, derivative)
+    # Every operation here is a few vector instructions: isnan, and clamp of a float, are not. The conversion makes of
+    # NaN the lowest integer or 0, as the processor has it.
+    x = opmath(x)
+    x = torch.where(x > highest, highest, torch.where(x < lowest, lowest, x))
+    steps = fine * x + less_below * torch.relu(below - x) - less_above * torch.relu(x - above)
+    number = torch.where(x > 0, torch.ceil(steps), torch.floor(steps))
+    return (number + zero).to(torch.int32).clamp(min=0)
 
 
 def _pack(first: Tensor, second: Tensor) -> Tensor:
     return first + 16 * second
-
-
-def _unpack(dtype: torch.dtype, codes: Tensor) -> tuple[Tensor, Tensor]:
-    pairs = codes.to(dtype)
-    second = torch.floor(pairs * 0.0625)
-    return pairs - 16 * second, second
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,16 @@
 """The registered models; the files carry timm's own module names, so timm.list_models(module="resnet") counts them."""
 
 from . import conv2next, resnet, swin_transformer, vgg
-from ._pretrained import build, create_model, is_own, stock_architecture
+from ._pretrained import build, create_model, is_own, size_arguments, stock_architecture
 
-__all__ = ["build", "conv2next", "create_model", "is_own", "resnet", "stock_architecture", "swin_transformer", "vgg"]
+__all__ = [
+    "build",
+    "conv2next",
+    "create_model",
+    "is_own",
+    "resnet",
+    "size_arguments",
+    "stock_architecture",
+    "swin_transformer",
+    "vgg",
+]

@@ -204,3 +204,10 @@ def stock_architecture(architecture: str) -> str | None:
         return name
     stock = name.partition("_sugar_")[0]
     return stock if is_model(stock) and not is_own(stock) else None
+
+
+def size_arguments(name: str, img_size: int) -> dict[str, int]:
+    """Return what `timm.create_model` needs besides to build `name` for square images of `img_size` pixels."""
+    cfg = timm.get_pretrained_cfg(name)
+    fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != img_size
+    return {"img_size": img_size} if fixed else {}

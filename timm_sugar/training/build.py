@@ -33,7 +33,7 @@ from ..data import (
     stratified_sample,
     train_transform,
 )
-from ..models import build
+from ..models import build, size_arguments
 from ..surrogates import unknown_name
 from .config import TrainConfig
 from .processes import Agreement, on_cpu
@@ -203,9 +203,7 @@ def _build_model(config: TrainConfig, source: Source) -> nn.Module:
         raise ValueError(
             f"data set {source.name!r} has {classes} classes, the model {config.model_args['num_classes']}"
         )
-    cfg = timm.get_pretrained_cfg(config.model)
-    if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != config.img_size:
-        arguments.setdefault("img_size", config.img_size)
+    arguments = size_arguments(config.model, config.img_size) | arguments
     try:
         return build(
             config.model,
