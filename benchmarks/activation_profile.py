@@ -2,7 +2,8 @@
 
 Both passes go over the same images in memory; they take turns in every round, in a new random order, and the ratio is
 that of their median times. `counting` is `timm_sugar.analysis.count_units` around that evaluation, which is what the
-training scripts do after each epoch; `profile` is `timm_sugar.analysis.profile`, with its summary at the end.
+training scripts do after each epoch; `profile` is `timm_sugar.analysis.profile`, with its summary at the end. On a
+machine that is busy with other work, `--clock cpu` counts the seconds of this process alone; use one thread with it.
 """
 
 import argparse
@@ -25,7 +26,7 @@ NETWORKS = {  # name: image size, images a pass, arguments
 }
 
 
-def contestants(name: str, batch_size: int, device: str) -> dict[str, Callable[[], float]]:
+def contestants(name: str, batch_size: int, device: str, clock: Callable[[], float]) -> dict[str, Callable[[], float]]:
     """Return the passes over one network, each of which gives its seconds."""
     size, count, arguments = NETWORKS[name]
     model = timm.create_model(name, num_classes=10, **arguments).to(device).eval()
@@ -46,11 +47,11 @@ def contestants(name: str, batch_size: int, device: str) -> dict[str, Callable[[
 
     def timed(work: Callable[[], None]) -> Callable[[], float]:
         def run() -> float:
-            began = time.perf_counter()
+            began = clock()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
-            return time.perf_counter() - began
+            return clock() - began
 
         return run
 
@@ -62,11 +63,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     args = parser.parse_args()
-    print(", ".join(f"{key} {value}" for key, value in environment().items()), f", batch {args.batch_size}", sep="")
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    machine = ", ".join(f"{key} {value}" for key, value in environment().items())
+    print(f"{machine}, batch {args.batch_size}, {args.clock} clock")
     rows = []
     for name, (size, count, _) in NETWORKS.items():
-        seconds = time_shuffled(contestants(name, args.batch_size, args.device), args.rounds)
+        seconds = time_shuffled(contestants(name, args.batch_size, args.device, clock), args.rounds)
         plain = seconds["evaluation"]
         rows.append(
             {

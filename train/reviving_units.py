@@ -102,6 +102,7 @@ def revive(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     first = train(settings(arguments, seed, arguments.epochs, arguments.lr, folder / "first"))
     start = last_weights(folder / "first")
     record = {"seed": seed, "first": {"metrics": metrics(folder / "first"), "summary": first}, "after": []}
+    profiles = {}
     for lr in arguments.more_lr:
         for arm, surrogate in ARMS.items():
             output = folder / f"{arm}-{lr:g}"
@@ -115,10 +116,10 @@ def revive(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
             run.surrogate = surrogate_of(run.network)
             summary = finished_summary(config) or fit(run)
             before, after = (profile_on_val(run, weights) for weights in (start, last_weights(output)))
+            profiles |= {"first": before.to_dict(), output.name: after.to_dict()}
             found = {"arm": arm, "lr": lr, "metrics": metrics(output), "summary": summary}
-            found |= {"layers": revived_units(before, after), "profile": after.to_dict()}
-            record["first"]["profile"] = before.to_dict()
-            record["after"].append(found)
+            record["after"].append(found | {"layers": revived_units(before, after)})
+    write_file(folder / "profiles.json", json.dumps(profiles) + "\n")
     return record
 
 
@@ -139,25 +140,26 @@ def profile_on_val(run: Run, weights: dict[str, Any]) -> Profile:
 
 def draw(records: list[dict[str, Any]], output: Path) -> None:
     """Dead units and accuracy by epoch, dead units by layer, and activation profiles, for each learning rate."""
-    first = [record["first"] for record in records]
-    begun = len(first[0]["metrics"])
+    profiles = [json.loads((output / f"seed{r['seed']}" / "profiles.json").read_text()) for r in records]
+    first = [record["first"]["metrics"] for record in records]
+    begun = len(first[0])
     for lr in dict.fromkeys(found["lr"] for found in records[0]["after"]):
-        curves, layers, profiles = {}, {"before": pooled([f["profile"] for f in first])}, {}
-        profiles["before"] = first[0]["profile"]
+        curves, names = {}, {"before": "first"}
         for arm, label in LABELS.items():
             after = [found for r in records for found in r["after"] if (found["arm"], found["lr"]) == (arm, lr)]
             curves[f"ReLU, then {label}"] = [
-                [*f["metrics"], *({**line, "epoch": begun + line["epoch"]} for line in found["metrics"])]
-                for f, found in zip(first, after, strict=True)
+                [*lines, *({**line, "epoch": begun + line["epoch"]} for line in found["metrics"])]
+                for lines, found in zip(first, after, strict=True)
             ]
-            layers[f"after {label}"] = pooled([found["profile"] for found in after])
-            profiles[f"after {label}"] = after[0]["profile"]
+            names[f"after {label}"] = f"{arm}-{lr:g}"
         figure = run_plots.seed_curves(curves, ("dead_units", "val_top1"))
         for ax in figure.axes:
             ax.axvline(begun, color="0.5", linestyle=":", linewidth=1)
         save(figure, output / f"epochs_{lr:g}")
+        layers = {label: pooled([found[name] for found in profiles]) for label, name in names.items()}
         save(run_plots.dead_units_by_layer(layers), output / f"layers_{lr:g}")
-        save(run_plots.activation_ridges(profiles), output / f"profile_{lr:g}")
+        ridges = {label: profiles[0][name] for label, name in names.items()}
+        save(run_plots.activation_ridges(ridges), output / f"profile_{lr:g}")
 
 
 def pooled(profiles: list[dict[str, Any]]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def seed_curves(
             style = {"color": colour, "linestyle": dashes, "marker": marker, "markevery": max(1, len(epochs) // 10)}
             ax.plot(epochs, centre, label=name, markersize=4, **style)
         ax.set(xlabel="epoch", ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if log_scale and "loss" in metric:
             ax.set_yscale("log")
     columns = min(len(runs), 2 * len(metrics))
