@@ -5,7 +5,8 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -18,9 +19,20 @@ from timm.models import model_entrypoint
 
 from . import __version__
 from .activations import calls_summary
-from .analysis import gradient_norms, profile
+from .analysis import gradient_norms, loss_landscape, profile, summarise_landscape
 from .files import write_file
-from .hub import check_weights, files_of_run, find_model, image_batches, publish, read_facts, surrogate_of, verify
+from .hub import (
+    NamedModel,
+    check_weights,
+    files_of_run,
+    find_model,
+    image_batches,
+    publish,
+    read_facts,
+    sample_batches,
+    surrogate_of,
+    verify,
+)
 from .models import is_own
 from .models._weights import list_tags
 
@@ -56,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
     """
-    parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: list, publish and verify them.")
+    parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -206,6 +218,111 @@ def _profile(args: argparse.Namespace) -> int:
     return 0
 
 
+def _landscape_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", metavar="RUN_OR_MODEL", nargs="+", help="run's or published folder, ORG/NAME, or a model's name"
+    )
+    parser.add_argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder")
+    parser.add_argument("--label-column", help="column of the class labels; default: the one that the card names")
+    parser.add_argument("--resolution", type=int, default=25, help="points in each direction, odd (default: 25)")
+    parser.add_argument("--limit", type=int, default=500, help="training images, a stratified sample (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of the directions and of the sample (default: 0)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of results and a common picture; default: each run's own",
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+
+
+def _landscape(args: argparse.Namespace) -> int:
+    from .analysis.landscape_plots import landscape_contours, landscape_surfaces
+    from .analysis.plots import save
+    from .analysis.report import unique_names
+
+    if args.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {args.limit}")
+    models = [find_model(name) for name in args.models]
+    names = unique_names(args.models)
+    folders = [_folder_of_results(args, model, name) for model, name in zip(models, names, strict=True)]
+    found = {}
+    for model, name, folder in zip(models, names, folders, strict=True):
+        network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
+        images = model.load_data(network, args.data, args.label_column).train
+        batches = sample_batches(network, images, args.limit, args.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _progress(f"{name}: landscape", f"{name}: sharpness") as (on_point, on_iteration):
+            file = folder / "landscape.json"
+            found[name] = loss_landscape(network, batches, file, args.resolution, args.seed, on_point, on_iteration)
+    each_its_own = {folder: {name: found[name]} for name, folder in zip(names, folders, strict=True)}
+    pictures = {args.output: found} if args.output else each_its_own
+    for folder, shown in pictures.items():
+        save(landscape_contours(shown), folder / "landscape_contours")
+        save(landscape_surfaces(shown), folder / "landscape_surface")
+    rows = [
+        dict(model=name, folder=str(folder)) | summarise_landscape(found[name])
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    head = ("model", "loss at the centre", "highest loss", "sharpness", "iterations")
+    table = []
+    for row in rows:
+        sharp = row["sharpness"]
+        value = sharp.get("largest")
+        shown = sharp.get("missing", "not finite") if value is None else f"{value:.4g} ± {sharp['residual']:.1g}"
+        iterations = f"{sharp.get('iterations', '-')}{'' if sharp.get('converged', True) else ', not converged'}"
+        table.append((row["model"], _number(row["centre_loss"]), _number(row["highest_loss"]), shown, iterations))
+    _print_table([head, *table], right={1, 2, 3, 4})
+    print(f"pictures are in {', '.join(str(folder) for folder in pictures)}")
+    return 0
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", default=Path("report.html"), help="the page (default: report.html)"
+    )
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .analysis.report import write_report
+
+    for path in write_report(args.runs, args.output):
+        print(path)
+    return 0
+
+
+def _folder_of_results(args: argparse.Namespace, model: NamedModel, name: str) -> Path:
+    if args.output:
+        return args.output / name.replace("/", "-") if len(args.models) > 1 else args.output
+    if (Path(model.name) / "config.yaml").is_file():
+        return Path(model.name)
+    raise ValueError(f"{model.name} is no run's folder: say with --output where the results should go")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+@contextmanager
+def _progress(*tasks: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """Show a bar for each task on a terminal; yield for each a function that takes the steps done and in all."""
+    import rich.progress as bars
+    from rich.console import Console
+
+    with bars.Progress(
+        *bars.Progress.get_default_columns(), console=Console(stderr=True), disable=not sys.stderr.isatty()
+    ) as progress:
+
+        def updater(task: bars.TaskID) -> Callable[[int, int], None]:
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield [updater(progress.add_task(task, total=None)) for task in tasks]
+
+
 def _print_table(rows: Sequence[Sequence[str]], right: set[int]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -226,11 +343,23 @@ COMMANDS = {
         _profile_arguments,
         _profile,
     ),
+    "landscape": Command(
+        "measure the loss around trained networks along two random directions, and its sharpness",
+        "timm-sugar landscape output/relu output/sugar --data cifar10 --output output/landscapes",
+        _landscape_arguments,
+        _landscape,
+    ),
     "publish": Command(
         "publish a finished run on the Hub, in one commit",
         "timm-sugar publish output/digits --repo-id me/resnet18_sugar_bsilu.digits --dry-run",
         _publish_arguments,
         _publish,
+    ),
+    "report": Command(
+        "write a page about a run, or several compared, and pictures beside it",
+        "timm-sugar report output/relu output/sugar --output output/report.html",
+        _report_arguments,
+        _report,
     ),
     "verify": Command(
         "measure again the accuracy that the card of a published model claims; exit status 1 where it is another",

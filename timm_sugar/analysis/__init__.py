@@ -1,5 +1,6 @@
-"""What a network does: dead units, activation profiles and gradient norms."""
+"""What a network does: dead units, activation profiles, gradient norms, and the loss around it."""
 
+from .landscape import Sharpness, loss_landscape, random_directions, sharpness, summarise_landscape
 from .profiles import LayerProfile, Profile, gradient_norms, profile, revived_units
 from .units import LayerCounts, UnitCounts, count_units
 
@@ -7,9 +8,14 @@ __all__ = [
     "LayerCounts",
     "LayerProfile",
     "Profile",
+    "Sharpness",
     "UnitCounts",
     "count_units",
     "gradient_norms",
+    "loss_landscape",
     "profile",
+    "random_directions",
     "revived_units",
+    "sharpness",
+    "summarise_landscape",
 ]

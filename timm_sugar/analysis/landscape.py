@@ -157,7 +157,7 @@ def random_directions(model: nn.Module, seed: int = 0) -> tuple[dict[str, Tensor
     return direction("x"), direction("y")
 
 
-def landscape(
+def loss_landscape(
     model: nn.Module,
     batches: Batches,
     path: Path,
@@ -233,6 +233,22 @@ def landscape(
             state["sharpness"] = {"missing": str(error)}
         write()
     return state
+
+
+def summarise_landscape(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers beside the picture of a complete landscape.
+
+    Returns:
+        `images`; `centre_loss`, the model's own; `highest_loss` on the grid, null where one is not finite; and
+        `sharpness`.
+    """
+    losses = [loss for row in found["loss"] for loss in row]
+    return {
+        "images": found["settings"]["images"],
+        "centre_loss": losses[len(losses) // 2],
+        "highest_loss": None if None in losses else max(losses),
+        "sharpness": found["sharpness"],
+    }
 
 
 @torch.no_grad()

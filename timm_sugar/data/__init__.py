@@ -1,6 +1,6 @@
 """Data sets, transforms, batches and evaluation."""
 
-from .evaluation import Evaluation, evaluate, evaluate_batches
+from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
 from .loading import Split, available_cpus, decode, decoded_size, readable, seed_everything
 from .sources import BadImageError, LabelledImages, Source, load_source, split_validation, stratified_sample
 from .transforms import channel_statistics, eval_transform, normalize, train_transform
@@ -9,6 +9,7 @@ __all__ = [
     "BadImageError",
     "Evaluation",
     "LabelledImages",
+    "NormalizedBatches",
     "Source",
     "Split",
     "available_cpus",

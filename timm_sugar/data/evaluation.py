@@ -1,6 +1,6 @@
 """Evaluation of a classifier, the same for training, cards and verification, by one process or by many."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,29 @@ class Evaluation:
     top1: float
     top5: float
     images: int
+
+
+@dataclass(frozen=True)
+class NormalizedBatches:
+    """Images in memory as batches for a network, to be gone through any number of times.
+
+    Attributes:
+        pixels: uint8, (N, 3, H, W).
+        labels: int64, (N,).
+        mean, std: Of each channel, of pixels in [0, 1].
+        batch_size: Images in a batch.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+    batch_size: int = 64
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images, float32, (B, 3, H, W), and labels, int64, (B,)."""
+        for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield normalize(pixels, self.mean, self.std), labels
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 from .card import read_facts
 from .client import check_destination
-from .loading import NamedModel, find_model, image_batches
+from .loading import NamedModel, find_model, image_batches, sample_batches
 from .packaging import surrogate_of, write_model_folder
 from .publish import Published, check_weights, files_of_run, publish
 from .verify import Verification, verify
@@ -18,6 +18,7 @@ __all__ = [
     "image_batches",
     "publish",
     "read_facts",
+    "sample_batches",
     "surrogate_of",
     "verify",
     "write_model_folder",

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.models import is_model
 from torch import Tensor, nn
 
 from ..data import (
     LabelledImages,
+    NormalizedBatches,
     Source,
     Split,
+    decode,
     eval_transform,
     load_source,
     normalize,
@@ -120,6 +122,15 @@ def image_batches(network: nn.Module, images: LabelledImages, size: int = 64) ->
         yield normalize(pixels.to(device), cfg["mean"], cfg["std"]), labels.to(device)
 
 
+def sample_batches(network: nn.Module, images: LabelledImages, limit: int | None, seed: int = 0) -> NormalizedBatches:
+    """Decode images, or a stratified sample of `limit` of them, as the network was evaluated on them in training."""
+    if limit is not None and limit < len(images):
+        images = images.subset(stratified_sample(images.labels, limit, seed))
+    cfg = network.pretrained_cfg
+    pixels = decode(images, eval_transform(cfg))
+    return NormalizedBatches(pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
+
+
 def find_model(model: str, revision: str | None = None) -> NamedModel:
     """Find a model by the name that a user gives.
 
@@ -147,6 +158,6 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
     try:
         card = Path(hf_hub_download(model, "README.md", revision=revision))
         check_download(card)
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         card = None
     return NamedModel(model, f"hf-hub:{model}@{revision}" if revision else f"hf-hub:{model}", card)

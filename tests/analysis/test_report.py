@@ -1,0 +1,275 @@
+"""The report: right numbers, nothing loaded, text escaped, commands that work, and the page in a browser."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from timm_sugar.analysis import gradient_norms, profile
+from timm_sugar.analysis.report import unique_names, write_report
+from timm_sugar.cli import main
+from timm_sugar.hub import find_model, image_batches
+from timm_sugar.training import load_config
+
+VOID = {"meta", "link", "img", "input", "br", "source"}
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+LOADING = {"src", "href", "srcset", "data", "action", "poster"}
+
+
+class Page(HTMLParser):
+    """The elements of a page; unbalanced tags are an error."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.scripts: dict[str, str] = {}
+        self.text = self.title = ""
+        self.images_without_text = 0
+        self._script = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        given = dict(attrs)
+        self.addresses += [value for name, value in attrs if name in LOADING]
+        self.ids += [given["id"]] if "id" in given else []
+        self.images_without_text += tag == "img" and not given.get("alt")
+        if tag == "table":
+            self._rows = self.tables.setdefault(given.get("id") or str(len(self.tables)), [])
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            assert tag == "td" or given["scope"] in ("row", "col")
+            self._rows[-1].append("")
+        elif tag == "script":
+            self._script = given.get("id", str(len(self.scripts)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+            return
+        if self.open and self.open[-1] == "title":
+            self.title += data
+        if {"td", "th"} & set(self.open):
+            self._rows[-1][-1] += data
+        self.text += data
+
+    @property
+    def charts(self) -> dict[str, dict]:
+        return {chart["id"]: chart for chart in json.loads(self.scripts["charts"])}
+
+
+def landscape(scale: float) -> dict:
+    """What `loss_landscape` writes, for a bowl."""
+    axis = [-0.25, 0.0, 0.25]
+    loss = [[scale * (0.1 + x * x + y * y) for x in axis] for y in axis]
+    loss[0][0] = None  # not finite
+    top1 = [[None if v is None else 0.9 for v in row] for row in loss]
+    sharp = dict(largest=3.5, largest_magnitude=3.5, residual=0.02, tolerance=0.01, iterations=9, converged=True)
+    return dict(settings={"images": 40}, axis=axis, loss=loss, top1=top1, done=9, seconds=1.0, sharpness=sharp)
+
+
+def profiled(run: Path) -> dict:
+    """What the command profile writes, on the test images."""
+    model = find_model(str(run))
+    network = model.load()
+    images = model.load_data(network, "digits").test
+    gradients = gradient_norms(network, *next(image_batches(network, images)))
+    return profile(network, image_batches(network, images)).to_dict() | {"split": "test", "gradients": gradients}
+
+
+@pytest.fixture(scope="module")
+def folders(runs, tmp_path_factory) -> list[Path]:
+    """A SUGAR run and a ReLU run with profile and landscape, one that has done an epoch, one that has just begun."""
+    folder = tmp_path_factory.mktemp("report")
+    sugar, relu = (Path(shutil.copytree(run, folder / run.name)) for run in runs)
+    for run, scale in ((sugar, 1.0), (relu, 9.0)):
+        (run / "landscape.json").write_text(json.dumps(landscape(scale)))
+        (run / "profile.json").write_text(json.dumps(profiled(run)))
+    half, begun = folder / "half", folder / "begun"
+    for run in (half, begun):
+        run.mkdir()
+        shutil.copy(sugar / "config.yaml", run)
+    (half / "metrics.jsonl").write_text((sugar / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    return [sugar, relu, half, begun]
+
+
+@pytest.fixture(scope="module")
+def report(folders, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(folders, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(report) -> Page:
+    return Page(report.read_text(encoding="utf-8"))
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_the_page_is_whole_and_loads_nothing(page, report):
+    assert page.addresses
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert all(address[1:] in page.ids for address in page.addresses if address.startswith("#"))
+    assert len(page.ids) == len(set(page.ids))
+    assert page.images_without_text == 0
+    assert page.title == "4 runs compared · timm-sugar"
+    assert {path.name for path in report.parent.glob("*.png")} == {
+        f"report_{name}.png"
+        for name in ("curves", "dead_units", "activation_profile", "landscape_contours", "landscape_surface")
+    }
+
+
+def test_the_numbers_are_those_of_the_runs_and_the_best_is_marked(page, folders):
+    head, *rows = page.tables["summary-table"]
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert list(cells) == ["sugar", "relu", "half", "begun"]
+    found = {folder.name: summary(folder) for folder in folders[:2]}
+    for column, key, text, better in (
+        ("test top-1", "test_top1", lambda v: f"{100 * v:.2f}%", max),
+        ("test loss", "test_loss", lambda v: f"{v:.4f}", min),
+        ("time", "seconds", lambda v: f"{v:.0f} s", min),
+        ("images/s", "images_per_second", lambda v: f"{v:,.0f}", max),
+    ):
+        values = {name: run[key] for name, run in found.items()}
+        assert len(set(values.values())) == 2
+        for name, value in values.items():
+            assert cells[name][column].split()[0] == text(value).split()[0]
+            assert cells[name][column].endswith("★ best") == (value == better(values.values()))
+    assert [cells[name]["activation"] for name in ("sugar", "relu")] == ["SUGAR bsilu 1.67", "relu"]
+    assert [row["state"] for row in cells.values()] == ["finished", "finished", "epoch 1 of 2", "epoch 0 of 2"]
+    assert cells["half"]["test top-1"] == cells["begun"]["val top-1"] == "–"  # noqa: RUF001
+    assert not any("★" in cell for name in ("half", "begun") for cell in cells[name].values())
+
+
+def test_the_charts_hold_the_metrics(page, folders):
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders[:3]]
+    traces = page.charts["accuracy"]["data"]
+    assert [trace["meta"] for trace in traces] == [0, 1, 2]
+    assert [trace["y"] for trace in traces] == [[100 * line["val_top1"] for line in run] for run in lines]
+    losses = {(trace["meta"], trace["line"]["dash"]): trace["y"] for trace in page.charts["loss"]["data"]}
+    assert losses[1, "dot"] == [line["train_loss"] for line in lines[1]]
+    assert losses[1, "solid"] == [line["val_loss"] for line in lines[1]]
+    assert set(page.charts) >= {"lr", "dead-units", "sparsity", "dead-by-layer", "activation-1", "landscape-0"}
+    profiles = [json.loads((folder / "profile.json").read_text()) for folder in folders[:2]]
+    for number, found in enumerate(profiles):
+        layers = found["layers"]
+        bars = page.charts["dead-by-layer"]["data"][number]
+        assert bars["y"] == [100 * layer["dead"] / layer["units"] for layer in layers]
+        assert len(page.charts[f"activation-{number}"]["data"][0]["z"]) == len(layers) == 3
+    sugar, relu = page.charts["gradients"]["data"][:2]
+    assert (sugar["y"], relu["y"]) == tuple([row[k] for row in profiles[0]["gradients"]] for k in ("sugar", "relu"))
+    contour = page.charts["landscape-1"]["data"][0]
+    assert contour["z"][0][0] is None
+    assert contour["customdata"][1][1] == [pytest.approx(0.9), 90.0]
+    assert "3.5 ± 0.02" in page.text
+
+
+def test_differences_and_commands(page, folders, tmp_path):
+    differing = {row[0]: row[1:] for row in page.tables["differences"][1:]}
+    assert differing == {"act_layer": ["–", "relu", "–", "–"]}  # noqa: RUF001
+    recipe, rest = page.text.split("cat > relu.yaml <<'END_OF_RECIPE'\n")[1].split("END_OF_RECIPE\n", 1)
+    assert rest.startswith("accelerate launch train/digits.py --recipe relu.yaml --output output/relu\n")
+    (tmp_path / "relu.yaml").write_text(recipe)
+    argv = ["--recipe", str(tmp_path / "relu.yaml"), "--output", "output/relu"]
+    config = vars(load_config(argv, "digits", "", tmp_path, "digits"))
+    wanted = yaml.safe_load((folders[1] / "config.yaml").read_text())
+    assert config == {name: wanted[name] for name in config} | {"output": "output/relu"}
+
+
+def test_one_run_and_text_that_looks_like_html(folders, tmp_path):
+    evil = "<img src=x onerror=alert(1)>'\"&"
+    run = Path(shutil.copytree(folders[2], tmp_path / evil))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] = "</script><script>alert(1)</script>"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    write_report([run], tmp_path / "out/report.html")
+    page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    assert page.title == f"Run {evil} · timm-sugar"
+    assert page.tables["summary-table"][1][0] == evil
+    assert page.charts["accuracy"]["data"][0]["name"].startswith("&lt;img")
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert "differences" not in page.tables
+
+
+def test_command_line(folders, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "new/report.html"
+    assert main(["report", str(folders[3]), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(output)]
+    assert "No epoch has ended yet" in Page(output.read_text(encoding="utf-8")).text
+
+    broken = Path(shutil.copytree(folders[2], tmp_path / "broken"))
+    (broken / "metrics.jsonl").write_text('{"epoch": 1')
+    for argv, message in (
+        ([str(tmp_path)], "is no run's folder: it has no config.yaml"),
+        ([str(broken)], "metrics.jsonl cannot be read"),
+        ([str(folders[0]), str(folders[0])], "the same folder is given twice"),
+        ([str(folders[0]), "--output", str(tmp_path)], "must end in .html"),
+    ):
+        assert main(["report", *argv]) == 1
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert message in err
+    monkeypatch.setitem(__import__("sys").modules, "plotly", None)
+    assert main(["report", str(folders[0])]) == 1
+    assert "timm-sugar[report]" in capsys.readouterr().err
+
+
+def test_names_are_as_long_as_they_must_be():
+    assert unique_names(["a/x", "a/y"]) == ["x", "y"]
+    assert unique_names(["seed1/relu", "seed2/relu", "seed2/sugar"]) == ["seed1/relu", "seed2/relu", "seed2/sugar"]
+    with pytest.raises(ValueError, match="twice"):
+        unique_names(["a/x", "a/x"])
+
+
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"needs a browser: one of {', '.join(BROWSERS)}")
+def test_in_a_browser(report):
+    """At phone and desktop width, light and dark: charts are drawn, nothing overflows, fails or is fetched."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        colours = set()
+        for width, scheme in ((390, "light"), (390, "dark"), (1280, "light")):
+            context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+            tab = context.new_page()
+            problems, requests = [], []
+            tab.on("console", lambda message, problems=problems: problems.append(message.text))
+            tab.on("pageerror", lambda error, problems=problems: problems.append(str(error)))
+            tab.on("request", lambda request, requests=requests: requests.append(request.url))
+            tab.goto(report.as_uri())
+            tab.wait_for_function("document.querySelectorAll('.chart .main-svg').length > 0")
+            assert (problems, requests) == ([], [report.as_uri()])
+            assert tab.evaluate("[...document.querySelectorAll('.chart')].every(c => c.querySelector('.main-svg'))")
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            colours.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+            colours.add(tab.evaluate("document.querySelector('.xtick text').style.fill"))
+
+            lines = "document.querySelectorAll('#accuracy .scatterlayer .trace').length"
+            assert tab.evaluate(lines) == 3
+            tab.locator("#toggles input").nth(1).focus()
+            tab.keyboard.press("Space")
+            tab.wait_for_function(f"{lines} === 2")
+            assert tab.locator("#figure-landscape-1").is_hidden()
+            assert tab.locator("#figure-landscape-0").is_visible()
+            context.close()
+        assert len(colours) == 4  # page and text, light and dark
+        browser.close()

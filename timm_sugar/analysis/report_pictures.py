@@ -1,0 +1,86 @@
+"""The pictures beside a report, for print, and those of landscapes on its page."""
+
+import io
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+
+from .landscape_plots import highest_loss, landscape_contours, landscape_surfaces
+from .plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, Figure, new_figure, save
+from .run_plots import activation_ridges, dead_units_by_layer
+
+if TYPE_CHECKING:
+    from .report import RunRecord
+
+_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
+_INK, _PANE = "#e6e9ec", (1.0, 1.0, 1.0, 0.06)
+_ON_DARK = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+_ON_DARK |= dict.fromkeys((f"axes3d.{axis}axis.panecolor" for axis in "xyz"), _PANE) | {"grid.color": "#4a525b"}
+_MARKERS = "osD^Xp*v"
+_PANELS = (
+    ("train_loss", "training loss (nats)", 1),
+    ("val_loss", "validation loss (nats)", 1),
+    ("val_top1", "validation top-1 accuracy (%)", 100),
+    ("lr", "learning rate", 1),
+    ("dead_units", "dead units (%)", 100),
+    ("activation_sparsity", "activation sparsity (%)", 100),
+)
+
+
+def draw_pictures(records: Sequence["RunRecord"], path: Path) -> list[Path]:
+    """Draw what the runs have: PATH_curves, _dead_units, _activation_profile, _landscape_contours, _landscape_surface.
+
+    Returns:
+        The PNG files; a PDF is beside each.
+    """
+    figures: dict[str, Figure] = {}
+    if any(record.metrics for record in records):
+        figures["curves"] = _curves(records)
+    profiles = {record.name: record.profile for record in records if record.profile is not None}
+    if profiles:
+        figures["dead_units"] = dead_units_by_layer(profiles)
+        figures["activation_profile"] = activation_ridges(profiles)
+    landscapes = {r.name: r.landscape for r in records if r.landscape is not None and r.landscape_is_complete}
+    if landscapes:
+        figures["landscape_contours"] = landscape_contours(landscapes)
+        figures["landscape_surface"] = landscape_surfaces(landscapes)
+    written = []
+    for name, figure in figures.items():
+        base = path.with_name(f"{path.name}_{name}")
+        save(figure, base)
+        written.append(base.with_name(base.name + ".png"))
+    return written
+
+
+def surface_images(landscapes: Mapping[int, dict[str, Any]]) -> dict[int, tuple[str, str]]:
+    """Draw each landscape as a surface, all on one scale.
+
+    Returns:
+        For each, a PNG for a light page and one for a dark page, in base64.
+    """
+    highest = highest_loss(landscapes.values()) if landscapes else None
+
+    def draw(found: dict[str, Any], style: dict[str, Any]) -> str:
+        content = io.BytesIO()
+        with rc_context(style):
+            landscape_surfaces({"": found}, highest).savefig(content, format="png", dpi=110, transparent=True)
+        return b64encode(content.getvalue()).decode()
+
+    return {run: (draw(found, {}), draw(found, _ON_DARK)) for run, found in landscapes.items()}
+
+
+def _curves(records: Sequence["RunRecord"]) -> Figure:
+    figure, axes = new_figure(2, 3, 11, 3)
+    for ax, (key, label, scale) in zip(axes.flat, _PANELS, strict=True):
+        for i, record in enumerate(records):
+            points = [(line["epoch"], scale * line[key]) for line in record.metrics if line.get(key) is not None]
+            if points:
+                marker = _MARKERS[i % len(_MARKERS)] if len(points) <= 40 else ""
+                style = {"color": _COLOURS[i % len(_COLOURS)], "marker": marker, "markersize": 4}
+                ax.plot(*zip(*points, strict=True), label=record.name, **style)
+        ax.set(title=label, xlabel="epoch")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
