@@ -4,17 +4,22 @@ import argparse
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import timm
+import torch
 from huggingface_hub import get_token
 from huggingface_hub.utils import disable_progress_bars
 from timm.models import model_entrypoint
 
-from .hub import check_weights, files_of_run, publish, read_facts, surrogate_of, verify
+from .activations import calls_summary
+from .analysis import gradient_norms, profile
+from .files import write_file
+from .hub import check_weights, files_of_run, find_model, image_batches, publish, read_facts, surrogate_of, verify
 from .models import is_own
 from .models._weights import list_tags
 
@@ -149,6 +154,56 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if found.holds else 1
 
 
+def _profile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="run's or published folder, ORG/NAME, or a model's name")
+    parser.add_argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder")
+    parser.add_argument("--label-column", help="column of the class labels; default: the one that the card names")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results; default: the run's own")
+    parser.add_argument("--json", action="store_true", help="print an object")
+
+
+def _profile(args: argparse.Namespace) -> int:
+    folder = args.output or (Path(args.model) if Path(args.model, "config.yaml").is_file() else None)
+    if folder:
+        from .analysis import run_plots  # before the work, lest matplotlib be missing after it
+        from .analysis.plots import save
+    model = find_model(args.model)
+    network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
+    source = model.load_any_data(args.data, args.label_column)
+    split, images = model.validation_images(source)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the profile leaves out")
+        found = profile(network, image_batches(network, images))
+    if found.unseen:
+        print(f"timm-sugar profile: left out: {calls_summary(network, found.unseen)}", file=sys.stderr)
+    gradients = None
+    if network.num_classes == len(source.class_names) and {layer.kind for layer in found.layers} <= {"relu", "sugar"}:
+        gradients = gradient_norms(network, *next(image_batches(network, images)))
+    surrogate, alpha = surrogate_of(network)
+    result = dict(model=args.model, data=args.data, split=split, surrogate=surrogate, alpha=alpha)
+    result |= found.to_dict() | {"gradients": gradients}
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "profile.json", json.dumps(result) + "\n")
+        named = {Path(args.model).name: result}
+        save(run_plots.activation_ridges(named), folder / "activation_profile")
+        save(run_plots.dead_units_by_layer(named), folder / "dead_units")
+        if gradients:
+            save(run_plots.gradient_norms_by_layer(gradients), folder / "gradient_norms")
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    head = ("layer", "activation", "units", "dead", "always active", "active (%)")
+    table = [(x.name, x.kind, x.units, x.dead, x.always_active, f"{100 * (1 - x.sparsity):.1f}") for x in found.layers]
+    units, dead, always = (sum(row[column] for row in table) for column in (2, 3, 4))
+    table.append(("all", "", units, dead, always, f"{100 * (1 - found.sparsity):.1f}"))
+    _print_table([head, *(tuple(map(str, row)) for row in table)], right={2, 3, 4, 5})
+    print(f"{100 * found.dead_units:.2f}% of the units are dead on {found.images:,} images of {split}")
+    if folder:
+        print(f"profile.json and pictures are in {folder}")
+    return 0
+
+
 def _print_table(rows: Sequence[Sequence[str]], right: set[int]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -162,6 +217,12 @@ COMMANDS = {
         "timm-sugar models --json",
         _models_arguments,
         _models,
+    ),
+    "profile": Command(
+        "count dead and always-active units, and how often the others are active, layer by layer",
+        "timm-sugar profile output/digits --data digits",
+        _profile_arguments,
+        _profile,
     ),
     "publish": Command(
         "publish a finished run on the Hub, in one commit",

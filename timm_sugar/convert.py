@@ -4,17 +4,11 @@ What is a module or an attribute that holds a function is swapped. What a forwar
 found by reading the forward's source, and reported.
 """
 
-import ast
-import inspect
-import re
-import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache, partial
-from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import timm
@@ -23,39 +17,24 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .activations import (
+    KINDS,
+    LEARNED,
+    called_activations,
+    calls_summary,
+    find_activations,
+    function_of,
+    kind_of,
+    name_of,
+)
 from .functional import sugar
 from .layers import Sugar, apply_sugar
 from .surrogates import get_surrogate, unknown_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Names of activation classes, wherever they are defined (torch, timm, transformers, a user's file), and of functions.
-_KINDS = {
-    "relu": ("ReLU", "relu", "relu_"),
-    "gelu": (
-        *("GELU", "GELUTanh", "QuickGELU", "GELUActivation", "NewGELUActivation", "FastGELUActivation"),
-        *("QuickGELUActivation", "AccurateGELUActivation", "ClippedGELUActivation", "PytorchGELUTanh"),
-        *("gelu", "gelu_tanh", "quick_gelu"),
-    ),
-    "silu": ("SiLU", "Swish", "SwishMe", "SiLUActivation", "MemoryEfficientSwish", "silu", "swish", "swish_me"),
-    "mish": ("Mish", "MishMe", "MishActivation", "HardMish", "HardMishMe", "mish", "mish_me", "hard_mish"),
-    "elu": ("ELU", "elu", "elu_"),
-    "celu": ("CELU", "celu", "celu_"),
-    "selu": ("SELU", "selu", "selu_"),
-    "leaky_relu": ("LeakyReLU", "leaky_relu", "leaky_relu_"),
-    "sugar": ("Sugar", "BSiLU", "NeLU", "sugar", "surrogate_activation", "apply_sugar"),
-    "relu6": ("ReLU6", "relu6"),
-    "hard_swish": ("Hardswish", "HardSwish", "HardSwishMe", "hardswish", "hard_swish", "hard_swish_me"),
-}
+_REPLACEABLE = KINDS.keys() - LEARNED  # what has parameters stays: the state dict is not to change
 _OPT_IN = ("relu6", "hard_swish")
-_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
-
-# Modules that compute a gate: the ReLU between the two layers of a squeeze-excite is no activation of the network.
-_GATE = re.compile(
-    r"Squeeze(And)?Excit|(^|[a-z])(SE|Ese)(Module|Layer|Block|Unit)?$|Coord(inate)?Att|ChannelAttn|Cbam|GatherExcite"
-    r"|^GlobalContext$"
-)
-
 NOT_RECORDED = "the conversion is not part of what a saved model records"
 
 
@@ -136,21 +115,18 @@ def convert(
     kinds, classes = _resolve_replace(replace)
     report = SugarReport(new.surrogate, new.alpha, new.save)
     swaps = []
-    for parent, key, name, old, gate in _activations(model):
-        kind = _kind(old)
+    for parent, key, name, old, kind, gate in find_activations(model):
         if not (kind in kinds or (isinstance(old, nn.Module) and isinstance(old, classes))):
             continue
         if not _selected(name, include, exclude):
             continue
         if gate:
-            report.gates[name] = _name_of(old)
+            report.gates[name] = name_of(old)
         else:
-            report.converted[name] = _name_of(old)
+            report.converted[name] = name_of(old)
             swaps.append((parent, key, old))
-    for name, module, gate in _named_modules(model):
-        calls = sorted(call for call in _function_calls(type(module)) if _KIND_OF[call] in kinds)
-        if calls and not gate and _kind(module) is None and _selected(name, include, exclude):
-            report.unreached[name] = calls
+    called = called_activations(model, kinds)
+    report.unreached = {name: calls for name, calls in called.items() if _selected(name, include, exclude)}
     if not swaps:
         raise ValueError(f"nothing to replace by SUGAR in {type(model).__name__}{_why_nothing(model, report)}")
 
@@ -164,7 +140,7 @@ def convert(
     report.recorded = _record(model, new)
     model.sugar_report = report
     if report.unreached:
-        warnings.warn(f"convert does not reach {_unreached_summary(model, report)}", stacklevel=2)
+        warnings.warn(f"convert does not reach {calls_summary(model, report.unreached)}", stacklevel=2)
     if report.recorded is False:
         warnings.warn(f"{NOT_RECORDED}: a reload gives the original activations; convert it again", stacklevel=2)
     return model
@@ -182,9 +158,9 @@ def to_relu(model: ModuleT) -> ModuleT:
         The model itself; where timm or transformers built it, a saved model comes back with ReLU.
     """
     swaps = [
-        (parent, key, old)
-        for parent, key, _, old, _ in _activations(model)
-        if isinstance(old, Sugar) or _function_of(old) in (apply_sugar, sugar)
+        (found.parent, found.key, found.value)
+        for found in find_activations(model)
+        if isinstance(found.value, Sugar) or function_of(found.value) in (apply_sugar, sugar)
     ]
     as_module = [old for _, _, old in swaps if isinstance(old, Sugar) and not isinstance(old, _SugarFunction)]
     _swap(swaps, lambda old: nn.ReLU(old.inplace) if old in as_module else F.relu)
@@ -194,65 +170,17 @@ def to_relu(model: ModuleT) -> ModuleT:
     return model
 
 
-def _activations(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any, bool]]:
-    """Yield (parent, attribute, full name, activation, whether it is in a gate) for all activations, of any kind."""
-    for prefix, parent, gate in _named_modules(model):
-        if _kind(parent) is not None:  # transformers' GELU holds a function itself
-            continue
-        for key, value in [*parent._modules.items(), *vars(parent).items()]:
-            if _kind(value) is not None or (isinstance(value, nn.Module) and not any(value.children())):
-                yield parent, key, f"{prefix}.{key}".lstrip("."), value, gate
-
-
-def _named_modules(module: nn.Module, prefix: str = "", gate: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
-    """`nn.Module.named_modules` that also tells whether a module is, or is part of, a gate. The root never is."""
-    seen = set()
-    stack = [(prefix, module, gate)]
-    while stack:
-        name, module, gate = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield name, module, gate
-        stack += [
-            (f"{name}.{key}".lstrip("."), child, gate or _GATE.search(type(child).__name__) is not None)
-            for key, child in reversed(module._modules.items())
-            if child is not None
-        ]
-
-
-def _kind(value: Any) -> str | None:
-    """Return the kind of activation that a module without parameters, or a function, is; None for anything else."""
-    if isinstance(value, nn.Module):
-        if any(value.children()) or any(True for _ in value.parameters()):
-            return None
-        return next((_KIND_OF[c.__name__] for c in type(value).__mro__ if c.__name__ in _KIND_OF), None)
-    function = _function_of(value)
-    return None if function is None else _KIND_OF.get(function.__name__)
-
-
-def _function_of(value: Any) -> Callable[..., Any] | None:
-    """Return the plain function that `value` is or is a partial application of; None for anything else."""
-    while isinstance(value, partial):
-        value = value.func
-    return value if isinstance(value, (FunctionType, BuiltinFunctionType)) else None
-
-
-def _name_of(activation: Any) -> str:
-    return type(activation).__name__ if isinstance(activation, nn.Module) else _function_of(activation).__name__
-
-
 def _resolve_replace(replace: str | type | Iterable[str | type] | None) -> tuple[set[str], tuple[type, ...]]:
     if replace is None:
-        return _KINDS.keys() - _OPT_IN, ()
+        return _REPLACEABLE - {*_OPT_IN}, ()
     kinds, classes = set(), []
     for item in [replace] if isinstance(replace, (str, type)) else replace:
         if isinstance(item, type):
             classes.append(item)
-        elif item in _KINDS:
+        elif item in _REPLACEABLE:
             kinds.add(item)
         else:
-            raise ValueError(unknown_name("activation to replace", item, [*_KINDS]))
+            raise ValueError(unknown_name("activation to replace", item, sorted(_REPLACEABLE)))
     return kinds, tuple(classes)
 
 
@@ -290,62 +218,11 @@ def _disable_fast_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _unreached_summary(model: nn.Module, report: SugarReport) -> str:
-    """Return ``"relu in the forward of BasicConv2d (94 times, first in 'conv1')"``, one phrase for each class."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, calls in report.unreached.items():
-        groups.setdefault((type(model.get_submodule(name)).__name__, ", ".join(calls)), []).append(name)
-    return "; ".join(
-        f"{calls} in the forward of {cls} ({len(names)} times, first in {names[0]!r})"
-        for (cls, calls), names in groups.items()
-    )
-
-
 def _why_nothing(model: nn.Module, report: SugarReport) -> str:
     if report.unreached:
-        return f": out of reach are {_unreached_summary(model, report)}"
-    left = {_name_of(old) for _, _, _, old, _ in _activations(model) if _kind(old) is not None}
+        return f": out of reach are {calls_summary(model, report.unreached)}"
+    left = {name_of(found.value) for found in find_activations(model) if found.kind is not None}
     return f": left as they are {', '.join(sorted(left))}" if left else ": it has no activation module or attribute"
-
-
-@cache
-def _function_calls(cls: type) -> frozenset[str]:
-    """Return the names of the activation functions that the forward of a class calls, itself or through others."""
-    found: set[str] = set()
-    seen: set[Any] = set()
-
-    def visit(function: Any) -> None:
-        function = inspect.unwrap(function) if isinstance(function, FunctionType) else function
-        if not isinstance(function, (FunctionType, BuiltinFunctionType)) or function in seen:
-            return
-        seen.add(function)
-        if function.__name__ in _KIND_OF:
-            found.add(function.__name__)
-        elif isinstance(function, FunctionType) and not (function.__module__ or "").startswith("torch."):
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, SyntaxError):
-                return
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Call):
-                    visit(callee(node.func, function.__globals__))
-
-    def callee(node: ast.expr, scope: dict[str, Any]) -> Any:
-        if isinstance(node, ast.Name):
-            return scope.get(node.id)
-        if not isinstance(node, ast.Attribute):
-            return None
-        if isinstance(node.value, ast.Name) and node.value.id == "self":
-            return inspect.getattr_static(cls, node.attr, None)
-        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "super":
-            return next((vars(c)[node.attr] for c in cls.__mro__[1:] if node.attr in vars(c)), None)
-        owner = callee(node.value, scope)
-        if isinstance(owner, ModuleType):
-            return getattr(owner, node.attr, None)
-        return torch.relu if node.attr in ("relu", "relu_") else None  # a tensor's method
-
-    visit(inspect.getattr_static(cls, "forward", None))
-    return frozenset(found)
 
 
 def _record(model: nn.Module, new: Sugar | None) -> bool | None:
@@ -389,7 +266,7 @@ def _record_in_transformers(model: nn.Module, new: Sugar | None) -> bool:
         for key, value in list(vars(config).items()):
             if hasattr(value, "to_dict"):
                 set_activations(value)
-            elif "act" in key and transformers.is_activation(value, lambda module: _kind(module) is not None):
+            elif "act" in key and transformers.is_activation(value, lambda module: kind_of(module) is not None):
                 setattr(config, key, name)
         return config
 
@@ -408,9 +285,9 @@ def _builds(model: nn.Module, build: Callable[[], nn.Module]) -> bool:
 
     def layout(model: nn.Module) -> dict[str, tuple[Any, ...]]:
         return {
-            name: (old.surrogate, old.alpha, old.save) if isinstance(old, Sugar) else (_name_of(old),)
-            for _, _, name, old, _ in _activations(model)
-            if _kind(old) is not None
+            name: (old.surrogate, old.alpha, old.save) if isinstance(old, Sugar) else (name_of(old),)
+            for _, _, name, old, kind, _ in find_activations(model)
+            if kind is not None
         }
 
     try:

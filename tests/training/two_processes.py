@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from timm_sugar.analysis import count_units
+from timm_sugar.analysis import count_units, profile
 from timm_sugar.data import evaluate_batches
 from timm_sugar.models import build
 from timm_sugar.training import TrainConfig, train
@@ -21,6 +21,7 @@ TRANSFORMER = dict(
     opt="adamw", lr=0.001, epochs=2, img_size=32, limit_train=64, checkpoint_steps=3,
 )  # fmt: skip
 BATCH_NORM = dict(model_args=dict(channels=[8, 8, 8, 8]), epochs=1, limit_train=64, lr=0.0)
+TOKENS = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU())
 
 
 def run_all(folder: Path, data: str, processes: int) -> None:
@@ -44,7 +45,10 @@ def share_evaluation(folder: Path) -> None:
             result = evaluate_batches(model, batches, (0.5,) * 3, (0.25,) * 3)
         if state.num_processes > 1:
             units.add_up_processes(torch.device("cpu"))
+        profiled = profile(model, [pixels[mine] / 255.0])
+        tokens = profile(TOKENS, [torch.linspace(-1, 1, 6).view(1, 3, 2)[:, : 1 + i % 3] for i in range(count)][mine])
         found[count] = [result.loss, result.top1, result.images, units.dead_elements, units.sparsity]
+        found[count] += [profiled.images, profiled.dead_units, profiled.sparsity, tokens.images, tokens.sparsity]
     if state.is_main_process:
         (folder / "evaluation.json").write_text(json.dumps(found))
 

@@ -1,122 +1,177 @@
 """Which units of a network are active: counted at its activations during an evaluation pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import activations, activations_me
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import BSiLU, NeLU, Sugar
+from ..activations import find_activations
 
-RECTIFIERS: tuple[type[nn.Module], ...] = (
-    Sugar, BSiLU, NeLU,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
-    activations.GELU, activations.GELUTanh, activations.QuickGELU, activations.PReLU, activations.Swish,
-    activations.Mish, activations_me.SwishMe, activations_me.MishMe,
-)  # fmt: skip
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+@dataclass
+class LayerCounts:
+    """How often each element of one activation's input was above 0.
+
+    A unit is a channel of a convolution or a feature of a linear layer; an element is a unit at one position.
+
+    Attributes:
+        kind: What the activation is, a key of `timm_sugar.activations.KINDS`.
+        channels_last: Whether units are on the last dimension instead of the first.
+        active: int64 counts of active images, shape of the input without the batch dimension.
+        images: Length of the batch dimension, summed over the passes.
+        seen: Pre-activations, summed likewise.
+    """
+
+    kind: str
+    channels_last: bool
+    active: Tensor
+    images: int = 0
+    seen: int = 0
+
+    def add(self, active: Tensor, images: int, seen: int) -> None:
+        """Add the counts of a pass, whose input may have had more or fewer positions."""
+        if active.shape != self.active.shape:
+            shape = tuple(map(max, active.shape, self.active.shape))
+            self.active, active = _pad(self.active, shape), _pad(active, shape)
+        self.active += active
+        self.images += images
+        self.seen += seen
+
+    @property
+    def units(self) -> Tensor:
+        """Number of active elements of each unit over all images, int64, (units,)."""
+        if self.channels_last:
+            return self.active.reshape(-1, self.active.shape[-1]).sum(0)
+        return self.active.flatten(1).sum(1)
 
 
 @dataclass
 class UnitCounts:
-    """How often each element of each activation's input was above 0.
+    """Counts of all activations of a network by name, in the order in which a forward pass comes to them.
 
-    A unit is a channel of a convolution or a feature of a linear layer; an element is a unit at one position. It is
-    active where its pre-activation is above 0, and dead if it is active nowhere.
-
-    Attributes:
-        active: Activation's name -> int64 counts of active images, shape of its input without the batch dimension.
-        channels_last: Activation's name -> whether units are on the last dimension instead of the first.
-        images: Number of images seen by each activation.
+    A unit is active where its pre-activation is above 0, and dead if it is active nowhere.
     """
 
-    active: dict[str, Tensor] = field(default_factory=dict)
-    channels_last: dict[str, bool] = field(default_factory=dict)
-    images: dict[str, int] = field(default_factory=dict)
-
-    def units(self, name: str) -> Tensor:
-        """Return the number of active elements of each unit of the activation `name`, int64, (units,)."""
-        counts = self.active[name]
-        return counts.reshape(-1, counts.shape[-1]).sum(0) if self.channels_last[name] else counts.flatten(1).sum(1)
+    layers: dict[str, LayerCounts] = field(default_factory=dict)
 
     @property
     def dead_units(self) -> float:
         """Fraction of all units that were active nowhere."""
-        dead = [self.units(name) == 0 for name in self.active]
+        dead = [layer.units == 0 for layer in self.layers.values()]
         return torch.cat(dead).double().mean().item() if dead else 0.0
 
     @property
     def dead_elements(self) -> float:
         """Fraction of all elements (unit and position) that were active nowhere."""
-        dead = [(counts == 0).flatten() for counts in self.active.values()]
+        dead = [(layer.active == 0).flatten() for layer in self.layers.values()]
         return torch.cat(dead).double().mean().item() if dead else 0.0
 
     @property
     def sparsity(self) -> float:
         """Fraction of all pre-activations that were not above 0."""
-        active = sum(counts.sum().item() for counts in self.active.values())
-        total = sum(counts.numel() * self.images[name] for name, counts in self.active.items())
-        return 1 - active / total if total else 0.0
+        active = sum(layer.active.sum().item() for layer in self.layers.values())
+        seen = sum(layer.seen for layer in self.layers.values())
+        return 1 - active / seen if seen else 0.0
 
     def add_up_processes(self, device: torch.device) -> None:
         """Replace the counts of each process of a process group by their sum; one that saw no images counts as 0."""
-        mine = {name: (tuple(counts.shape), self.channels_last[name]) for name, counts in self.active.items()}
-        layouts: list[dict] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(layouts, mine)
-        layout = {name: spec for part in layouts for name, spec in part.items()}
-        for name, (shape, channels_last) in layout.items():
-            counts = self.active.get(name, torch.zeros(shape, dtype=torch.int64)).to(device)
-            counts = counts.clone()  # of an inference tensor: one that may be reduced in place
-            images = torch.tensor(self.images.get(name, 0), device=device)
-            dist.all_reduce(counts)
-            dist.all_reduce(images)
-            self.active[name], self.channels_last[name] = counts, channels_last
-            self.images[name] = images.item()
+        mine = [(n, c.kind, c.channels_last, tuple(c.active.shape), c.images, c.seen) for n, c in self.layers.items()]
+        of_all: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, mine)
+        total: dict[str, LayerCounts] = {}
+        for name, kind, channels_last, shape, images, seen in (layer for part in of_all for layer in part):
+            empty = torch.zeros(shape, dtype=torch.int64, device=device)
+            total.setdefault(name, LayerCounts(kind, channels_last, empty)).add(empty, images, seen)
+        for name, layer in total.items():
+            if name in self.layers:
+                layer.add(self.layers[name].active.to(device), 0, 0)
+            dist.all_reduce(layer.active)
+        self.layers = total
 
 
 @contextmanager
 def count_units(model: nn.Module) -> Iterator[UnitCounts]:
     """Count the active units of every activation of `model` during the forward passes inside this context.
 
-    An activation module that is called several times in a forward pass counts as several, in order of calls. Memory
-    does not depend on the number of images.
+    Counted are the modules and the function-valued attributes that `timm_sugar.convert` knows as activations, and
+    PReLU; those in gates are left out, as there. What a forward calls by name (``F.relu(x)``) is nowhere to be counted:
+    `timm_sugar.activations.called_activations` names it. An activation that is called several times in a forward pass
+    counts as several, in order of calls.
+
+    Units are on the last dimension of what a linear layer gives, and on dimension 1 after a convolution, BatchNorm or
+    GroupNorm; the last of these whose input has as many dimensions decides. Without any, the last of three dimensions
+    (tokens) and the first after the batch of four or more (images) are taken.
+
+    Memory does not depend on the number of images: one int64 for each element of a single image.
     """
     counts = UnitCounts()
     calls: dict[str, int] = {}
-    after_linear = False  # units are features, on the last dimension, after a linear layer; channels otherwise
+    channels_last: dict[int, bool] = {3: True}  # by number of dimensions
 
     def begin(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         calls.clear()
 
-    def note_layer(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal after_linear
-        after_linear = isinstance(module, nn.Linear)
+    def note_layout(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        channels_last[args[0].ndim] = isinstance(module, nn.Linear)
 
-    def hook(name: str):
-        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            calls[name] = calls.get(name, 0) + 1
-            key = name if calls[name] == 1 else f"{name}:{calls[name]}"
-            active = (x > 0).sum(0)
-            if key in counts.active:
-                counts.active[key] += active
-            else:
-                counts.active[key] = active
-                counts.channels_last[key] = after_linear
-            counts.images[key] = counts.images.get(key, 0) + len(x)
-
-        return count
+    def count(name: str, kind: str, x: Tensor) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        key = name if calls[name] == 1 else f"{name}:{calls[name]}"
+        if key not in counts.layers:
+            with torch.inference_mode(False):  # so that it may be added to outside that mode, too
+                active = torch.zeros(x.shape[1:], dtype=torch.int64, device=x.device)
+            counts.layers[key] = LayerCounts(kind, channels_last.get(x.ndim, False), active)
+        # Up to 255 images fit a sum of bytes, which takes a tenth of the time of one of int64.
+        for part in (x > 0).view(torch.uint8).split(255):
+            counts.layers[key].add(part.sum(0, dtype=torch.uint8), len(part), part.numel())
 
     handles = [model.register_forward_pre_hook(begin)]
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            handles.append(module.register_forward_hook(note_layer))
-        elif isinstance(module, RECTIFIERS):
-            handles.append(module.register_forward_pre_hook(hook(name)))
+    functions = []
     try:
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, *_CHANNELS_FIRST)):
+                handles.append(module.register_forward_pre_hook(note_layout))
+        hooked = set()
+        for parent, key, name, value, kind, gate in [*find_activations(model)]:
+            if kind is None or gate:
+                continue
+            if not isinstance(value, nn.Module):
+                functions.append((parent, key, value))
+                setattr(parent, key, _counting(value, name, kind, count))
+            elif value not in hooked:
+                hooked.add(value)
+                handles.append(value.register_forward_pre_hook(_hook(name, kind, count)))
         yield counts
     finally:
         for handle in handles:
             handle.remove()
+        for parent, key, value in functions:
+            setattr(parent, key, value)
+
+
+def _hook(name: str, kind: str, count: Callable[[str, str, Tensor], None]) -> Callable[..., None]:
+    return lambda module, args: count(name, kind, args[0])
+
+
+def _counting(
+    function: Callable[..., Tensor], name: str, kind: str, count: Callable[[str, str, Tensor], None]
+) -> Callable[..., Tensor]:
+    @wraps(function)
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        count(name, kind, x)
+        return function(x, *args, **kwargs)
+
+    return counted
+
+
+def _pad(counts: Tensor, shape: tuple[int, ...]) -> Tensor:
+    missing = [(0, wanted - there) for there, wanted in zip(counts.shape, shape, strict=True)]
+    return F.pad(counts, [n for pair in reversed(missing) for n in pair])

@@ -2,16 +2,20 @@
 
 from .card import read_facts
 from .client import check_destination
+from .loading import NamedModel, find_model, image_batches
 from .packaging import surrogate_of, write_model_folder
 from .publish import Published, check_weights, files_of_run, publish
 from .verify import Verification, verify
 
 __all__ = [
+    "NamedModel",
     "Published",
     "Verification",
     "check_destination",
     "check_weights",
     "files_of_run",
+    "find_model",
+    "image_batches",
     "publish",
     "read_facts",
     "surrogate_of",

@@ -1,14 +1,8 @@
 """Verifying a published model: the accuracy that its card claims, measured again."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from huggingface_hub import ModelCard, hf_hub_download
-
-from ..data import load_source
-from ..models import create_model
-from ..models._weights import check_download
-from .client import check_repo_id
+from .loading import find_model
 from .publish import measure
 
 # A claim has four digits, and float32 rounds differently on other hardware: one image in 10,000.
@@ -42,40 +36,13 @@ def verify(model: str, data: str, label_column: str | None = None, revision: str
         ValueError: the card claims no accuracy, or the data has other classes.
         OSError: there is no such model, or a file of it is missing or corrupted.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        folder = folder / "model" if (folder / "model").is_dir() else folder
-        source, card_path = f"local-dir:{folder}", folder / "README.md"
-        if not card_path.is_file():
-            raise FileNotFoundError(f"{folder} has no README.md, whose claim is to be verified")
-    elif model.startswith((".", "/", "~")) or "/" not in model:
-        raise FileNotFoundError(f"there is no folder {model}")
-    else:
-        check_repo_id(model)
-        source = f"hf-hub:{model}@{revision}" if revision else f"hf-hub:{model}"
-        card_path = Path(hf_hub_download(model, "README.md", revision=revision))
-        check_download(card_path)
-    claim = _claim(card_path, model)
-    network = create_model(source, pretrained=True)
-    arguments = claim.dataset_args or {}
-    column = label_column or arguments.get("label_column")
-    images = load_source(data, column, arguments.get("split_seed") or 0)
-    names = list(network.pretrained_cfg["label_names"])
-    if names != list(images.class_names):
-        raise ValueError(
-            f"{data} has other classes than {model}: {len(images.class_names)} beginning with "
-            f"{images.class_names[0]!r}, not {len(names)} beginning with {names[0]!r}"
-        )
+    found = find_model(model, revision)
+    if found.card is None:
+        raise FileNotFoundError(f"{model} has no README.md, whose claim is to be verified")
+    claim = found.claim()
+    if claim is None:
+        raise ValueError(f"the card of {model} claims no accuracy")
+    network = found.load()
+    images = found.load_data(network, data, label_column)
     top1, count = measure(network, images.test)
     return Verification(claim.metric_value, top1, count)
-
-
-def _claim(path: Path, model: str):
-    try:
-        results = ModelCard.load(path).data.eval_results or []
-    except ValueError as error:
-        raise ValueError(f"the card of {model} cannot be read: {' '.join(str(error).split())}") from error
-    for result in results:
-        if result.metric_type == "accuracy" and isinstance(result.metric_value, float | int):
-            return result
-    raise ValueError(f"the card of {model} claims no accuracy")

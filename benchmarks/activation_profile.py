@@ -1,0 +1,83 @@
+"""What a profile costs beside a plain evaluation pass. Run ``python benchmarks/activation_profile.py``.
+
+Both passes go over the same images in memory; they take turns in every round, in a new random order, and the ratio is
+that of their median times. `counting` is `timm_sugar.analysis.count_units` around that evaluation, which is what the
+training scripts do after each epoch; `profile` is `timm_sugar.analysis.profile`, with its summary at the end.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from common import environment, print_table, time_shuffled
+
+import timm_sugar  # noqa: F401  # registers the models
+from timm_sugar.analysis import count_units, profile
+from timm_sugar.data import evaluate_batches, normalize
+
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+NETWORKS = {  # name: image size, images a pass, arguments
+    "resnet18_sugar_bsilu": (32, 1024, {}),
+    "resnet18_cifar_sugar_bsilu": (32, 256, {}),
+    "swin_tiny_sugar_nelu": (64, 256, {"img_size": 64}),
+}
+
+
+def contestants(name: str, batch_size: int, device: str) -> dict[str, Callable[[], float]]:
+    """Return the passes over one network, each of which gives its seconds."""
+    size, count, arguments = NETWORKS[name]
+    model = timm.create_model(name, num_classes=10, **arguments).to(device).eval()
+    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (count,))
+    batches = [*zip(pixels.split(batch_size), labels.split(batch_size), strict=True)]
+
+    def evaluate() -> None:
+        evaluate_batches(model, batches, MEAN, STD)
+
+    def counting() -> None:
+        with count_units(model) as counts:
+            evaluate()
+        assert counts.dead_units < 1
+
+    def profiled() -> None:
+        profile(model, (normalize(images.to(device), MEAN, STD) for images, _ in batches))
+
+    def timed(work: Callable[[], None]) -> Callable[[], float]:
+        def run() -> float:
+            began = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - began
+
+        return run
+
+    return {"evaluation": timed(evaluate), "counting": timed(counting), "profile": timed(profiled)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    args = parser.parse_args()
+    print(", ".join(f"{key} {value}" for key, value in environment().items()), f", batch {args.batch_size}", sep="")
+    rows = []
+    for name, (size, count, _) in NETWORKS.items():
+        seconds = time_shuffled(contestants(name, args.batch_size, args.device), args.rounds)
+        plain = seconds["evaluation"]
+        rows.append(
+            {
+                "network": f"{name}, {size} px",
+                "evaluation, images/s": round(count / plain),
+                "counting / evaluation": seconds["counting"] / plain,
+                "profile / evaluation": seconds["profile"] / plain,
+            }
+        )
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Pictures: what is drawn, by the data of the lines and bars, and that they are written as PNG and PDF."""
+
+import pytest
+import torch
+from torch import nn
+
+from timm_sugar.analysis import plots, profile, run_plots
+
+
+def _runs(*losses):
+    return [[{"epoch": i + 1, "val_loss": loss, "val_top1": loss / 10} for i, loss in enumerate(run)] for run in losses]
+
+
+def test_curves_are_means_with_a_band_of_one_standard_deviation(tmp_path):
+    runs = {"ReLU": _runs((1.0, 3.0, 9.0), (3.0, 5.0)), "SUGAR": _runs((1.0, 2.0))}
+    figure = run_plots.seed_curves(runs, ("val_loss", "val_top1"), log_scale=True)
+    loss, accuracy = figure.axes
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[2.0, 4.0], [1.0, 2.0]]  # 2 epochs are in both
+    band = loss.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((2 - 2**0.5, 4 + 2**0.5))
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [[20.0, 40.0], [10.0, 20.0]]
+    assert (loss.get_yscale(), accuracy.get_yscale()) == ("log", "linear")
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in loss.lines}) == 2
+    plots.save(figure, tmp_path / "curves")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_bars_stand_on_the_baseline(tmp_path):
+    rows = [("relu", "70", "1"), ("elu", 75, 0.5), ("sugar_elu", 80, None), ("sugar_nelu_0.01", 69, 2.0)]
+    rows = [dict(zip(("activation", "top1_percent", "std_percent"), row, strict=True)) for row in rows]
+    figure = run_plots.accuracy_bars(rows, "ResNet-18")
+    (ax,) = figure.axes
+    assert sorted((bar.get_y(), bar.get_height()) for bar in ax.patches if bar.get_width() == pytest.approx(0.4)) == [
+        (70.0, -1.0), (70.0, 5.0), (70.0, 10.0),
+    ]  # fmt: skip
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["NeLU\n0.01", "ELU"]
+    plots.save(figure, tmp_path / "bars")
+    with pytest.raises(ValueError, match="no row has the activation relu"):
+        run_plots.accuracy_bars(rows[1:])
+
+
+def test_profiles_by_layer(tmp_path):
+    torch.manual_seed(0)
+    found = profile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()), [torch.randn(50, 4)])
+    dead = found.to_dict()
+    dead["layers"][1]["dead"] = 4
+    profiles = {"before": dead, "after": found.to_dict()}
+    figure = run_plots.dead_units_by_layer(profiles)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [0, 80, 0, found.layers[1].dead * 20]
+    plots.save(figure, tmp_path / "dead")
+    figure = run_plots.activation_ridges(profiles)
+    assert [ax.get_title() for ax in figure.axes] == ["before", "after"]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["0%", "80%", "dead"]
+    lines = [path.vertices[:, 1] for path in figure.axes[0].collections[0].get_paths()]
+    assert min(lines[0]) == pytest.approx(-2 * (max(found.layers[0].histogram) / 8) ** 0.5)
+    plots.save(figure, tmp_path / "ridges")
+
+
+def test_gradient_norms(tmp_path):
+    norms = [{"name": "a", "sugar": 0.5, "relu": 0.0}, {"name": "b", "sugar": 1.0, "relu": 1.0}]
+    figure = run_plots.gradient_norms_by_layer(norms)
+    relu, sugar = (line.get_ydata().tolist() for line in figure.axes[0].lines)
+    assert (str(relu[0]), relu[1], sugar) == ("nan", 1.0, [0.5, 1.0])
+    plots.save(figure, tmp_path / "norms")

@@ -1,0 +1,178 @@
+"""The activations of any network: its modules, its attributes that hold a function, and what its forwards call by name.
+
+`convert` swaps them and `timm_sugar.analysis` counts them, so that both mean the same by an activation.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache, partial
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+# Names of activation classes, wherever they are defined (torch, timm, transformers, a user's file), and of functions.
+KINDS = {
+    "relu": ("ReLU", "relu", "relu_"),
+    "gelu": (
+        *("GELU", "GELUTanh", "QuickGELU", "GELUActivation", "NewGELUActivation", "FastGELUActivation"),
+        *("QuickGELUActivation", "AccurateGELUActivation", "ClippedGELUActivation", "PytorchGELUTanh"),
+        *("gelu", "gelu_tanh", "quick_gelu"),
+    ),
+    "silu": ("SiLU", "Swish", "SwishMe", "SiLUActivation", "MemoryEfficientSwish", "silu", "swish", "swish_me"),
+    "mish": ("Mish", "MishMe", "MishActivation", "HardMish", "HardMishMe", "mish", "mish_me", "hard_mish"),
+    "elu": ("ELU", "elu", "elu_"),
+    "celu": ("CELU", "celu", "celu_"),
+    "selu": ("SELU", "selu", "selu_"),
+    "leaky_relu": ("LeakyReLU", "leaky_relu", "leaky_relu_"),
+    "sugar": ("Sugar", "BSiLU", "NeLU", "sugar", "surrogate_activation", "apply_sugar"),
+    "relu6": ("ReLU6", "relu6"),
+    "hard_swish": ("Hardswish", "HardSwish", "HardSwishMe", "hardswish", "hard_swish", "hard_swish_me"),
+    "prelu": ("PReLU", "prelu"),
+}
+LEARNED = ("prelu",)  # have parameters
+_KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+
+# Modules that compute a gate: the ReLU between the two layers of a squeeze-excite is no activation of the network.
+_GATE = re.compile(
+    r"Squeeze(And)?Excit|(^|[a-z])(SE|Ese)(Module|Layer|Block|Unit)?$|Coord(inate)?Att|ChannelAttn|Cbam|GatherExcite"
+    r"|^GlobalContext$"
+)
+
+
+class Activation(NamedTuple):
+    """A module without children, or a function, that is an attribute of a module.
+
+    Attributes:
+        parent, key: The module that holds it, and under which name.
+        name: Full name in the network.
+        value: The module or function.
+        kind: A key of `KINDS`; None for a module that is no known activation.
+        gate: Whether it is part of a gate.
+    """
+
+    parent: nn.Module
+    key: str
+    name: str
+    value: Any
+    kind: str | None
+    gate: bool
+
+
+def find_activations(model: nn.Module) -> Iterator[Activation]:
+    """Yield the modules without children and the attributes that hold an activation function, in order of definition.
+
+    A module that two names share is yielded under both.
+    """
+    for prefix, parent, gate in _named_modules(model):
+        if kind_of(parent) is not None:  # transformers' GELU holds a function itself
+            continue
+        for key, value in [*parent._modules.items(), *vars(parent).items()]:
+            kind = kind_of(value)
+            if kind is not None or (isinstance(value, nn.Module) and not any(value.children())):
+                yield Activation(parent, key, f"{prefix}.{key}".lstrip("."), value, kind, gate)
+
+
+def called_activations(model: nn.Module, kinds: Collection[str] = tuple(KINDS)) -> dict[str, list[str]]:
+    """Return the activations that forwards outside gates call by name, such as ``{"layer1.0": ["relu"]}``."""
+    found = {}
+    for name, module, gate in _named_modules(model):
+        if not gate and kind_of(module) is None:
+            calls = sorted(call for call in _function_calls(type(module)) if _KIND_OF[call] in kinds)
+            if calls:
+                found[name] = calls
+    return found
+
+
+def calls_summary(model: nn.Module, called: Mapping[str, list[str]]) -> str:
+    """Return ``"relu in the forward of BasicConv2d (94 times, first in 'conv1')"``, one phrase for each class."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, calls in called.items():
+        groups.setdefault((type(model.get_submodule(name)).__name__, ", ".join(calls)), []).append(name)
+    return "; ".join(
+        f"{calls} in the forward of {cls} ({len(names)} times, first in {names[0]!r})"
+        for (cls, calls), names in groups.items()
+    )
+
+
+def kind_of(value: Any) -> str | None:
+    """Return the kind of activation that a module or function is, a key of `KINDS`; None for anything else."""
+    if isinstance(value, nn.Module):
+        kind = next((_KIND_OF[c.__name__] for c in type(value).__mro__ if c.__name__ in _KIND_OF), None)
+        learns = kind not in LEARNED and any(True for _ in value.parameters())
+        return None if learns or any(value.children()) else kind
+    function = function_of(value)
+    return None if function is None else _KIND_OF.get(function.__name__)
+
+
+def function_of(value: Any) -> Callable[..., Any] | None:
+    """Return the plain function that `value` is or is a partial application of; None for anything else."""
+    while isinstance(value, partial):
+        value = value.func
+    return value if isinstance(value, (FunctionType, BuiltinFunctionType)) else None
+
+
+def name_of(activation: Any) -> str:
+    """Return the name of an activation's class or function."""
+    return type(activation).__name__ if isinstance(activation, nn.Module) else function_of(activation).__name__
+
+
+def _named_modules(module: nn.Module, prefix: str = "", gate: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
+    """`nn.Module.named_modules` that also tells whether a module is, or is part of, a gate. The root never is."""
+    seen = set()
+    stack = [(prefix, module, gate)]
+    while stack:
+        name, module, gate = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module, gate
+        stack += [
+            (f"{name}.{key}".lstrip("."), child, gate or _GATE.search(type(child).__name__) is not None)
+            for key, child in reversed(module._modules.items())
+            if child is not None
+        ]
+
+
+@cache
+def _function_calls(cls: type) -> frozenset[str]:
+    """Return the names of the activation functions that the forward of a class calls, itself or through others."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+
+    def visit(function: Any) -> None:
+        function = inspect.unwrap(function) if isinstance(function, FunctionType) else function
+        if not isinstance(function, (FunctionType, BuiltinFunctionType)) or function in seen:
+            return
+        seen.add(function)
+        if function.__name__ in _KIND_OF:
+            found.add(function.__name__)
+        elif isinstance(function, FunctionType) and not (function.__module__ or "").startswith("torch."):
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+            except (OSError, SyntaxError):
+                return
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call):
+                    visit(callee(node.func, function.__globals__))
+
+    def callee(node: ast.expr, scope: dict[str, Any]) -> Any:
+        if isinstance(node, ast.Name):
+            return scope.get(node.id)
+        if not isinstance(node, ast.Attribute):
+            return None
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            return inspect.getattr_static(cls, node.attr, None)
+        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "super":
+            return next((vars(c)[node.attr] for c in cls.__mro__[1:] if node.attr in vars(c)), None)
+        owner = callee(node.value, scope)
+        if isinstance(owner, ModuleType):
+            return getattr(owner, node.attr, None)
+        return torch.relu if node.attr in ("relu", "relu_") else None  # a tensor's method
+
+    visit(inspect.getattr_static(cls, "forward", None))
+    return frozenset(found)

@@ -1,0 +1,326 @@
+"""The loss around a trained network: a grid along two random directions, and its sharpest curvature.
+
+Both are properties of the network that is deployed. They are computed on a copy with plain ReLU, in eval mode, so that
+BatchNorm keeps its statistics: the second derivative through SUGAR's surrogate is not the Hessian of the network.
+"""
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..convert import NOT_RECORDED, to_relu
+from ..files import write_file
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+OnStep = Callable[[int, int], None]
+SPAN = 0.25  # of figure 5
+_SECONDS_BETWEEN_WRITES = 1.0
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The sharpest curvature of the loss: eigenvalues of its Hessian with respect to all parameters.
+
+    Attributes:
+        largest: The largest eigenvalue, algebraically: the curvature along the direction in which the loss rises most.
+        largest_magnitude: The eigenvalue of largest magnitude. It is the same one, unless it is negative.
+        residual: norm(Hv - largest * v) for the unit vector v that was found: an eigenvalue lies within so much of
+            `largest`.
+        tolerance: Share of the eigenvalue that `residual` was to reach.
+        iterations: Products with the Hessian that it took, each a pass over the data.
+        converged: Whether the tolerance was reached.
+    """
+
+    largest: float
+    largest_magnitude: float
+    residual: float
+    tolerance: float
+    iterations: int
+    converged: bool
+
+
+def sharpness(
+    model: nn.Module,
+    batches: Batches,
+    tolerance: float = 0.01,
+    max_iterations: int = 100,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Sharpness:
+    """Find the largest eigenvalue of the Hessian of the mean cross-entropy, by power iteration.
+
+    Power iteration finds the eigenvalue of largest magnitude. Where that is a negative one, a second iteration, on the
+    Hessian less that eigenvalue, finds the largest. The memory needed is that of one batch.
+
+    Args:
+        model: Classifier, inputs -> logits (N, classes); left as it is. A network in float64 is computed in float64,
+            any other in float32.
+        batches: Inputs as the model takes them, and int64 labels (N,); gone through once an iteration.
+        tolerance: Stop where the residual is at most this share of the eigenvalue.
+        max_iterations: Stop then at the latest, in each of the iterations.
+        seed: Of the vector that it starts from.
+        on_step: Called with iterations done and `max_iterations`.
+
+    Raises:
+        ValueError: `batches` can be gone through only once, or holds no images.
+        NotImplementedError: the network has an operation whose second derivative torch does not know.
+    """
+    network = _frozen_copy(model).requires_grad_()
+    images = _count(batches)
+    named = dict(network.named_parameters())
+    parameters = list(named.values())
+    start = [_noise(seed, "start", name, p) for name, p in named.items()]
+
+    def product(vector: list[Tensor]) -> list[Tensor]:
+        total = [torch.zeros_like(p) for p in parameters]
+        for logits, labels in _forward(network, batches):
+            loss = F.cross_entropy(logits, labels, reduction="sum") / images
+            gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+            try:
+                second = torch.autograd.grad(_dot(gradient, vector), parameters, materialize_grads=True)
+            except RuntimeError as error:
+                if "is not implemented" not in str(error):
+                    raise
+                raise NotImplementedError(f"no Hessian of this network: {error}") from error
+            torch._foreach_add_(total, second)
+        return total
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+        first, residual, iterations, converged = _power_iteration(
+            product, start, tolerance, max_iterations, 0.0, on_step
+        )
+        largest = first
+        if first < 0:
+            largest, residual, more, converged = _power_iteration(
+                product, start, tolerance, max_iterations, first, on_step
+            )
+            iterations += more
+    return Sharpness(largest, first, residual, tolerance, iterations, converged)
+
+
+def _power_iteration(
+    product: Callable[[list[Tensor]], list[Tensor]],
+    start: list[Tensor],
+    tolerance: float,
+    max_iterations: int,
+    shift: float,
+    on_step: OnStep | None,
+) -> tuple[float, float, int, bool]:
+    """Return the eigenvalue farthest from `shift`, its residual, the iterations, and whether they were enough."""
+    vector = start
+    for iteration in range(1, max_iterations + 1):
+        vector = torch._foreach_div(vector, max(_norm(vector), 1e-30))
+        image = torch._foreach_sub(product(vector), torch._foreach_mul(vector, shift))
+        value = _dot(image, vector).item()
+        residual = _norm(torch._foreach_sub(image, torch._foreach_mul(vector, value)))
+        if on_step is not None:
+            on_step(iteration, max_iterations)
+        converged = residual <= tolerance * abs(value)
+        if converged or not residual < float("inf"):
+            break
+        vector = image
+    return value + shift, residual, iteration, converged
+
+
+def random_directions(model: nn.Module, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw two random directions in the space of the weights, filter-normalised (Li et al., arXiv:1712.09913).
+
+    Every filter of a direction (a slice along the first dimension of a parameter: the weights into one unit) has the
+    norm of the model's own filter. Parameters of one dimension (biases, and the parameters of BatchNorm and other
+    normalisations) have no direction: they stay. What is drawn depends on the seed and on the names and shapes of the
+    parameters alone, so that two models of the same architecture go along the same directions.
+
+    Returns:
+        Two of: parameter's name -> tensor of its shape, dtype and device.
+    """
+
+    def direction(axis: str) -> dict[str, Tensor]:
+        found = {}
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                noise, flat = _noise(seed, axis, name, weight).flatten(1), weight.detach().flatten(1)
+                scale = flat.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True).clamp_min(1e-10)
+                found[name] = (noise * scale).view_as(weight)
+        return found
+
+    return direction("x"), direction("y")
+
+
+def landscape(
+    model: nn.Module,
+    batches: Batches,
+    path: Path,
+    resolution: int = 25,
+    seed: int = 0,
+    on_point: OnStep | None = None,
+    on_iteration: OnStep | None = None,
+) -> dict[str, Any]:
+    """Measure loss and accuracy on a grid around the weights, and the sharpness at its centre.
+
+    The file holds what is done so far; a computation that was killed goes on from there, with the same result.
+
+    Args:
+        model: Classifier, inputs -> logits (N, classes); left as it is.
+        batches: Inputs as the model takes them, and int64 labels (N,); gone through once a point.
+        path: The file, written anew once a second. A finished one of the same settings is returned as it is.
+        resolution: Points along each of the two directions, an odd number, so that the middle one is the model.
+        seed: Of the directions.
+        on_point: Called with points done and points in all.
+        on_iteration: Called with iterations of `sharpness` done and at most.
+
+    Returns:
+        What the file holds: `settings`; `axis`, the R steps along both directions, from -0.25 to 0.25 of the norm of
+        each filter; `loss`, mean cross-entropy in nats, and `top1`, fraction of 1: R rows (second direction) of R
+        columns (first direction), null where the loss is not finite; `done`, number of points; `seconds`; and
+        `sharpness`, a `Sharpness`, or `missing`, why there is none.
+
+    Raises:
+        ValueError: the file holds a landscape with other settings, weights or images, or is none; `resolution` is not
+            odd; `batches` can be gone through only once, or holds no images.
+    """
+    if resolution < 3 or resolution % 2 == 0:
+        raise ValueError(f"resolution must be an odd number of at least 3, got {resolution}")
+    network = _frozen_copy(model)
+    images = _count(batches)
+    settings = {
+        "resolution": resolution,
+        "span": SPAN,
+        "seed": seed,
+        "images": images,
+        "weights": _fingerprint(network.state_dict().values()),
+        "data": _fingerprint(tensor for batch in batches for tensor in batch),
+    }
+    state = _read(path, settings) or {
+        "settings": settings,
+        "axis": [round(value, 6) for value in torch.linspace(-SPAN, SPAN, resolution, dtype=torch.float64).tolist()],
+        "loss": [[None] * resolution for _ in range(resolution)],
+        "top1": [[None] * resolution for _ in range(resolution)],
+        "done": 0,
+        "seconds": 0.0,
+        "sharpness": None,
+    }
+    began, before = time.monotonic(), state["seconds"]
+
+    def write() -> None:
+        state["seconds"] = round(before + time.monotonic() - began, 2)
+        write_file(path, json.dumps(state, allow_nan=False) + "\n")
+
+    written = began
+    for point, (row, column, loss, top1) in _points(network, batches, state["axis"], state["done"], seed):
+        state["loss"][row][column], state["top1"][row][column], state["done"] = loss, top1, point + 1
+        if time.monotonic() - written >= _SECONDS_BETWEEN_WRITES:
+            write()
+            written = time.monotonic()
+        if on_point is not None:
+            on_point(point + 1, resolution**2)
+    if state["sharpness"] is None:
+        write()
+        try:
+            found = asdict(sharpness(model, batches, on_step=on_iteration))
+            state["sharpness"] = {k: _finite(v) if isinstance(v, float) else v for k, v in found.items()}
+        except NotImplementedError as error:
+            state["sharpness"] = {"missing": str(error)}
+        write()
+    return state
+
+
+@torch.no_grad()
+def _points(
+    network: nn.Module, batches: Batches, axis: list[float], done: int, seed: int
+) -> Iterator[tuple[int, tuple[int, int, float | None, float | None]]]:
+    """Yield number, row, column, loss and accuracy of the points from number `done` on."""
+    if done == len(axis) ** 2:
+        return
+    directions = random_directions(network, seed)
+    weights = {name: (p, p.clone()) for name, p in network.named_parameters() if name in directions[0]}
+    for point in range(done, len(axis) ** 2):
+        row, column = divmod(point, len(axis))
+        for name, (parameter, centre) in weights.items():
+            parameter.copy_(centre + axis[column] * directions[0][name] + axis[row] * directions[1][name])
+        sums = torch.zeros(3, dtype=torch.float64)
+        for logits, labels in _forward(network, batches):
+            loss = F.cross_entropy(logits, labels, reduction="sum").double()
+            correct = (logits.argmax(1) == labels).sum().double()
+            sums += torch.stack([loss, correct, loss.new_tensor(len(labels))]).cpu()
+        loss, correct, images = sums.tolist()
+        finite = _finite(loss / images)
+        yield point, (row, column, finite, None if finite is None else correct / images)
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy with ReLU in place of SUGAR, in eval mode, in float64 where the model is, else float32."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NOT_RECORDED)
+        network = to_relu(deepcopy(getattr(model, "_orig_mod", model)))  # what torch.compile wraps
+    double = any(p.dtype == torch.float64 for p in network.parameters())
+    return network.eval().to(torch.float64 if double else torch.float32).requires_grad_(False)
+
+
+def _forward(network: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    parameter = next(network.parameters())
+    for inputs, labels in batches:
+        yield network(inputs.to(parameter)), labels.to(parameter.device)
+
+
+def _count(batches: Batches) -> int:
+    if iter(batches) is batches:
+        raise ValueError("batches must be something to go through many times, a DataLoader or list, not an iterator")
+    images = sum(len(labels) for _, labels in batches)
+    if images == 0:
+        raise ValueError("there are no images to measure the loss on")
+    return images
+
+
+def _noise(seed: int, purpose: str, name: str, like: Tensor) -> Tensor:
+    """Draw a standard normal tensor, which depends on the seed, the purpose, the name and the shape alone."""
+    key = hashlib.sha256(f"{seed} {purpose} {name} {tuple(like.shape)}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _dot(left: Iterable[Tensor], right: Iterable[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return _dot(tensors, tensors).sqrt().item()
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        before = state["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no landscape: {error}; delete it to start over") from error
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{path} holds a landscape with {name} {before.get(name)}, not {settings[name]}; "
+            "give another output folder, or delete it to start over"
+        )
+    return state

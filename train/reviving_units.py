@@ -1,0 +1,196 @@
+"""Dead units of a ReLU network, and how many come back: with ReLU, and with SUGAR, from the same weights.
+
+    python train/reviving_units.py --data cifar10 --output output/reviving_units
+
+Trains a narrow VGG-16 without BatchNorm with plain ReLU at a learning rate that kills units. Then training goes on from
+its last weights, with a new optimizer at that rate and at a lower one, once with ReLU and once with the network
+converted to SUGAR. Writes revival.json and pictures. Killed and started again, it goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NoReturn
+
+try:
+    from timm_sugar.analysis import run_plots
+    from timm_sugar.analysis.plots import save
+    from timm_sugar.training import TrainConfig, train
+except ModuleNotFoundError as error:
+    sys.exit(f"reviving_units.py: {error.name} is missing: pip install 'timm-sugar[train,report]'")
+
+from timm_sugar import convert
+from timm_sugar.analysis import Profile, profile, revived_units
+from timm_sugar.data import normalize
+from timm_sugar.files import write_file
+from timm_sugar.hub import surrogate_of
+from timm_sugar.training.build import Run, prepare
+from timm_sugar.training.checkpoints import latest_checkpoint, read_checkpoint
+from timm_sugar.training.loop import fit
+from timm_sugar.training.results import check_writable, finished_summary
+
+WIDTHS = [1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M"]  # VGG-16, in units of its first layer
+ARMS = {"relu": None, "sugar": "bsilu"}
+LABELS = {"relu": "ReLU", "sugar": "SUGAR B-SiLU"}
+EXAMPLE = """examples:
+  python train/reviving_units.py --data cifar10                       three seeds, into output/reviving_units
+  python train/reviving_units.py --data path/to/folder --seeds 0 --limit-train 2000 --epochs 2 --more-epochs 2"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main() -> None:
+    parser = Parser(
+        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="cifar10", help="data set, as the training scripts take it (default cifar10)")
+    parser.add_argument("--output", type=Path, default=Path("output/reviving_units"), metavar="DIR")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    parser.add_argument("--epochs", type=int, default=8, help="with ReLU, at first (default 8)")
+    parser.add_argument("--more-epochs", type=int, default=5, help="after that, in either way (default 5)")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first layer; VGG-16 has 64 (default 16)")
+    parser.add_argument("--opt", default="adamw", help="optimizer (default adamw)")
+    parser.add_argument("--lr", type=float, default=0.0014, help="learning rate at first (default 0.0014)")
+    parser.add_argument(
+        "--more-lr", type=float, nargs="+", default=[0.0014, 0.0003], metavar="LR", help="after that, one or several"
+    )
+    parser.add_argument("--limit-train", type=int, default=5000, help="training images (default 5000)")
+    parser.add_argument("--limit-val", type=int, default=2000, help="images to count dead units on (default 2000)")
+    parser.add_argument("--mixed-precision", default="bf16", help="of training: bf16 or no (default bf16)")
+    arguments = parser.parse_args()
+    try:
+        records = [revive(arguments, seed) for seed in arguments.seeds]
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
+    except FloatingPointError as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    write_file(arguments.output / "revival.json", json.dumps({"settings": settings, "seeds": records}, indent=1) + "\n")
+    draw(records, arguments.output)
+    show(records)
+
+
+def settings(arguments: argparse.Namespace, seed: int, epochs: int, lr: float, output: Path) -> TrainConfig:
+    return TrainConfig(
+        data=arguments.data,
+        model="vgg16_cifar_sugar_bsilu",
+        act_layer="relu",
+        model_args={"norm_layer": "", "cfg": [w if w == "M" else w * arguments.width for w in WIDTHS]},
+        opt=arguments.opt,
+        lr=lr,
+        epochs=epochs,
+        limit_train=arguments.limit_train,
+        limit_val=arguments.limit_val,
+        mixed_precision=arguments.mixed_precision,
+        channels_last=True,
+        workers=0,
+        seed=seed,
+        output=str(output),
+    )
+
+
+def revive(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Train a network with ReLU, go on with ReLU and with SUGAR, and compare the dead units before and after."""
+    folder = arguments.output / f"seed{seed}"
+    first = train(settings(arguments, seed, arguments.epochs, arguments.lr, folder / "first"))
+    start = last_weights(folder / "first")
+    record = {"seed": seed, "first": {"metrics": metrics(folder / "first"), "summary": first}, "after": []}
+    profiles = {}
+    for lr in arguments.more_lr:
+        for arm, surrogate in ARMS.items():
+            output = folder / f"{arm}-{lr:g}"
+            config = settings(arguments, seed, arguments.more_epochs, lr, output)
+            check_writable(output)
+            run = prepare(config)
+            for network in (run.network, run.evaluated):
+                network.load_state_dict(start)
+                if surrogate:
+                    convert(network, surrogate)
+            run.surrogate = surrogate_of(run.network)
+            summary = finished_summary(config) or fit(run)
+            before, after = (profile_on_val(run, weights) for weights in (start, last_weights(output)))
+            profiles |= {"first": before.to_dict(), output.name: after.to_dict()}
+            found = {"arm": arm, "lr": lr, "metrics": metrics(output), "summary": summary}
+            record["after"].append(found | {"layers": revived_units(before, after)})
+    write_file(folder / "profiles.json", json.dumps(profiles) + "\n")
+    return record
+
+
+def last_weights(folder: Path) -> dict[str, Any]:
+    return read_checkpoint(latest_checkpoint(folder / "checkpoints"))["weights"]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def profile_on_val(run: Run, weights: dict[str, Any]) -> Profile:
+    run.evaluated.load_state_dict(weights)
+    order = [range(len(run.val))[i : i + 256] for i in range(0, len(run.val), 256)]
+    batches = run.val.batches([list(indices) for indices in order])
+    return profile(run.evaluated, (normalize(pixels, run.config.mean, run.config.std) for pixels, _ in batches))
+
+
+def draw(records: list[dict[str, Any]], output: Path) -> None:
+    """Dead units and accuracy by epoch, dead units by layer, and activation profiles, for each learning rate."""
+    profiles = [json.loads((output / f"seed{r['seed']}" / "profiles.json").read_text()) for r in records]
+    first = [record["first"]["metrics"] for record in records]
+    begun = len(first[0])
+    for lr in dict.fromkeys(found["lr"] for found in records[0]["after"]):
+        curves, names = {}, {"before": "first"}
+        for arm, label in LABELS.items():
+            after = [found for r in records for found in r["after"] if (found["arm"], found["lr"]) == (arm, lr)]
+            curves[f"ReLU, then {label}"] = [
+                [*lines, *({**line, "epoch": begun + line["epoch"]} for line in found["metrics"])]
+                for lines, found in zip(first, after, strict=True)
+            ]
+            names[f"after {label}"] = f"{arm}-{lr:g}"
+        figure = run_plots.seed_curves(curves, ("dead_units", "val_top1"))
+        for ax in figure.axes:
+            ax.axvline(begun, color="0.5", linestyle=":", linewidth=1)
+        save(figure, output / f"epochs_{lr:g}")
+        layers = {label: pooled([found[name] for found in profiles]) for label, name in names.items()}
+        save(run_plots.dead_units_by_layer(layers), output / f"layers_{lr:g}")
+        ridges = {label: profiles[0][name] for label, name in names.items()}
+        save(run_plots.activation_ridges(ridges), output / f"profile_{lr:g}")
+
+
+def pooled(profiles: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the units of several seeds, layer by layer."""
+    columns = zip(*(found["layers"] for found in profiles), strict=True)
+    layers = [{key: sum(layer[key] for layer in column) for key in ("dead", "units")} for column in columns]
+    return {"layers": layers, "dead_units": sum(x["dead"] for x in layers) / sum(x["units"] for x in layers)}
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """Print a Markdown table of each learning rate, mean and standard deviation over the seeds."""
+    units = sum(layer["units"] for layer in records[0]["after"][0]["layers"])
+    print(f"{units} units; seeds {', '.join(str(record['seed']) for record in records)}")
+    print("\n| goes on with | lr | dead before | revived | died | dead after | val top-1 (%) | test top-1 (%) |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for place, found in enumerate(records[0]["after"]):
+        runs = [record["after"][place] for record in records]
+        sums = [
+            {key: sum(row[key] for row in run["layers"]) for key in run["layers"][0] if key != "name"} for run in runs
+        ]
+        cells = [spread([row[key] for row in sums]) for key in ("dead_before", "revived", "died", "dead_after")]
+        cells.append(spread([100 * run["metrics"][-1]["val_top1"] for run in runs]))
+        cells.append(spread([100 * run["summary"]["test_top1"] for run in runs]))
+        print(f"| {LABELS[found['arm']]} | {found['lr']:g} | {' | '.join(cells)} |")
+    print("\nbefore: val top-1", spread([100 * record["first"]["metrics"][-1]["val_top1"] for record in records]))
+
+
+def spread(values: list[float]) -> str:
+    text = f"{mean(values):.1f}"
+    return f"{text} ± {stdev(values):.1f}" if len(values) > 1 else text
+
+
+if __name__ == "__main__":
+    main()
