@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint publish clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
@@ -15,6 +15,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# make publish ORG=NAME: every folder of hub_cards, each in one commit; HF_TOKEN or `hf auth login` gives the right to.
+publish: $(VENV)/.installed
+	@test -n "$(ORG)" || { echo "make publish needs ORG=NAME, an organisation or user of the Hub" >&2; exit 2; }
+	for folder in $(wildcard hub_cards/*/); do \
+		$(BIN)/timm-sugar publish $$folder --repo-id $(ORG)/$$(basename $$folder) || exit 1; \
+	done
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

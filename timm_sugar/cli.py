@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +27,14 @@ from .hub import (
     check_weights,
     files_of_run,
     find_model,
+    halve,
     image_batches,
     publish,
     read_facts,
     sample_batches,
     surrogate_of,
     verify,
+    write_folder,
 )
 from .models import is_own
 from .models._weights import list_tags
@@ -119,9 +122,22 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _publish_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder of a finished run")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder of a finished run, or one of --to-folder")
     parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="repository; created if need be")
-    parser.add_argument("--facts", type=Path, metavar="YAML", help="what the card says besides the run's numbers")
+    parser.add_argument(
+        "--facts",
+        type=Path,
+        metavar="YAML",
+        help="what the card says besides the run's numbers (default: facts.yaml in OUTPUT or DIR, where there is one)",
+    )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="store weights in float16, but for 1-D tensors, and claim the accuracy of that file, measured in timm and "
+        "in transformers",
+    )
+    parser.add_argument("--data", help="where the test images are now (default: where they were in training)")
+    parser.add_argument("--to-folder", type=Path, metavar="DIR", help="write the files into DIR, and send nothing")
     parser.add_argument("--private", action="store_true", help="nobody else may see the repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; created if need be")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
@@ -129,14 +145,26 @@ def _publish_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    files = files_of_run(args.output, args.repo_id, read_facts(args.facts) if args.facts else None)
-    print(check_weights(args.output))
-    if args.dry_run:
-        sizes = {n: c.stat().st_size if isinstance(c, Path) else len(c) for n, c in sorted(files.items())}
-        _print_table([("file", "bytes"), *((name, f"{size:,}") for name, size in sizes.items())], right={1})
-        print(f"nothing was sent; without --dry-run these go to {args.repo_id}")
-        return 0
-    done = publish(files, args.repo_id, args.private, args.revision, args.create_pr)
+    if args.to_folder and (args.private or args.revision or args.create_pr):
+        raise ValueError("--to-folder sends nothing, so --private, --revision and --create-pr are not for it")
+    beside = (folder / "facts.yaml" for folder in (args.output, args.to_folder) if folder)
+    path = args.facts or next((path for path in beside if path.is_file()), None)
+    facts = read_facts(path) if path else None
+    with tempfile.TemporaryDirectory() as place:
+        output = args.output
+        if args.half:
+            output = halve(output, Path(place, "run"), args.data)
+        files = files_of_run(output, args.repo_id, facts)
+        print(check_weights(output, args.data))
+        if args.to_folder and not args.dry_run:
+            files = write_folder(output, args.repo_id, args.to_folder, facts)
+        if args.dry_run or args.to_folder:
+            sizes = {n: c.stat().st_size if isinstance(c, Path) else len(c) for n, c in sorted(files.items())}
+            _print_table([("file", "bytes"), *((name, f"{size:,}") for name, size in sizes.items())], right={1})
+            where = args.to_folder or args.repo_id
+            print(f"nothing was sent; without --dry-run these go to {where}" if args.dry_run else f"written to {where}")
+            return 0
+        done = publish(files, args.repo_id, args.private, args.revision, args.create_pr)
     print(f"{'published' if done.changed else 'nothing has changed since it was published'}: {done.url}")
     return 0
 

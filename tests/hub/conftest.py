@@ -49,7 +49,7 @@ class Client:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process.wait(30)
+        self.process.wait(120)
 
 
 @pytest.fixture(scope="session")
@@ -106,28 +106,9 @@ def other_cli(_clients) -> Client:
 
 @pytest.fixture(scope="session")
 def run_folder(parquet_folder, tmp_path_factory) -> Path:
-    """A finished run of a network whose architecture timm has."""
-    return _train(parquet_folder, tmp_path_factory.mktemp("run") / "secret-place", "resnet18_sugar_bsilu")
-
-
-@pytest.fixture(scope="session")
-def own_run_folder(parquet_folder, tmp_path_factory) -> Path:
-    """A finished run of a network whose architecture is this package's own."""
-    return _train(parquet_folder, tmp_path_factory.mktemp("own") / "secret-place", "resnet18_cifar_sugar_bsilu")
-
-
-def _train(data: str, output: Path, model: str) -> Path:
-    train(
-        TrainConfig(
-            data=data,
-            model=model,
-            model_args={"channels": [16, 16, 16, 16]},
-            epochs=2,
-            batch_size=32,
-            opt="adamw",
-            lr=0.002,
-            val_fraction=0.2,
-            output=str(output),
-        )
-    )
+    """A finished run of a small network whose architecture timm has."""
+    output = tmp_path_factory.mktemp("run") / "secret-place"
+    settings = dict(epochs=2, batch_size=32, opt="adamw", lr=0.002, val_fraction=0.2, output=str(output))
+    model = dict(model="resnet18_sugar_bsilu", model_args={"channels": [16, 16, 16, 16]})
+    train(TrainConfig(data=parquet_folder, **model, **settings))
     return output

@@ -6,10 +6,20 @@ import subprocess
 import sys
 
 import pytest
+import timm
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 
-REPO = "timm-sugar/resnet18_sugar_bsilu.colours"
+import timm_sugar
+from timm_sugar.hub import surrogate_of, write_model_folder
+from timm_sugar.models import build
+
+RUN = dict(data="digits", test_top1=0.5, seed=1, epochs=1, best_epoch=1, train_images=9, parameters=9, settings="{}")
+DATA_CONFIG = dict(
+    input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+)
 
 
 @pytest.fixture
@@ -22,20 +32,12 @@ def _snippets(card: str) -> list[str]:
     return re.findall("```python\n(.*?)```", card, re.DOTALL)
 
 
-@pytest.mark.parametrize("published", [True, False])
-def test_snippets_for_an_architecture_of_timm(hub, cli, run_folder, environment, image, published):
-    card = (run_folder / "model/README.md").read_text()
-    environment = dict(environment, HF_TOKEN="")
-    if published:
-        assert cli("publish", run_folder, "--repo-id", "lab/snippets").status == 0
-        card = hub.files("lab/snippets")["README.md"].decode()
-    else:
-        environment |= dict(HF_HUB_OFFLINE="1")
-        card = card.replace("FOLDER", str(run_folder / "model"))
-    alone, plugin, transformers = _snippets(card)
+def test_snippets_of_a_published_card(hub, cli, run_folder, environment, image):
+    assert cli("publish", run_folder, "--repo-id", "lab/snippets").status == 0
+    alone, plugin, transformers = _snippets(hub.files("lab/snippets")["README.md"].decode())
     without = "import sys\nassert not any(name.startswith('timm_sugar') for name in sys.modules)\n"
     script = alone + transformers + without + plugin + "\nprint(model.num_classes)"
-    done = _python(script, environment, image)
+    done = _python(script, environment | {"HF_TOKEN": ""}, image)
     first, scores, classes = done.splitlines()
     assert first.split()[0] == "red"
     assert max(eval(scores), key=lambda s: s["score"])["label"] == "red"
@@ -43,16 +45,119 @@ def test_snippets_for_an_architecture_of_timm(hub, cli, run_folder, environment,
     assert classes == "5"
 
 
-def test_snippets_for_an_architecture_of_this_package(hub, own_run_folder, environment, image):
-    card = (own_run_folder / "model/README.md").read_text().replace("FOLDER", str(own_run_folder / "model"))
+# Executes the snippets of each folder's card, and compares what they load with the network that was packaged.
+LOAD_EVERYWHERE = """
+import contextlib, io, os, re, sys, torch
+from safetensors.torch import load_file
+for folder in {folders}:
+    card = open(folder + "/README.md").read().replace("FOLDER", folder)
+    alone, *plugin, pipeline_snippet = re.findall("```python\\n(.*?)```", card, re.DOTALL)
+    names, shown = {{}}, io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(alone, names)
+        exec(pipeline_snippet, names)
+    label, probability = shown.getvalue().splitlines()[0].split()
+    scores = {{score["label"]: score["score"] for score in names["classify"]("image.png")}}
+    assert abs(scores[label] - float(probability)) < 1e-4, folder
+    from transformers import AutoModelForImageClassification
+    auto = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert auto.dtype == torch.float32
+    expected = load_file(folder + "/../expected.safetensors")
+    with torch.no_grad():
+        for logits in (names["model"](expected["images"]), auto(expected["images"]).logits):
+            torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-4)
+    assert ("timm_sugar" in sys.modules) == {plugin}
+    if {plugin}:
+        exec(*plugin, names)
+        assert names["model"].num_classes == 5
+    print(os.path.basename(os.path.dirname(folder)))
+"""
+STOCK = {
+    "resnet18_sugar_bsilu": dict(channels=(8, 8, 8, 8)),
+    "vgg11": dict(surrogate="bsilu", mlp_ratio=1 / 64),
+    "convnext_atto": dict(surrogate="nelu", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
+    "vit_tiny_patch16_224": dict(surrogate="bsilu", depth=2, img_size=32),
+}
+OWN = {
+    "swin_tiny_sugar_nelu": dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), img_size=64),
+    "conv2next_sugar": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32)),
+    "conv2next_tiny": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), surrogate="nelu"),
+    "resnet18_cifar_sugar_bsilu": dict(channels=(8, 8, 8, 8)),
+    "vgg16_cifar_sugar_bsilu": dict(cfg=[8, "M", 8, "M"]),
+}
+
+
+def _package(root, networks: dict[str, dict]) -> list[str]:
+    """Package networks with random weights, beside images and their logits; return the folders."""
+    folders = []
+    for name, arguments in networks.items():
+        torch.manual_seed(0)
+        model = build(name, num_classes=3, **arguments).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.1)
+        size = arguments.get("img_size", 32)
+        folder = root / name / "model"
+        data_config = DATA_CONFIG | {"input_size": (3, size, size)}
+        write_model_folder(folder, model, name, ("ant", "bee", "cat"), data_config, RUN)
+        images = torch.randn(2, 3, size, size)
+        expected = {"images": images, "logits": model(images).detach()}
+        assert not torch.equal(expected["logits"][0], expected["logits"][1])
+        save_file(expected, root / name / "expected.safetensors")
+        folders.append(str(folder))
+    return folders
+
+
+def test_stock_architectures_load_without_this_package(environment, image):
+    script = LOAD_EVERYWHERE.format(folders=_package(image, STOCK), plugin=False)
+    assert _python(script, environment | {"HF_HUB_OFFLINE": "1"}, image).split() == list(STOCK)
+
+
+def test_own_architectures_load_with_this_package(cli, image):
+    script = f"import os\nos.chdir({str(image)!r})\n" + LOAD_EVERYWHERE.format(
+        folders=_package(image, OWN), plugin=True
+    )
+    result = cli.python(script, HF_HUB_OFFLINE="1")
+    assert result.status == 0, result.err
+    assert result.out.split() == list(OWN)
+    card = (image / "swin_tiny_sugar_nelu/model/README.md").read_text()
     assert "import timm_sugar` must come first" in card
-    alone, plugin, transformers = _snippets(card)
-    assert "import timm_sugar" in alone
-    assert "import timm_sugar" in transformers
-    environment = dict(environment, HF_HUB_OFFLINE="1")
-    done = _python(transformers, environment, image) + _python(alone + plugin, environment, image)
-    scores, first = done.splitlines()
-    assert first.split()[0] == max(eval(scores), key=lambda s: s["score"])["label"] == "red"
+    alone, _, transformers = _snippets(card)
+    assert alone.startswith("import timm\nimport timm_sugar\n")
+    assert transformers.startswith("import timm_sugar\n")
+
+
+def test_a_folder_without_our_record_is_what_timm_makes_of_it(tmp_path):
+    stock = timm.create_model("resnet18", channels=(8, 8, 8, 8), num_classes=3)
+    timm.models.save_for_hf(stock, tmp_path, safe_serialization=True)
+    loaded = timm_sugar.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), stock.state_dict().values(), strict=True)
+    )
+    assert surrogate_of(loaded) == (None, None)
+    converted = timm_sugar.create_model(f"local-dir:{tmp_path}", pretrained=True, surrogate="nelu", alpha=0.2)
+    assert surrogate_of(converted) == ("nelu", 0.2)
+    assert torch.equal(converted.conv1.weight, stock.conv1.weight)
+    torch.save(stock.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is no published model: it has no model\.safetensors") as error:
+        timm_sugar.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_repository_without_our_record(hub, cli, tmp_path):
+    stock = timm.create_model("resnet18", channels=(8, 8, 8, 8), num_classes=3)
+    timm.models.save_for_hf(stock, tmp_path, safe_serialization=True)
+    _put(hub, "stranger/net", tmp_path)
+    hub.create("stranger/pickled")
+    hub.add_commit("stranger/pickled", "main", hub.files("stranger/net") | {"model.safetensors": None}, "")
+    hub.add_commit("stranger/pickled", "main", {"pytorch_model.bin": b"pickle"}, "")
+    result = cli.python(LOAD + "describe(timm_sugar.create_model('hf-hub:stranger/net', pretrained=True))")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)[:3] == [3, None, None]
+    result = cli.python("import timm_sugar\ntimm_sugar.create_model('hf-hub:stranger/pickled', pretrained=True)")
+    assert result.status == 1
+    assert "model.safetensors" in result.err.splitlines()[-1] + result.err
+    assert hub.count("GET", "bin") == 0
 
 
 def _python(script: str, environment: dict[str, str], folder) -> str:
@@ -101,23 +206,12 @@ with torch.no_grad():
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
     """Folders as they are published, of the network that an entrypoint builds by itself, under two tags."""
-    import torch
-
-    from timm_sugar.hub import write_model_folder
-    from timm_sugar.models import build
-
     root = tmp_path_factory.mktemp("hub")
-    run = dict(
-        data="digits", test_top1=0.5, seed=1, epochs=1, best_epoch=1, train_images=9, parameters=9, settings="{}"
-    )
-    data_config = dict(
-        input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
-    )
     for tag, arguments in (("first", {}), ("second", dict(surrogate="nelu", alpha=0.1))):
         torch.manual_seed(0)
         model = build("resnet18_sugar_bsilu", num_classes=3, **arguments)
         folder = root / f"resnet18_sugar_bsilu.{tag}"
-        write_model_folder(folder, model, "resnet18_sugar_bsilu", ("ant", "bee", "cat"), data_config, run)
+        write_model_folder(folder, model, "resnet18_sugar_bsilu", ("ant", "bee", "cat"), DATA_CONFIG, RUN)
     return root
 
 

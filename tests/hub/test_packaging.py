@@ -19,6 +19,7 @@ FACTS = dict(
     data="cifar10", test_top1=0.71234, val_top1=0.7, dead_units=0.01, activation_sparsity=0.55, parameters=12345678,
     train_images=45000, epochs=2, best_epoch=2, seed=42, settings="epochs: 2\n",
 )  # fmt: skip
+TINY_HEAD = {"mlp_ratio": 1 / 64}
 
 
 def _package(folder, name, **arguments):
@@ -33,6 +34,20 @@ def _package(folder, name, **arguments):
         ("resnet18_sugar_bsilu", {}, "resnet18", {}),
         ("resnet18_sugar_bsilu", {"surrogate": "nelu", "alpha": 0.1}, "resnet18", {}),
         ("resnet18_sugar_bsilu", {"act_layer": "gelu"}, "resnet18", {"act_layer": "gelu"}),
+        ("resnet18_sugar_bsilu", {"act_layer": "relu"}, "resnet18", {"act_layer": "relu"}),
+        (
+            "resnet18_sugar_bsilu",  # timm alone has no such activation
+            {"act_layer": "nelu", "alpha": 0.5},
+            "resnet18_sugar_bsilu",
+            {"act_layer": "nelu", "alpha": 0.5},
+        ),
+        ("vgg16_sugar_bsilu", {"act_layer": "relu"} | TINY_HEAD, "vgg16", TINY_HEAD),  # timm's takes no name
+        (
+            "vgg16_sugar_bsilu",
+            {"act_layer": "gelu"} | TINY_HEAD,
+            "vgg16_sugar_bsilu",
+            {"act_layer": "gelu"} | TINY_HEAD,
+        ),
         ("resnet18_cifar_sugar_bsilu", {}, "resnet18_cifar_sugar_bsilu", {}),
         ("resnet18_cifar_sugar_bsilu", {"surrogate": "elu"}, "resnet18_cifar_sugar_bsilu", {"surrogate": "elu"}),
         ("resnet18", {"act_layer": "sugar_mish"}, "resnet18", {"act_layer": "relu"}),
@@ -48,7 +63,8 @@ def test_config(tmp_path, name, arguments, architecture, model_args):
     assert config["label_names"] == ["ant", "bee", "cat"]
     assert config["num_classes"] == 3
     surrogate, alpha = surrogate_of(model)
-    assert config["timm_sugar"] == {"architecture": name, "surrogate": surrogate, "alpha": alpha}
+    named = {"act_layer": "relu"} if (architecture, surrogate) == ("vgg16", None) else {}
+    assert config["timm_sugar"] == {"architecture": name, "surrogate": surrogate, "alpha": alpha} | named
 
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for load in (timm.create_model, timm_sugar.create_model):

@@ -1,6 +1,5 @@
 """Publishing a run to a Hub over HTTP: what goes up, what is checked first, and what happens when things break."""
 
-import json
 import re
 import shutil
 
@@ -193,15 +192,17 @@ def test_a_lost_answer_makes_no_second_commit(hub, cli, run_folder):
     assert hub.count("POST", "/commit/") == 1
 
 
-def test_two_publishers_at_once(hub, cli, other_cli, run_folder, own_run_folder):
-    hub.fail("POST", "preupload", lambda: hub.others.append(other_cli("publish", own_run_folder, "--repo-id", REPO)))
+def test_two_publishers_at_once(hub, cli, other_cli, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"epoch": 1', '"epoch":  1'))
     hub.others = []
+    hub.fail("POST", "preupload", lambda: hub.others.append(other_cli("publish", tmp_path / "run", "--repo-id", REPO)))
     message = one_error(cli("publish", run_folder, "--repo-id", REPO))
     assert "somebody else committed" in message
     assert [other.status for other in hub.others] == [0]
     assert hub.commits(REPO) == 1
-    architecture = json.loads(hub.files(REPO)["config.json"])["timm_sugar"]["architecture"]
-    assert architecture == "resnet18_cifar_sugar_bsilu"
+    assert hub.files(REPO)["metrics.jsonl"] == metrics.read_bytes()
 
 
 def test_the_token_is_never_shown(hub, cli, run_folder):

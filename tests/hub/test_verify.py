@@ -3,17 +3,27 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
+
+from timm_sugar.hub import files_of_run
 
 from .test_publish import one_error
 
 
+@pytest.fixture(scope="module")
+def files(run_folder):
+    return files_of_run(run_folder, "lab/net")
+
+
 @pytest.fixture
-def published(hub, cli, run_folder, request):
+def published(hub, files, request):
     """Name of a published repository, which no other test has in its cache."""
     repo_id = "lab/" + re.sub(r"\W+", "-", request.node.name).strip("-")
-    assert cli("publish", run_folder, "--repo-id", repo_id).status == 0
+    hub.create(repo_id)
+    contents = {name: c.read_bytes() if isinstance(c, Path) else c for name, c in files.items()}
+    hub.add_commit(repo_id, "main", contents, "published")
     return repo_id
 
 
@@ -35,7 +45,7 @@ def test_digits_are_split_as_in_training(cli, tmp_path, run_folder):
 
     output = tmp_path / "run"
     small = {"channels": [8, 8, 8, 8]}
-    settings = dict(model_args=small, epochs=1, opt="adamw", split_seed=3, output=str(output))
+    settings = dict(model_args=small, epochs=1, limit_train=64, opt="adamw", split_seed=3, output=str(output))
     train(TrainConfig(data="digits", model="resnet18_sugar_bsilu", **settings))
     result = cli("verify", output, "--data", "digits")
     assert result.status == 0, result.err + result.out

@@ -96,7 +96,7 @@ def test_committed_recipes_are_valid_and_say_where_numbers_come_from(path):
     assert lines[0].startswith("# ")
     assert any(re.search(r"train/\w+\.py", line) for line in lines if line.startswith("#"))
     for line in lines:
-        value = yaml.safe_load(line) if line and not line.startswith("#") else None
+        value = yaml.safe_load(line) if line and not line.startswith(("#", " ")) else None
         from_paper = path.stem not in ("digits", "digits_dying")
         if value and (from_paper or isinstance(next(iter(value.values())), (int, float))):
             assert any(mark in line for mark in ("# paper", "# original code", "# our choice")), line

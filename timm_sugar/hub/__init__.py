@@ -2,9 +2,10 @@
 
 from .card import read_facts
 from .client import check_destination
+from .half import halve
 from .loading import NamedModel, find_model, image_batches, sample_batches
 from .packaging import surrogate_of, write_model_folder
-from .publish import Published, check_weights, files_of_run, publish
+from .publish import Published, check_weights, files_of_run, publish, write_folder
 from .verify import Verification, verify
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "check_weights",
     "files_of_run",
     "find_model",
+    "halve",
     "image_batches",
     "publish",
     "read_facts",
     "sample_batches",
     "surrogate_of",
     "verify",
+    "write_folder",
     "write_model_folder",
 ]

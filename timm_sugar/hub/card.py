@@ -127,10 +127,15 @@ def dataset_of(data: str) -> tuple[str | None, str]:
 def public_settings(settings: dict[str, Any], dataset_id: str | None) -> dict[str, Any]:
     """Return training settings without what only says something of the machine: its paths become file names."""
     kept = {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
-    if "data" in kept and dataset_id is None:
-        kept["data"] = _file_name(kept["data"])
+    if "data" in kept:
+        kept["data"] = public_data(kept["data"], dataset_id)
     public: dict[str, Any] = _without_paths(kept)
     return public
+
+
+def public_data(data: str, dataset_id: str | None) -> str:
+    """Return what --data can be elsewhere: a name, the data set's Hub id, or of a local folder the last part."""
+    return data if data in NAMES else dataset_id or _file_name(data)
 
 
 def _without_paths(value: Any) -> Any:

@@ -145,7 +145,8 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
     """
     folder = Path(model)
     if folder.is_dir():
-        if (folder / "config.yaml").is_file() and not (folder / "model").is_dir():
+        published = (folder / "config.json").is_file()
+        if (folder / "config.yaml").is_file() and not published and not (folder / "model").is_dir():
             raise FileNotFoundError(f"{model} holds a run without a model: it is not finished")
         folder = folder / "model" if (folder / "model").is_dir() else folder
         card = folder / "README.md"

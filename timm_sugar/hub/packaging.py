@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors.torch import save_file
+from timm.layers import get_act_layer
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from ..layers import Sugar
+from ..layers import BSiLU, NeLU, Sugar
 from ..models import stock_architecture
 from ..models._weights import WEIGHTS
 from .card import model_card
@@ -64,7 +66,10 @@ def write_model_folder(
     staging.mkdir(parents=True)
 
     surrogate, alpha = surrogate_of(model)
-    stock = stock_architecture(architecture)
+    stock, model_args = _as_stock(model, architecture)
+    record = dict(architecture=architecture, surrogate=surrogate, alpha=alpha)
+    if surrogate is None and stock and not model_args and getattr(model, "_model_args", {}).get("act_layer"):
+        record["act_layer"] = "relu"  # which the architecture of the record does not have by itself
     save_config_for_hf(
         model,
         str(staging / "config.json"),
@@ -72,14 +77,14 @@ def write_model_folder(
             architecture=stock or architecture,
             label_names=list(class_names),
             dtype="float32",
-            timm_sugar=dict(architecture=architecture, surrogate=surrogate, alpha=alpha),
+            timm_sugar=record,
         ),
-        model_args=_plain_model_args(model, stock is not None),
+        model_args=model_args,
         data_config=data_config,
     )
     config = json.loads((staging / "config.json").read_text())
     # transformers passes num_classes itself and fails on a second one.
-    hidden = ("num_classes", *(_OWN_ARGUMENTS if stock else ()))
+    hidden = ("num_classes", *(_OWN_ARGUMENTS if stock else ()), *(() if model_args else ("act_layer",)))
     config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in hidden}
     config["pretrained_cfg"]["hf_hub_filename"] = WEIGHTS  # so that timm does not fall back to a pickled .bin
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -91,14 +96,24 @@ def write_model_folder(
     _replace_folder(staging, folder)
 
 
-def _plain_model_args(model: nn.Module, stock: bool) -> dict[str, Any]:
-    """Return the act_layer with which the network is its plain ReLU self, as timm can store and resolve it."""
-    act_layer = getattr(model, "_model_args", {}).get("act_layer")
-    if act_layer is None:
-        return {}
-    if isinstance(act_layer, str) and not (stock and act_layer.startswith("sugar_")):
-        return {"act_layer": act_layer}
-    return {"act_layer": "relu"}
+def _as_stock(model: nn.Module, architecture: str) -> tuple[str | None, dict[str, Any]]:
+    """Return the timm architecture that the network plainly is, and its act_layer; None where timm has none.
+
+    timm alone has neither B-SiLU nor NeLU, so a network that has them in both passes is one of ours.
+    """
+    stock, given = stock_architecture(architecture), getattr(model, "_model_args", {}).get("act_layer")
+    if given is None:
+        return stock, {}
+    if not isinstance(given, str) or (stock and given.startswith("sugar_")):
+        given = "relu"
+    if stock not in (None, architecture):
+        if get_act_layer(given) in (BSiLU, NeLU):
+            return None, {"act_layer": given}
+        try:
+            timm.create_model(stock, act_layer=given, device="meta")
+        except TypeError:  # VGG takes no names, and has ReLU by itself
+            return (stock, {}) if given == "relu" else (None, {"act_layer": given})
+    return stock, {"act_layer": given}
 
 
 def _replace_folder(staging: Path, folder: Path) -> None:
@@ -111,8 +126,3 @@ def _replace_folder(staging: Path, folder: Path) -> None:
         folder.rename(old)
     staging.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of `model`."""
-    return sum(p.numel() for p in model.parameters())

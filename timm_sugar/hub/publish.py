@@ -13,16 +13,17 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from torch import nn
 
-from ..data import decode, eval_transform, evaluate, load_source, stratified_sample
-from ..files import to_yaml
+from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
+from ..files import to_yaml, write_file
 from ..models import create_model
 from ..models._weights import WEIGHTS, file_hash
-from .card import dataset_of, model_card, public_settings
+from .card import dataset_of, model_card, public_data, public_settings, read_facts
 from .client import check_destination, check_repo_id, head_of, patiently
 from .curves import training_curves
 
 _SAMPLE = 1000  # test images that the weights are checked on
-_NEEDED = ("summary.json", "metrics.jsonl", "config.yaml", "model/config.json", f"model/{WEIGHTS}", "model/README.md")
+RUN_FILES = ("summary.json", "metrics.jsonl", "config.yaml")
+MODEL_FILES = ("config.json", WEIGHTS, "README.md")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,25 @@ class Published:
     changed: bool
 
 
+def model_folder(output: Path) -> Path:
+    """Return where config.json and the weights are: ``model`` in a run's folder, a folder of `write_folder` itself.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    model = output if (output / WEIGHTS).is_file() else output / "model"
+    needed = [output / name for name in RUN_FILES] + [model / name for name in MODEL_FILES]
+    missing = [path.relative_to(output).as_posix() for path in needed if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{output} is no finished run: it has no {', '.join(missing)}")
+    return model
+
+
 def files_of_run(output: Path, repo_id: str, facts: dict[str, Any] | None = None) -> dict[str, bytes | Path]:
     """Return what is published of a run: content or file, by its name in the repository.
 
     Args:
-        output: Folder of a finished run.
+        output: Folder of a finished run, or one that `write_folder` wrote.
         repo_id: ORG/NAME that the card is written for.
         facts: What the card says besides the numbers, see `timm_sugar.hub.read_facts`.
 
@@ -47,21 +62,22 @@ def files_of_run(output: Path, repo_id: str, facts: dict[str, Any] | None = None
         ValueError: the name is not legal, or a file is not what a run writes.
     """
     check_repo_id(repo_id)
-    missing = [name for name in _NEEDED if not (output / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{output} is no finished run: it has no {', '.join(missing)}")
+    model = model_folder(output)
     try:
-        config = json.loads((output / "model/config.json").read_text(encoding="utf-8"))
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
         # At the end of training it was known whether ORG/NAME is a folder; here it need not be there any more.
-        known = ModelCard.load(output / "model/README.md").data.datasets
+        known = ModelCard.load(model / "README.md").data.datasets
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{output} cannot be published: {' '.join(str(error).split())}") from error
     facts = {"dataset": known[0] if known else None} | (facts or {})
     public = public_settings(settings, facts["dataset"])
-    run = summary | {"settings": to_yaml({k: v for k, v in public.items() if k != "versions"})}
+    run = summary | {
+        "data": public_data(summary["data"], facts["dataset"]),
+        "settings": to_yaml({k: v for k, v in public.items() if k != "versions"}),
+    }
     drawn = training_curves(metrics)
     files: dict[str, bytes | Path] = {path.name: path for path in sorted(output.glob("*.png"))}
     if drawn is not None:
@@ -69,57 +85,123 @@ def files_of_run(output: Path, repo_id: str, facts: dict[str, Any] | None = None
     card = model_card(config, run, repo_id, facts, curves="curves.png" if "curves.png" in files else None)
     return files | {
         "README.md": card.encode(),
-        "config.json": output / "model/config.json",
+        "config.json": model / "config.json",
         "config.yaml": to_yaml(public).encode(),
         "metrics.jsonl": output / "metrics.jsonl",
-        WEIGHTS: output / "model" / WEIGHTS,
+        WEIGHTS: model / WEIGHTS,
     }
 
 
-def check_weights(output: Path) -> str:
+def write_folder(
+    output: Path, repo_id: str, folder: Path, facts: dict[str, Any] | None = None
+) -> dict[str, bytes | Path]:
+    """Write what would be published into a folder, with the summary, from which it can be published later.
+
+    Args:
+        output, repo_id, facts: As for `files_of_run`.
+        folder: Where to; other files in it stay, facts.yaml among them.
+
+    Returns:
+        The files, as `files_of_run` does.
+
+    Raises:
+        FileNotFoundError, ValueError: as `files_of_run`.
+    """
+    files = files_of_run(output, repo_id, facts)
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    datasets = ModelCard(files["README.md"].decode()).data.datasets
+    summary["data"] = public_data(summary["data"], datasets[0] if datasets else None)
+    files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+    there = folder / "facts.yaml"
+    if facts and not (there.is_file() and read_facts(there) == facts):
+        files |= _facts_files(facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_file(folder / name, content.read_bytes() if isinstance(content, Path) else content)
+    return files
+
+
+def _facts_files(facts: dict[str, Any]) -> dict[str, bytes | Path]:
+    """Return facts as the files that `read_facts` reads."""
+    baseline = facts.get("baseline")
+    if baseline is None:
+        return {"facts.yaml": to_yaml(facts).encode()}
+    shown = baseline | {"data": public_data(baseline["data"], facts.get("dataset"))}
+    return {
+        "facts.yaml": to_yaml(facts | {"baseline": "baseline.json"}).encode(),
+        "baseline.json": (json.dumps(shown, indent=2) + "\n").encode(),
+    }
+
+
+def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
+    """Return the images that a run was tested on.
+
+    Args:
+        output: Its folder.
+        data: Where they are now; None for where they were, which is not downloaded for it.
+
+    Raises:
+        OSError, ValueError, ModuleNotFoundError: they are not at hand.
+    """
+    settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    if data is None:
+        data = settings["data"]
+        dataset_id = dataset_of(data)[0]
+        if dataset_id and not Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}").is_dir():
+            raise FileNotFoundError(f"{data} is not here, --data may say where it is")
+    return load_source(data, settings.get("label_column"), settings.get("split_seed", 0)).test
+
+
+def check_weights(output: Path, data: str | None = None) -> str:
     """Load the weights of a run and make sure that they are those that its accuracy was measured on.
 
     All of a test set of up to 1000 images must give the recorded accuracy; a sample of a larger one must give it to
     within four standard deviations of what such a sample scatters.
 
+    Args:
+        output, data: As for `read_test_images`.
+
     Returns:
-        What was found, for a person to read. Data that is not at hand is not downloaded for it.
+        What was found, for a person to read. Data that is not at hand is not downloaded for it, unless it is `data`.
 
     Raises:
         ValueError, OSError, RuntimeError: the weights do not load, give no numbers, or not the recorded accuracy.
     """
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-    model = create_model(f"local-dir:{output / 'model'}", pretrained=True).eval()
+    folder = model_folder(output)
+    model = create_model(f"local-dir:{folder}", pretrained=True).eval()
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
-        raise ValueError(f"{output / 'model' / WEIGHTS} holds numbers that are not finite")
-    data = settings["data"]
-    dataset_id = dataset_of(data)[0]
-    if dataset_id and not Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}").is_dir():
-        return f"accuracy not checked: {data} has not been downloaded here"
+        raise ValueError(f"{folder / WEIGHTS} holds numbers that are not finite")
     try:
-        source = load_source(data, settings.get("label_column"), settings.get("split_seed", 0))
+        test = read_test_images(output, data)
     except (OSError, ModuleNotFoundError, ValueError) as error:
+        if data is not None:
+            raise
         return f"accuracy not checked: {error}"
-    top1, images = measure(model, source.test, _SAMPLE)
+    top1, images = measure(model, test, _SAMPLE)
     recorded = summary["test_top1"]
     tolerance = 0.5 / images
-    if images < len(source.test):
+    if images < len(test):
         tolerance += 4 * math.sqrt(recorded * (1 - recorded) / images)
-    found = f"accuracy on {images} of {len(source.test)} test images: {100 * top1:.2f}%, recorded {100 * recorded:.2f}%"
+    found = f"accuracy on {images} of {len(test)} test images: {100 * top1:.2f}%, recorded {100 * recorded:.2f}%"
     if abs(top1 - recorded) > tolerance:
         raise ValueError(f"the weights are not those of the run: {found}")
     return found
 
 
-def measure(model: nn.Module, images: Any, limit: int | None = None) -> tuple[float, int]:
+def measure(model: nn.Module, images: LabelledImages, limit: int | None = None) -> tuple[float, int]:
     """Return top-1 accuracy on images, or on a stratified sample of `limit` of them, and the number of images."""
     if limit is not None and limit < len(images):
         images = images.subset(stratified_sample(images.labels, limit, 0))
+    return evaluate_images(model, images).top1, len(images)
+
+
+def evaluate_images(model: nn.Module, images: LabelledImages) -> Evaluation:
+    """Evaluate a network on images, prepared as its `pretrained_cfg` says."""
     cfg: Any = model.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate(model, pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"]).top1, len(images)
+    return evaluate(model, pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
 
 
 def publish(

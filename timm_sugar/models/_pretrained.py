@@ -8,6 +8,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
 from timm.models import (
+    DefaultCfg,
     PretrainedCfg,
     build_model_with_cfg,
     is_model,
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..convert import NOT_RECORDED, convert
 from ..layers import sugar_act_layer
-from ._weights import WEIGHTS, find_weights, read_config
+from ._weights import WEIGHTS, read_config, read_published
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -44,7 +45,10 @@ CIFAR_INPUT = dict(
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
-    """Return a default_cfg with what all models here share. Weights are safetensors: never a pickled .bin."""
+    """Return a default_cfg with what all models here share. Weights are safetensors: never a pickled .bin.
+
+    Published weights are one more line in `default_cfgs`, ``"ARCHITECTURE.TAG"``, with their input and ``hf_hub_id``.
+    """
     return {
         "hf_hub_filename": WEIGHTS,
         "license": "apache-2.0",
@@ -59,6 +63,7 @@ def build_variant(
     model_cls: type[ModelT],
     variant: str,
     pretrained: bool,
+    cfgs: DefaultCfg,
     default: str | None,
     surrogate: str | None = None,
     alpha: float | None = None,
@@ -74,6 +79,7 @@ def build_variant(
         model_cls: Class of the model; its constructor takes act_layer, a callable.
         variant: Name of the entrypoint.
         pretrained: Load the weights.
+        cfgs: Its entry of default_cfgs, with an untagged one for the network by itself.
         default, surrogate, alpha, act_layer, save, default_alpha: As `timm_sugar.layers.sugar_act_layer` takes them.
         filter_fn: timm's converter of checkpoints of this family in other formats.
         kwargs: As for timm's function.
@@ -84,13 +90,13 @@ def build_variant(
     """
     recorded: dict[str, Any] = {}
     if pretrained and not _has_source(kwargs):
-        source = find_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("cache_dir"))
-        found = read_config(source, kwargs.get("cache_dir"))
-        found.refuse_other_arguments(variant)
+        found = read_published(variant, kwargs.get("pretrained_cfg"), kwargs.get("cache_dir"))
         kwargs["pretrained_cfg"] = found.pretrained_cfg
         if surrogate is None and alpha is None and act_layer is None:
             recorded = found.activation
             surrogate, alpha, act_layer = (recorded.get(key) for key in ("surrogate", "alpha", "act_layer"))
+    elif kwargs.get("pretrained_cfg") is None:
+        kwargs["pretrained_cfg"] = cfgs.cfgs[""]  # not the default tag's, which has the classes of its weights
     layer = sugar_act_layer(default, surrogate, alpha, act_layer, save, default_alpha)
     if layer is not None:
         kwargs["act_layer"] = layer

@@ -91,12 +91,41 @@ def find_weights(variant: str, tag: str | None, cache_dir: str | None = None) ->
     if wanted not in tags:
         name = variant if tag is None else f"{variant}.{tag}"
         exist = f"it has {', '.join(f'{variant}.{t}' for t in tags)}" if tags else f"it has none of {variant}"
-        raise RuntimeError(
-            f"No pretrained weights exist for {name} in {place}; {exist}. Train them with a script of train/, "
-            f"--model {variant}, and load OUTPUT/model with timm_sugar.create_model('local-dir:OUTPUT/model', "
-            "pretrained=True)"
-        )
+        raise RuntimeError(f"No pretrained weights exist for {name} in {place}; {exist}. {_how_to_train(variant)}")
     return f"{root}/{variant}.{wanted}"
+
+
+def _how_to_train(variant: str) -> str:
+    return (
+        f"Train them with a script of train/, --model {variant}, and load OUTPUT/model with "
+        "timm_sugar.create_model('local-dir:OUTPUT/model', pretrained=True)"
+    )
+
+
+def read_published(variant: str, tag: str | None, cache_dir: str | None = None) -> PublishedConfig:
+    """Return what is published for one of our models, under a tag or the default one.
+
+    Args:
+        variant, tag, cache_dir: As for `find_weights`.
+
+    Raises:
+        RuntimeError: there is nothing, it cannot be had from where it is to be, or the weights need other arguments
+            than `variant` has by itself; in one line.
+        ValueError: as `read_config`.
+    """
+    source = find_weights(variant, tag, cache_dir)
+    try:
+        found = read_config(source, cache_dir)
+    except OSError as error:
+        name = source.rpartition("/")[2]
+        there = ", ".join(f"{variant}.{t}" for t in list_tags(variant, cache_dir))
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RuntimeError(
+            f"The weights {source} cannot be loaded: {reason} The tags are {there}. TIMM_SUGAR_HUB may name a folder "
+            f"that holds {name}, as hub_cards of a checkout does. {_how_to_train(variant)}"
+        ) from error
+    found.refuse_other_arguments(variant)
+    return found
 
 
 def list_tags(variant: str, cache_dir: str | None = None) -> list[str]:
@@ -107,7 +136,8 @@ def list_tags(variant: str, cache_dir: str | None = None) -> list[str]:
     """
     hub = os.environ.get("TIMM_SUGAR_HUB", "")
     if not hub:
-        return [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id and cfg.tag]
+        tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id]
+        return list(dict.fromkeys(tags))  # the default one is there a second time, under the bare name
     folder = Path(hub).expanduser()
     if folder.is_dir():
         names = [path.parent.name for path in folder.glob(f"{variant}.*/config.json")]
@@ -172,7 +202,9 @@ def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> 
         architecture = record["architecture"]
         recorded = {key: record[key] for key in ("surrogate", "alpha") if record.get(key) is not None}
         # Where there is a surrogate, act_layer is the plain ReLU that stands in for it elsewhere.
-        given = recorded or {key: value for key, value in given.items() if key == "act_layer"}
+        plain = {"act_layer": record.get("act_layer", given.get("act_layer")), "alpha": given.get("alpha")}
+        plain = {key: value for key, value in plain.items() if value is not None}
+        given = recorded or (plain if "act_layer" in plain else {})
     kinds: dict[str, Any] = {"surrogate": str, "alpha": (int, float), "act_layer": str}
     for key, value in given.items():
         if not isinstance(value, kinds[key]):

@@ -297,12 +297,13 @@ def _init_weights(module: nn.Module) -> None:
 def _create_conv2next(variant: str, pretrained: bool, default: str | None = None, **kwargs: Any) -> Conv2NeXt:
     # timm's other feature extractors want a network whose children run one after the other.
     own: dict[str, Any] = dict(default_alpha=0.1, feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"))
-    return build_variant(Conv2NeXt, variant, pretrained, default, **own | kwargs)
+    return build_variant(Conv2NeXt, variant, pretrained, default_cfgs[variant], default, **own | kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     inputs = CIFAR_INPUT | dict(num_classes=100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
-    return cfg(**inputs, pool_size=(16, 16), first_conv="downsample_layers.0.0", classifier="head", **kwargs)
+    names = dict(first_conv="downsample_layers.0.0", classifier="head")
+    return cfg(**inputs | names | dict(pool_size=(16, 16)) | kwargs)
 
 
 _CONV2NEXT = dict(

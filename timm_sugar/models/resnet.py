@@ -39,7 +39,7 @@ class CifarResNet(ResNet):
 def _create_resnet(variant: str, pretrained: bool, model_cls: type[ResNet] = ResNet, **kwargs: Any) -> ResNet:
     # timm starts each residual branch at zero; at the paper's learning rate of 0.001 such a network barely learns.
     kwargs.setdefault("zero_init_last", False)
-    return build_variant(model_cls, variant, pretrained, "bsilu", **kwargs)
+    return build_variant(model_cls, variant, pretrained, default_cfgs[variant], "bsilu", **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

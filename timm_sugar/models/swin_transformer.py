@@ -32,6 +32,7 @@ def _create_swin_transformer(variant: str, pretrained: bool, **kwargs: Any) -> S
         SugarSwinTransformer,
         variant,
         pretrained,
+        default_cfgs[variant],
         "nelu",
         filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),

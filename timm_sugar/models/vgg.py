@@ -58,6 +58,7 @@ def _create_vgg(variant: str, pretrained: bool, model_cls: type[VGG] = VGG, **kw
         model_cls,
         variant,
         pretrained,
+        default_cfgs[variant],
         "bsilu",
         filter_fn=lambda state_dict, model: _filter_fn(state_dict),
         model_cfg=kwargs.pop("cfg", cfgs["vgg16"]),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..hub import check_destination, files_of_run, publish
+from ..hub import check_destination, check_weights, files_of_run, publish
 from .build import prepare
 from .config import TrainConfig
 from .loop import fit
@@ -41,6 +41,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _push(config: TrainConfig) -> None:
     """Publish a finished run where it is to be; one that is there already is left as it is."""
     if config.push_to_hub and not (config.eval_only or config.dry_run) and _is_main():
+        check_weights(config.folder)
         publish(files_of_run(config.folder, config.push_to_hub), config.push_to_hub)
 
 

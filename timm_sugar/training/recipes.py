@@ -59,16 +59,43 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipes: Path,
 
 def read_recipe(recipe: str, recipes: Path) -> dict[str, Any]:
     """Return the settings of a recipe, by name or path, checked for unknown fields."""
+    settings = _read(recipe, recipes)
+    settings.pop("cells", None)
+    return settings
+
+
+def read_cells(recipe: str, recipes: Path) -> dict[str, dict[str, Any]]:
+    """Return the cells of a recipe: settings in place of its own, and the paper's figure, by the name of each.
+
+    Raises:
+        ValueError: it has none, or one of them has an unknown field.
+    """
+    cells = _read(recipe, recipes).get("cells")
+    if not isinstance(cells, dict) or not all(isinstance(cell, dict) for cell in cells.values()):
+        raise ValueError(f"recipe {recipe} has no cells: a mapping of names to settings")
+    for name, cell in cells.items():
+        _refuse_unknown(f"recipe {recipe}, cell {name}", cell, "paper")
+        paper = cell.get("paper", [1.0, 0.0])
+        if not isinstance(paper, list) or len(paper) != 2 or not 0 < paper[0] <= 1:
+            raise ValueError(f"recipe {recipe}, cell {name}: paper must be accuracy and its std as fractions of 1")
+    return {str(name): cell for name, cell in cells.items()}
+
+
+def _read(recipe: str, recipes: Path) -> dict[str, Any]:
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes / f"{recipe}.yaml"
     if not path.is_file():
         raise ValueError(unknown_name("recipe", recipe, _names(recipes)))
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} must be a mapping of settings")
-    for name in settings:
-        if name not in setting_types():
-            raise ValueError(f"recipe {path}: " + unknown_name("field", name, list(setting_types())))
+    _refuse_unknown(f"recipe {path}", settings, "cells")
     return settings
+
+
+def _refuse_unknown(where: str, settings: dict[str, Any], besides: str) -> None:
+    for name in settings:
+        if name not in setting_types() and name != besides:
+            raise ValueError(f"{where}: " + unknown_name("field", name, list(setting_types())))
 
 
 def _names(recipes: Path) -> list[str]:

@@ -41,7 +41,7 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
     found: tuple[dict[str, Any] | None, str | None] = None, None
     if state.is_main_process and config.resume != "never":
         try:
-            found = _finished_summary(config, state.num_processes), None
+            found = read_finished(config, state.num_processes), None
         except ValueError as error:
             found = None, str(error)
     summary: dict[str, Any] | None
@@ -51,7 +51,8 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
     return summary
 
 
-def _finished_summary(config: TrainConfig, processes: int) -> dict[str, Any] | None:
+def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
+    """Return what `finished_summary` does, for a run of so many processes of which this need not be one."""
     path = config.folder / "config.yaml"
     if path.exists() and config.resume == "auto":
         before = yaml.safe_load(path.read_text(encoding="utf-8"))

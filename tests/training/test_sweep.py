@@ -1,0 +1,199 @@
+"""A sweep: stopped and gone on with, cells that fail, cells that somebody else trains; and its table."""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from timm_sugar.training import train
+from timm_sugar.training.sweep import main, plan, run
+from timm_sugar.training.table import make_table, markdown, write_table
+
+SCRIPT = Path(__file__).parents[2] / "train" / "sweep.py"
+RECIPE = """
+data: digits
+limit_train: 64
+limit_val: 20
+img_size: 16
+batch_size: 16
+model_args: {channels: [8, 8, 8, 8]}
+epochs: 30
+cells:
+  relu: {act_layer: relu, paper: [0.7, 0.01]}
+  elu: {act_layer: elu, paper: [0.75, 0.02]}
+  sugar_elu: {surrogate: elu, paper: [0.9, 0.03]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return str(tmp_path / "small.yaml")
+
+
+def _weights(output) -> bytes:
+    return Path(output, "model/model.safetensors").read_bytes()
+
+
+def test_stopped_and_gone_on_with(recipe, tmp_path, capsys):
+    done, cell = plan(SCRIPT, recipe, tmp_path / "sweep", [1], ["elu", "relu"])
+    train(done.config)
+    before = Path(done.config.output, "summary.json").stat().st_mtime_ns
+    output = Path(cell.config.output)
+
+    def stop_in_the_middle() -> None:
+        while not (output / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_in_the_middle)
+    watcher.start()
+    with pytest.raises(SystemExit) as stopped:
+        run([done, cell], jobs=2)
+    watcher.join()
+    assert stopped.value.code == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    assert any((output / "checkpoints").glob("step-*/manifest.json"))
+    assert not (output / "summary.json").exists()
+    with Path(f"{output}.log").open() as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process is gone
+
+    assert run([done, cell], jobs=2) == {}
+    assert "2 cells, 1 of them finished" in capsys.readouterr().err
+    assert Path(done.config.output, "summary.json").stat().st_mtime_ns == before
+    whole = plan(SCRIPT, recipe, tmp_path / "whole", [1], ["relu"])[0].config
+    train(whole)
+    assert _weights(output) == _weights(whole.output)
+
+
+@pytest.fixture
+def fake_script(tmp_path) -> Path:
+    """A train/sweep.py beside which cifar.py fails for relu, and for the others waits for a file, where told to."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "cifar.py").write_text(
+        "import sys, time, pathlib\n"
+        "go = pathlib.Path(__file__).with_name('go')\n"
+        "while 'wait' in go.read_text(): time.sleep(0.02)\n"
+        "if 'relu' in sys.argv: sys.exit('first line\\nno such data')\n"
+    )
+    (folder / "go").write_text("now")
+    return folder / "sweep.py"
+
+
+def test_a_failed_cell_is_named_and_the_others_go_on(recipe, fake_script, tmp_path, capsys):
+    failures = run(plan(fake_script, recipe, tmp_path / "sweep"), jobs=1)
+    assert {str(cell): why for cell, why in failures.items()} == {"seed42/relu": "exit status 1: no such data"}
+    assert "seed42/sugar_elu finished" in capsys.readouterr().err
+
+
+def test_a_cell_has_one_process_at_a_time(recipe, fake_script, tmp_path):
+    (cell,) = plan(fake_script, recipe, tmp_path / "sweep", names=["elu"])
+    go = fake_script.with_name("go")
+    go.write_text("wait")
+    first = threading.Thread(target=run, args=([cell],))  # in a thread, signals are not touched
+    first.start()
+    while not Path(f"{cell.config.output}.log").exists():
+        time.sleep(0.02)
+    time.sleep(0.1)
+    try:
+        assert run([cell]) == {cell: "another process is training it"}
+    finally:
+        go.write_text("now")
+        first.join()
+    assert run([cell]) == {}
+
+
+def _main(monkeypatch, *argv: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["train/sweep.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as done:
+        main(str(SCRIPT), "text", "table4_small")
+    return done.value.code
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cells", "rleu"], "unknown cell 'rleu'; did you mean 'relu'"),
+        (["--seed", "1"], "a sweep takes --seeds, not --seed"),
+        (["--push-to-hub=a/b"], "--push-to-hub is not for a sweep"),
+        (["--epoch", "3"], "did you mean '--epochs'"),
+        (["--recipe", "digits"], "recipe digits has no cells"),
+        (["--jobs", "0"], "jobs must be at least 1"),
+    ],
+)
+def test_usage_errors(argv, message, monkeypatch, capsys):
+    assert _main(monkeypatch, *argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_settings_that_differ_are_refused(recipe, tmp_path, monkeypatch, capsys):
+    (cell,) = plan(SCRIPT, recipe, tmp_path / "sweep", names=["elu"], others=["--epochs", "1"])
+    train(cell.config)
+    assert _main(monkeypatch, "--recipe", recipe, "--output", tmp_path / "sweep", "--table-only") == 2
+    assert "holds a run with epochs=1, not 30" in capsys.readouterr().err
+    arguments = ("--recipe", recipe, "--output", tmp_path / "sweep", "--epochs", "1", "--table-only")
+    (tmp_path / "page.md").write_text("before\n<!-- small -->\nold\n<!-- /small -->\nafter\n")
+    assert _main(monkeypatch, *arguments, "--data", "elsewhere/digits", "--into", tmp_path / "page.md") == 0
+    shown = (tmp_path / "sweep/table.md").read_text()
+    assert "**Not finished: seed42/relu, seed42/sugar_elu.**" in shown
+    assert "`python train/sweep.py --recipe small --epochs 1`" in shown
+    top1 = json.loads(Path(cell.config.output, "summary.json").read_text())["test_top1"]
+    assert f"| elu | {100 * top1:.2f} |  |  | 75.00 ± 2.00 | 90.00 ± 3.00 | +15.00 |" in shown
+    assert (tmp_path / "page.md").read_text() == f"before\n<!-- small -->\n\n{shown}\n<!-- /small -->\nafter\n"
+    assert not (tmp_path / "sweep/bars.png").exists()  # ReLU, their baseline, is not finished
+
+
+def _summary(top1: float) -> dict:
+    same = dict(model="net", epochs=10, train_images=45000, val_images=5000, test_images=10000, versions={"torch": "2"})
+    return same | dict(data="data/cifar10", seconds=1800, test_top1=top1)
+
+
+PAPER = {"relu": (0.7, 0.01), "elu": (0.75, 0.02), "sugar_elu": (0.9, 0.03)}
+
+
+def test_table(tmp_path):
+    runs = {("relu", 1): 0.5, ("relu", 2): 0.6, ("elu", 1): 0.58, ("elu", 2): 0.7, ("sugar_elu", 2): 0.8}
+    names = ["relu", "elu", "sugar_elu"]
+    given = [(n, s, _summary(runs[n, s]) if (n, s) in runs else None) for s in (1, 2) for n in names]
+    table = make_table("small", given, PAPER, "the command")
+    relu, elu, sugar = table["cells"]
+    assert relu["mean"] == pytest.approx(0.55)
+    assert relu["std"] == pytest.approx(0.0707107, abs=1e-6)
+    assert (sugar["mean"], sugar["std"], sugar["accuracy"]) == (0.8, None, {2: 0.8})
+    assert sugar["gain"] == pytest.approx(0.1)  # against the same seed
+    assert (sugar["paper_gain"], "gain" in elu) == (0.15, False)
+    assert (table["missing"], table["hours"], table["spearman"]) == (["seed1/sugar_elu"], 2.5, 1.0)
+    shown = markdown(table)
+    assert "| elu | 64.00 ± 8.49 | 80.00 (1 of 2 seeds) | +10.00 | 75.00 ± 2.00 | 90.00 ± 3.00 | +15.00 |" in shown
+    assert "| relu | 55.00 ± 7.07 |  |  | 70.00 ± 1.00 |  |  |" in shown
+    for note in (
+        "`net` on cifar10: 45,000 training",
+        "10 epochs",
+        "2.5 hours",
+        "correlation with the paper's",
+        "torch 2",
+    ):
+        assert note in shown
+
+
+def test_rank_correlation_has_the_sign_of_the_order():
+    backwards = [(name, 1, _summary(1 - PAPER[name][0])) for name in PAPER]
+    assert make_table("small", backwards, PAPER, "")["spearman"] == -1.0
+    assert make_table("small", backwards[:2], PAPER, "")["spearman"] is None
+
+
+def test_a_table_of_nothing(tmp_path):
+    table = make_table("small", [("relu", 1, None)], PAPER, "the command")
+    write_table(table, tmp_path)
+    assert "**Not finished: seed1/relu.**" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="does not hold <!-- small -->"):
+        write_table(table, tmp_path, tmp_path / "table.md")

@@ -1,0 +1,169 @@
+"""The table of a sweep: accuracy of each cell over the seeds, beside the paper's, as JSON, Markdown and bars."""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from ..files import write_file
+
+_SUGAR = "sugar_"
+
+
+def make_table(
+    recipe: str,
+    runs: Sequence[tuple[str, int, dict[str, Any] | None]],
+    paper: Mapping[str, Sequence[float] | None],
+    command: str,
+) -> dict[str, Any]:
+    """Gather the runs of a sweep.
+
+    Args:
+        recipe: Its name.
+        runs: Cell, seed, and the summary of the run (see `timm_sugar.training.results`), None where it is not finished.
+            The cell ``sugar_NAME`` is NAME with SUGAR.
+        paper: Accuracy and its standard deviation, fractions of 1, that the paper gives for a cell.
+        command: The command line of the sweep.
+
+    Returns:
+        recipe, command, seeds, missing runs, facts that all summaries share, hours of training in all, Spearman's rank
+        correlation with the paper's accuracies and the number of cells in it, and the cells: name, accuracy by seed,
+        mean, std over the seeds (None for one), the paper's mean and std, and for a SUGAR cell gain, the mean over the
+        seeds of what it is better than the same without, beside the paper's. Accuracies are fractions of 1.
+    """
+    by_cell: dict[str, dict[int, float]] = {name: {} for name, _, _ in runs}
+    summaries = [summary for _, _, summary in runs if summary]
+    for name, seed, summary in runs:
+        if summary:
+            by_cell[name][seed] = summary["test_top1"]
+    cells = []
+    for name, accuracies in by_cell.items():
+        figure, without = paper.get(name) or (None, None), name.removeprefix(_SUGAR)
+        cell: dict[str, Any] = dict(
+            name=name, accuracy=accuracies, **_mean_and_std(accuracies.values()), paper=figure[0], paper_std=figure[1]
+        )
+        if without != name and without in by_cell:
+            base = by_cell[without]
+            gains = _mean_and_std([accuracies[seed] - base[seed] for seed in accuracies if seed in base])
+            cell |= dict(gain=gains["mean"], gain_std=gains["std"], paper_gain=None)
+            if figure[0] is not None and paper.get(without):
+                cell["paper_gain"] = round(figure[0] - paper[without][0], 6)
+        cells.append(cell)
+    both = [(cell["mean"], cell["paper"]) for cell in cells if cell["mean"] is not None and cell["paper"] is not None]
+    return dict(
+        recipe=recipe,
+        command=command,
+        seeds=list(dict.fromkeys(seed for _, seed, _ in runs)),
+        missing=[f"seed{seed}/{name}" for name, seed, summary in runs if not summary],
+        **_shared(summaries),
+        hours=sum(summary["seconds"] for summary in summaries) / 3600,
+        spearman=_spearman(both),
+        spearman_cells=len(both),
+        cells=cells,
+    )
+
+
+def _mean_and_std(values: Any) -> dict[str, float | None]:
+    values = list(values)
+    return dict(mean=fmean(values) if values else None, std=stdev(values) if len(values) > 1 else None)
+
+
+def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    if any(len(set(side)) < 3 for side in zip(*pairs, strict=True)) or not pairs:
+        return None
+    from scipy.stats import spearmanr  # scikit-learn, of the extra "train", brings it
+
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+def _shared(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all runs have in common, leaving out what they do not."""
+    if not summaries:
+        return {}
+    names = ("model", "epochs", "train_images", "val_images", "test_images", "versions")
+    shared = {name: summaries[0][name] for name in names if all(s[name] == summaries[0][name] for s in summaries[1:])}
+    data = {Path(summary["data"]).name for summary in summaries}
+    return shared | (dict(data=data.pop()) if len(data) == 1 else {})
+
+
+def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -> None:
+    """Write table.json, table.md, and bars.png and bars.pdf where matplotlib is installed and ReLU's cell is finished.
+
+    Args:
+        table: See `make_table`.
+        folder: Where to.
+        into: A Markdown file with ``<!-- RECIPE -->`` and ``<!-- /RECIPE -->``: the table replaces what is between.
+
+    Raises:
+        ValueError: that file does not hold them.
+    """
+    shown = markdown(table)
+    begin, end = f"<!-- {table['recipe']} -->", f"<!-- /{table['recipe']} -->"
+    if into is not None:
+        before, found, rest = into.read_text(encoding="utf-8").partition(begin)
+        _, found_too, after = rest.partition(end)
+        if not (found and found_too):
+            raise ValueError(f"{into} does not hold {begin} and {end}")
+        write_file(into, f"{before}{begin}\n\n{shown}\n{end}{after}")
+    write_file(folder / "table.json", json.dumps(table, indent=2) + "\n")
+    write_file(folder / "table.md", shown)
+    rows = [_percentages(cell) for cell in table["cells"] if cell["mean"] is not None]
+    if importlib.util.find_spec("matplotlib") and any(row["activation"] == "relu" for row in rows):
+        from ..analysis import plots, run_plots
+
+        plots.save(run_plots.accuracy_bars(rows, table["recipe"]), folder / "bars")
+
+
+def _percentages(cell: dict[str, Any]) -> dict[str, Any]:
+    std = None if cell["std"] is None else 100 * cell["std"]
+    return dict(activation=cell["name"], top1_percent=100 * cell["mean"], std_percent=std)
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Return a table for people to read: a row an activation, alone and with SUGAR, in percent."""
+    cells = {cell["name"]: cell for cell in table["cells"]}
+    count = len(table["seeds"])
+    lines = [
+        "| activation | alone | with SUGAR | gain | paper: alone | with SUGAR | gain |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name in dict.fromkeys(name.removeprefix(_SUGAR) for name in cells):
+        base, sugar = cells.get(name, {}), cells.get(_SUGAR + name, {})
+        row = [_measured(base, count), _measured(sugar, count), _percent(sugar.get("gain"), sugar.get("gain_std"), "+")]
+        row += [_percent(cell.get("paper"), cell.get("paper_std")) for cell in (base, sugar)]
+        lines.append("| " + " | ".join([name, *row, _percent(sugar.get("paper_gain"), None, "+")]) + " |")
+    return "\n".join([*lines, "", *_notes(table)]) + "\n"
+
+
+def _notes(table: dict[str, Any]) -> list[str]:
+    seeds = ", ".join(map(str, table["seeds"]))
+    spread = ", mean ± standard deviation over seeds" if len(table["seeds"]) > 1 else "; seed"
+    notes = [f"Test accuracy in percent{spread} {seeds}. `{table['command']}`"]
+    if "versions" in table:
+        versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+        notes.append(
+            f"`{table['model']}` on {table.get('data', 'data')}: {table['train_images']:,} training, "
+            f"{table['val_images']:,} validation and {table['test_images']:,} test images, {table['epochs']} epochs, "
+            f"the best by validation accuracy; {table['hours']:.1f} hours of training in all; {versions}."
+        )
+    if table["spearman"] is not None:
+        notes.append(
+            f"Spearman's rank correlation with the paper's accuracies: {table['spearman']:.2f} over "
+            f"{table['spearman_cells']} cells."
+        )
+    if table["missing"]:
+        notes.append(f"**Not finished: {', '.join(table['missing'])}.**")
+    return [line for note in notes for line in (note, "")][:-1]
+
+
+def _measured(cell: dict[str, Any], seeds: int) -> str:
+    shown, done = _percent(cell.get("mean"), cell.get("std")), len(cell.get("accuracy", ()))
+    return f"{shown} ({done} of {seeds} seeds)" if 0 < done < seeds else shown
+
+
+def _percent(value: float | None, std: float | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:{sign}.2f}" + ("" if std is None else f" ± {100 * std:.2f}")

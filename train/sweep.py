@@ -1,0 +1,12 @@
+"""Train every cell of a recipe with every seed, and write the table beside the paper's.
+
+    python train/sweep.py --recipe table4_small [--seeds 42 1 10] [--jobs 2] [--data DATA] [--output DIR]
+
+Stop it whenever you like: the same command goes on, and a finished cell is not run again. DIR holds table.md,
+table.json and bars.png; `--table-only` writes them from what is finished.
+"""
+
+from timm_sugar.training.sweep import main
+
+if __name__ == "__main__":
+    main(__file__, __doc__, recipe="table4_small")
