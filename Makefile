@@ -14,6 +14,7 @@ test: $(VENV)/.installed lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,4 +22,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) output build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) output build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -20,9 +20,9 @@ from timm_sugar.data import evaluate_batches, normalize
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 NETWORKS = {  # name: image size, images a pass, arguments
-    "resnet18_sugar_bsilu": (32, 1024, {}),
-    "resnet18_cifar_sugar_bsilu": (32, 256, {}),
-    "swin_tiny_sugar_nelu": (64, 256, {"img_size": 64}),
+    "resnet18_sugar_bsilu": (32, 512, {}),
+    "resnet18_cifar_sugar_bsilu": (32, 128, {}),
+    "swin_tiny_sugar_nelu": (64, 128, {"img_size": 64}),
 }
 
 
@@ -60,6 +60,7 @@ def contestants(name: str, batch_size: int, device: str, clock: Callable[[], flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=NETWORKS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -69,7 +70,8 @@ def main() -> None:
     machine = ", ".join(f"{key} {value}" for key, value in environment().items())
     print(f"{machine}, batch {args.batch_size}, {args.clock} clock")
     rows = []
-    for name, (size, count, _) in NETWORKS.items():
+    for name in args.networks:
+        size, count, _ = NETWORKS[name]
         seconds = time_shuffled(contestants(name, args.batch_size, args.device, clock), args.rounds)
         plain = seconds["evaluation"]
         rows.append(

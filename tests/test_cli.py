@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 
+import timm_sugar
 from timm_sugar.cli import COMMANDS, main
 from timm_sugar.models import is_own
 
@@ -29,6 +30,13 @@ def test_models_as_a_table(capsys, monkeypatch):
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["model", "parameters", "activation", "weights"]
     assert any(line.split() == ["resnet18_sugar_bsilu", "11,689,512", "SUGAR", "bsilu", "1.67", "-"] for line in lines)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"timm-sugar {timm_sugar.__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

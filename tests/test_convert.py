@@ -311,25 +311,15 @@ def test_to_relu_on_all_forms():
 
 
 @not_recorded
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
-def test_torchvision_models_train_and_deploy(name):
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [(torchvision.models.get_model, name) for name in ("resnet18", "mobilenet_v3_small", "squeezenet1_1")]
+    + [(timm.create_model, name) for name in ("test_vit", "test_convnext", "test_byobnet")],
+)
+def test_models_of_libraries_train_and_deploy(library, name):
     torch.manual_seed(0)
-    model = convert(torchvision.models.get_model(name, num_classes=4), "bsilu")
-    x = torch.randn(2, 3, 64, 64)
-    model.train()(x).square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-    model.eval()
-    with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(to_relu(model)(x), expected, rtol=0, atol=0)
-
-
-@not_recorded
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_byobnet"])
-def test_timm_models_train_and_deploy(name):
-    torch.manual_seed(0)
-    model = convert(timm.create_model(name, num_classes=4), "nelu")
-    x = torch.randn(2, *model.default_cfg["input_size"])
+    model = convert(library(name, num_classes=4), "nelu")
+    x = torch.randn(2, *getattr(model, "default_cfg", {"input_size": (3, 64, 64)})["input_size"])
     model.train()(x).square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     model.eval()

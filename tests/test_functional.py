@@ -1,6 +1,7 @@
 """SUGAR as a function, against forward gradient injection in float64, and in every mode of PyTorch."""
 
 import io
+import itertools
 import math
 from functools import partial
 
@@ -94,7 +95,9 @@ def test_gradient_is_that_of_forward_gradient_injection(name, dtype, shape, layo
     seed=st.integers(0, 99),
 )
 def test_gradient_in_every_dtype_and_save_mode(name, dtype, shape, layouts, save, seed):
-    _check_gradient(name if _is_composed() else "bsilu", dtype, shape, layouts, seed, save)
+    # Compiled kernels of the other two dtypes: tests/kernels/test_compiled.py.
+    compiled_dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
+    _check_gradient(*((name, dtype) if _is_composed() else ("bsilu", compiled_dtype)), shape, layouts, seed, save)
 
 
 def _check_gradient(name, dtype, shape, layouts, seed, save):
@@ -112,11 +115,17 @@ def _check_gradient(name, dtype, shape, layouts, seed, save):
         assert ((result.double() - expected).abs() <= bound + 1e-12).all()
 
 
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("name", NAMES)
-def test_infinities_and_nan(name, save, path):
-    if path == "compiled" and save != "exact" and name not in ("bsilu", "nelu"):
-        pytest.skip("the same kernel bodies, already compiled for two surrogates")
+# The lean kernels' bodies are the same for every surrogate: compiled for two of them.
+@pytest.mark.parametrize(
+    ("path", "name", "save"),
+    [
+        (path, name, save)
+        for path, name, save in itertools.product(["compiled", "composed"], NAMES, SAVES)
+        if path == "composed" or save == "exact" or name in ("bsilu", "nelu")
+    ],
+    indirect=["path"],
+)
+def test_infinities_and_nan(path, name, save):
     entry = get_surrogate(name)
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 3e38, -3e38] * 5)
     y = sugar(x.requires_grad_(), name, save=save)
@@ -294,11 +303,11 @@ def test_export_gives_relu(save):
     assert targets == {"aten.conv2d.default", "aten.relu.default"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:FutureWarning", "ignore:.*torch.jit.:DeprecationWarning")
 @pytest.mark.parametrize("save", SAVES)
 def test_trace_script_and_fx(save):
     net, x = Net(save), torch.randn(2, 3, 8, 8)
-    with pytest.warns(FutureWarning, match="torch.jit"):
-        traced, scripted = torch.jit.trace(net, x), torch.jit.script(net)
+    traced, scripted = torch.jit.trace(net, x), torch.jit.script(net)
     symbolic = torch.fx.symbolic_trace(net)
     for module in (traced, scripted, symbolic):
         torch.testing.assert_close(module(x), net(x))
@@ -322,18 +331,17 @@ def test_onnx_gives_relu_nodes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save", SAVES)
-def test_compile_without_a_break_or_a_recompilation(save, path):
-    if path == "composed":
-        pytest.skip("a compiled graph does not use the kernels")
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)  # a compiled graph does not use the kernels
+def test_compile_without_a_break_or_a_recompilation(path):
     torch._dynamo.reset()
-    net = Net(save)
+    layers = [(torch.nn.Conv2d(3 if save == SAVES[0] else 4, 4, 3), Sugar(save=save)) for save in SAVES]
+    net = torch.nn.Sequential(*itertools.chain(*layers))
     compiled_net = torch.compile(net, fullgraph=True, dynamic=True)
     for batch in (4, 2, 5, 8):
         x = torch.randn(batch, 3, 8, 8)
-        expected = torch.autograd.grad(net(x).sum(), net.conv.weight)[0]
+        expected = torch.autograd.grad(net(x).sum(), net[0].weight)[0]
         with torch.compiler.set_stance("default" if batch == 4 else "fail_on_recompile"):
-            result = torch.autograd.grad(compiled_net(x).sum(), net.conv.weight)[0]
+            result = torch.autograd.grad(compiled_net(x).sum(), net[0].weight)[0]
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
 
 

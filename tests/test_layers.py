@@ -117,37 +117,43 @@ class Net(nn.Sequential):
         super().__init__(nn.Linear(6, 8), Sugar(save=save), nn.Linear(8, 3))
 
 
-def _train_on_two_processes(rank: int, port: int, wrapper: str, save: str, expected: list[torch.Tensor]) -> None:
+WRAPPED = [("ddp", "exact"), ("ddp", "uint4"), ("fsdp2", "exact")]
+
+
+def _train_on_two_processes(rank: int, port: int, expected: dict[str, list[torch.Tensor]]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    net = Net(save)
-    if wrapper == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(net)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        wrapped = fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    wrapped(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-    for parameter, gradient in zip(net.parameters(), expected, strict=True):
-        result = parameter.grad.full_tensor() if wrapper == "fsdp2" else parameter.grad
-        torch.testing.assert_close(result, gradient)
+    for wrapper, save in WRAPPED:
+        torch.manual_seed(0)
+        net = Net(save)
+        if wrapper == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(net)
+        else:
+            wrapped = fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        wrapped(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+        for parameter, gradient in zip(net.parameters(), expected[save], strict=True):
+            result = parameter.grad.full_tensor() if wrapper == "fsdp2" else parameter.grad
+            torch.testing.assert_close(result, gradient, msg=lambda text, case=(wrapper, save): f"{case}: {text}")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wrapper", "save"), [("ddp", "exact"), ("ddp", "uint4"), ("fsdp2", "exact")])
-def test_two_processes_give_the_gradients_of_one(wrapper, save):
-    torch.manual_seed(0)
-    net = Net(save)
-    net(torch.randn(4, 6, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+def test_two_processes_give_the_gradients_of_one():
+    expected = {}
+    for _, save in WRAPPED:
+        torch.manual_seed(0)
+        net = Net(save)
+        net(torch.randn(4, 6, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+        expected[save] = [p.grad for p in net.parameters()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_train_on_two_processes, (port, wrapper, save, [p.grad for p in net.parameters()]), nprocs=2)
+    mp.spawn(_train_on_two_processes, (port, expected), nprocs=2)
 
 
 def test_the_functional_form_takes_the_module_arguments():

@@ -17,6 +17,7 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import disable_progress_bars
 from timm.models import model_entrypoint
 
+from . import __version__
 from .activations import calls_summary
 from .analysis import gradient_norms, loss_landscape, profile, summarise_landscape
 from .files import write_file
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
     """
     parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(

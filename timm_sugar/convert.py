@@ -138,7 +138,8 @@ def convert(
     _swap(swaps, make)
     _disable_fast_paths(model)
     report.recorded = _record(model, new)
-    model.sugar_report = report
+    converted: Any = model
+    converted.sugar_report = report
     if report.unreached:
         warnings.warn(f"convert does not reach {calls_summary(model, report.unreached)}", stacklevel=2)
     if report.recorded is False:
@@ -193,7 +194,7 @@ def _selected(name: str, include: str | Iterable[str] | None, exclude: str | Ite
 
 def _swap(swaps: list[tuple[nn.Module, str, Any]], make: Callable[[Any], Any]) -> None:
     """Set each attribute to what `make` gives for its old value; a module that was shared stays shared."""
-    made = {}
+    made: dict[int, Any] = {}
     for parent, key, old in swaps:
         new = made.get(id(old)) if isinstance(old, nn.Module) else None
         if new is None:
@@ -237,25 +238,29 @@ def _record(model: nn.Module, new: Sugar | None) -> bool | None:
     return None
 
 
-def _record_in_timm(model: nn.Module, new: Sugar | None) -> bool:
+def _record_in_timm(model: Any, new: Sugar | None) -> bool:
     own = ("surrogate", "alpha", "save", "act_layer")
     kept = {k: v for k, v in model._model_args.items() if k not in own}
     if new is None:
-        candidates = [{}, {"act_layer": "relu"}]
+        candidates: list[dict[str, Any]] = [{}, {"act_layer": "relu"}]
     else:
-        ours = {"surrogate": new.surrogate, "alpha": new.alpha, "save": new.save if new.save != "exact" else None}
+        ours: dict[str, Any] = {
+            "surrogate": new.surrogate,
+            "alpha": new.alpha,
+            "save": new.save if new.save != "exact" else None,
+        }
         candidates = [{k: v for k, v in ours.items() if v is not None}]
         if _is_default(new):
             candidates.append({"act_layer": f"sugar_{new.surrogate}"})
     for candidate in candidates:
         args = kept | candidate
-        if _builds(model, lambda args=args: timm.create_model(model.pretrained_cfg["architecture"], **args)):
+        if _builds(model, partial(timm.create_model, model.pretrained_cfg["architecture"], **args)):
             model._model_args = args
             return True
     return False
 
 
-def _record_in_transformers(model: nn.Module, new: Sugar | None) -> bool:
+def _record_in_transformers(model: Any, new: Sugar | None) -> bool:
     from . import transformers  # registers our names, and is loaded already where there is such a model
 
     if new is not None and not _is_default(new):

@@ -44,7 +44,8 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
             where the save mode needs them.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(sugar, (x,), x, surrogate, alpha, save)
+        overridden: Tensor = handle_torch_function(sugar, (x,), x, surrogate, alpha, save)
+        return overridden
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
     check_save(save)
@@ -53,7 +54,8 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
         return torch.relu(x)
     if save == "exact" or not x.requires_grad or (not torch.compiler.is_compiling() and is_transformed()):
         return _inject(x, torch.relu, entry, alpha)
-    return _LeanInjection.apply(x, save, levels_of(entry.name, f"{alpha}", save))[0]
+    y: Tensor = _LeanInjection.apply(x, save, levels_of(entry.name, f"{alpha}", save))[0]
+    return y
 
 
 def surrogate_activation(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None) -> Tensor:
@@ -62,7 +64,8 @@ def surrogate_activation(x: Tensor, surrogate: str = "bsilu", alpha: float | Non
     Shapes, dtypes and errors are those of `sugar`; a surrogate registered without a function is a ValueError.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(surrogate_activation, (x,), x, surrogate, alpha)
+        overridden: Tensor = handle_torch_function(surrogate_activation, (x,), x, surrogate, alpha)
+        return overridden
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
     _check_dtype(x)
@@ -105,7 +108,8 @@ def _inject(x: Tensor, forward: Callable[[Tensor], Tensor], surrogate: Surrogate
     # more than five times as long as ReLU itself on a small tensor.
     transformed = not torch.compiler.is_compiling() and is_transformed()
     function = _TransformableInjection if transformed else _Injection
-    return function.apply(x, forward, surrogate, alpha)
+    y: Tensor = function.apply(x, forward, surrogate, alpha)
+    return y
 
 
 class _Injection(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """SUGAR as modules, and their registration in timm's activation factory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,12 @@ class Sugar(nn.Module):
         return ", ".join(parts)
 
 
+def _alpha_of(surrogate: str, alpha: float | None) -> float:
+    resolved = get_surrogate(surrogate).resolve_alpha(alpha)
+    assert resolved is not None
+    return resolved
+
+
 @register_notrace_module
 class BSiLU(nn.Module):
     """B-SiLU in both passes, ``(x + alpha) * sigmoid(x) - alpha / 2`` (arXiv:2505.22074, eq. 7).
@@ -86,7 +93,7 @@ class BSiLU(nn.Module):
 
     def __init__(self, inplace: bool = False, alpha: float | None = None):
         super().__init__()
-        self.alpha: float = get_surrogate("bsilu").resolve_alpha(alpha)
+        self.alpha = _alpha_of("bsilu", alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -107,7 +114,7 @@ class NeLU(nn.Module):
 
     def __init__(self, inplace: bool = False, alpha: float | None = None):
         super().__init__()
-        self.alpha: float = get_surrogate("nelu").resolve_alpha(alpha)
+        self.alpha = _alpha_of("nelu", alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -155,16 +162,18 @@ def sugar_act_layer(
             surrogate, alpha = default, default_alpha if alpha is None else alpha
         module = Sugar(surrogate, alpha, save=save or "exact")
         return partial(_create_sugar, module.surrogate, alpha=module.alpha, save=module.save)
+    layer: Any = act_layer
     if isinstance(act_layer, str):
         try:
-            act_layer = create_act.get_act_layer(act_layer)
+            layer = create_act.get_act_layer(act_layer)
         except KeyError:
             raise ValueError(unknown_name("activation", act_layer, [*create_act._ACT_LAYER_DEFAULT])) from None
-    if given == ["alpha"] and act_layer in (BSiLU, NeLU):
-        return partial(act_layer, alpha=act_layer(alpha=alpha).alpha)
+    if given == ["alpha"] and layer in (BSiLU, NeLU):
+        return partial(layer, alpha=layer(alpha=alpha).alpha)
     if given:
         raise ValueError(f"{' and '.join(given)} and act_layer contradict each other; give one of them")
-    return act_layer
+    resolved: Callable[..., nn.Module] = layer
+    return resolved
 
 
 def register_surrogate(
@@ -197,11 +206,15 @@ def apply_sugar(surrogate: str, x: Tensor, inplace: bool = False) -> Tensor:
     return sugar(x, surrogate)
 
 
+# timm has no public way to add an activation; its factory falls back to these two tables.
+_LAYERS: MutableMapping[str, Any] = create_act._ACT_LAYER_DEFAULT
+_FUNCTIONS: MutableMapping[str, Any] = create_act._ACT_FN_DEFAULT
+
+
 def _register_with_timm(surrogate: str) -> None:
-    # timm has no public way to add an activation; its factory falls back to these two tables. It calls a layer with
-    # inplace as the first positional or as a keyword argument, hence not partial(Sugar, ...).
-    create_act._ACT_LAYER_DEFAULT[f"sugar_{surrogate}"] = partial(_create_sugar, surrogate)
-    create_act._ACT_FN_DEFAULT[f"sugar_{surrogate}"] = partial(apply_sugar, surrogate)
+    # timm calls a layer with inplace as the first positional or as a keyword argument, hence not partial(Sugar, ...).
+    _LAYERS[f"sugar_{surrogate}"] = partial(_create_sugar, surrogate)
+    _FUNCTIONS[f"sugar_{surrogate}"] = partial(apply_sugar, surrogate)
 
 
 # What else keeps activations by name adds itself here.
@@ -209,5 +222,5 @@ activation_registries: list[Callable[[str], None]] = [_register_with_timm]
 
 for _name in [*list_surrogates(), "swish"]:
     _register_with_timm(_name)
-create_act._ACT_LAYER_DEFAULT.update(bsilu=BSiLU, nelu=NeLU)
-create_act._ACT_FN_DEFAULT.update({name: partial(surrogate_activation, surrogate=name) for name in ("bsilu", "nelu")})
+_LAYERS.update(bsilu=BSiLU, nelu=NeLU)
+_FUNCTIONS.update({name: partial(surrogate_activation, surrogate=name) for name in ("bsilu", "nelu")})

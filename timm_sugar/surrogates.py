@@ -12,12 +12,13 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SurrogateFunction = Callable[[Tensor, float | None], Tensor]
+SurrogateFunction = Callable[[Tensor, Any], Tensor]  # alpha: a float, or None for a surrogate without one
 
 
 @dataclass(frozen=True, eq=False)

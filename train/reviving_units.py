@@ -33,6 +33,8 @@ from timm_sugar.training.results import check_writable, finished_summary
 
 WIDTHS = [1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M"]  # VGG-16, in units of its first layer
 ARMS = {"relu": None, "sugar": "bsilu"}
+PROFILES = "profiles.json"
+COUNTS = ("dead_before", "revived", "died", "dead_after")
 LABELS = {"relu": "ReLU", "sugar": "SUGAR B-SiLU"}
 EXAMPLE = """examples:
   python train/reviving_units.py --data cifar10                       three seeds, into output/reviving_units
@@ -102,25 +104,37 @@ def revive(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     first = train(settings(arguments, seed, arguments.epochs, arguments.lr, folder / "first"))
     start = last_weights(folder / "first")
     record = {"seed": seed, "first": {"metrics": metrics(folder / "first"), "summary": first}, "after": []}
-    profiles = {}
     for lr in arguments.more_lr:
         for arm, surrogate in ARMS.items():
             output = folder / f"{arm}-{lr:g}"
             config = settings(arguments, seed, arguments.more_epochs, lr, output)
-            check_writable(output)
-            run = prepare(config)
-            for network in (run.network, run.evaluated):
-                network.load_state_dict(start)
-                if surrogate:
-                    convert(network, surrogate)
-            run.surrogate = surrogate_of(run.network)
-            summary = finished_summary(config) or fit(run)
-            before, after = (profile_on_val(run, weights) for weights in (start, last_weights(output)))
-            profiles |= {"first": before.to_dict(), output.name: after.to_dict()}
+            summary = finished_summary(config)
+            if summary is None or not (output / PROFILES).is_file():
+                summary = go_on(config, start, surrogate)
             found = {"arm": arm, "lr": lr, "metrics": metrics(output), "summary": summary}
-            record["after"].append(found | {"layers": revived_units(before, after)})
-    write_file(folder / "profiles.json", json.dumps(profiles) + "\n")
+            record["after"].append(found | {"layers": revived_units(*profiles(output).values())})
     return record
+
+
+def go_on(config: TrainConfig, start: dict[str, Any], surrogate: str | None) -> dict[str, Any]:
+    """Train from the weights `start`, converted where there is a surrogate, and profile the network on val."""
+    check_writable(Path(config.output))
+    run = prepare(config)
+    for network in (run.network, run.evaluated):
+        network.load_state_dict(start)
+        if surrogate:
+            convert(network, surrogate)
+    run.surrogate = surrogate_of(run.network)
+    summary = fit(run)
+    weights = {"before": start, "after": last_weights(run.output)}
+    found = {when: profile_on_val(run, tensors).to_dict() for when, tensors in weights.items()}
+    write_file(run.output / PROFILES, json.dumps(found) + "\n")
+    return summary
+
+
+def profiles(output: Path) -> dict[str, dict[str, Any]]:
+    """The profiles of a network before and after it was trained on, in that order."""
+    return json.loads((output / PROFILES).read_text(encoding="utf-8"))
 
 
 def last_weights(folder: Path) -> dict[str, Any]:
@@ -140,26 +154,26 @@ def profile_on_val(run: Run, weights: dict[str, Any]) -> Profile:
 
 def draw(records: list[dict[str, Any]], output: Path) -> None:
     """Dead units and accuracy by epoch, dead units by layer, and activation profiles, for each learning rate."""
-    profiles = [json.loads((output / f"seed{r['seed']}" / "profiles.json").read_text()) for r in records]
     first = [record["first"]["metrics"] for record in records]
     begun = len(first[0])
     for lr in dict.fromkeys(found["lr"] for found in records[0]["after"]):
-        curves, names = {}, {"before": "first"}
+        curves, found = {}, {}
         for arm, label in LABELS.items():
-            after = [found for r in records for found in r["after"] if (found["arm"], found["lr"]) == (arm, lr)]
+            after = [run for r in records for run in r["after"] if (run["arm"], run["lr"]) == (arm, lr)]
             curves[f"ReLU, then {label}"] = [
-                [*lines, *({**line, "epoch": begun + line["epoch"]} for line in found["metrics"])]
-                for lines, found in zip(first, after, strict=True)
+                [*lines, *({**line, "epoch": begun + line["epoch"]} for line in run["metrics"])]
+                for lines, run in zip(first, after, strict=True)
             ]
-            names[f"after {label}"] = f"{arm}-{lr:g}"
+            of_seeds = [profiles(output / f"seed{record['seed']}" / f"{arm}-{lr:g}") for record in records]
+            found |= {"before": [each["before"] for each in of_seeds]}
+            found |= {f"after {label}": [each["after"] for each in of_seeds]}
         figure = run_plots.seed_curves(curves, ("dead_units", "val_top1"))
         for ax in figure.axes:
             ax.axvline(begun, color="0.5", linestyle=":", linewidth=1)
         save(figure, output / f"epochs_{lr:g}")
-        layers = {label: pooled([found[name] for found in profiles]) for label, name in names.items()}
+        layers = {label: pooled(of_seeds) for label, of_seeds in found.items()}
         save(run_plots.dead_units_by_layer(layers), output / f"layers_{lr:g}")
-        ridges = {label: profiles[0][name] for label, name in names.items()}
-        save(run_plots.activation_ridges(ridges), output / f"profile_{lr:g}")
+        save(run_plots.activation_ridges({label: each[0] for label, each in found.items()}), output / f"profile_{lr:g}")
 
 
 def pooled(profiles: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,7 +184,7 @@ def pooled(profiles: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    """Print a Markdown table of each learning rate, mean and standard deviation over the seeds."""
+    """Print Markdown tables: mean and standard deviation over the seeds, and what happened in each layer."""
     units = sum(layer["units"] for layer in records[0]["after"][0]["layers"])
     print(f"{units} units; seeds {', '.join(str(record['seed']) for record in records)}")
     print("\n| goes on with | lr | dead before | revived | died | dead after | val top-1 (%) | test top-1 (%) |")
@@ -185,6 +199,15 @@ def show(records: list[dict[str, Any]]) -> None:
         cells.append(spread([100 * run["summary"]["test_top1"] for run in runs]))
         print(f"| {LABELS[found['arm']]} | {found['lr']:g} | {' | '.join(cells)} |")
     print("\nbefore: val top-1", spread([100 * record["first"]["metrics"][-1]["val_top1"] for record in records]))
+    print(f"\nRevived / died by layer, {len(records)} seeds together:\n")
+    columns = [f"{LABELS[found['arm']]}, {found['lr']:g}" for found in records[0]["after"]]
+    print(f"| layer | units | dead before | {' | '.join(columns)} |\n| --- | --- | --- |{' --- |' * len(columns)}")
+    for number in range(len(records[0]["after"][0]["layers"])):
+        rows = [[record["after"][place]["layers"][number] for record in records] for place in range(len(columns))]
+        total = [{key: sum(row[key] for row in seeds) for key in COUNTS} for seeds in rows]
+        pairs = [f"{counts['revived']} / {counts['died']}" for counts in total]
+        units = len(records) * rows[0][0]["units"]
+        print(f"| {number + 1} | {units} | {total[0]['dead_before']} | {' | '.join(pairs)} |")
 
 
 def spread(values: list[float]) -> str:

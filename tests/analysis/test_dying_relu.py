@@ -253,7 +253,7 @@ def test_script_writes_the_table_and_the_pictures(tmp_path):
 
 
 def test_script_adds_every_surrogate_and_the_sweep(tmp_path, script, capsys):
-    options = ("--runs", "2", "--epochs", "0", "--depth", "2", "--jobs", "2", "--output", str(tmp_path))
+    options = ("--runs", "2", "--epochs", "0", "--depth", "2", "--jobs", "1", "--output", str(tmp_path))
     register_surrogate("dying_relu_test", lambda x, alpha: torch.sigmoid(x))
     try:
         script(*options, "--surrogate", "all", "--sweep")

@@ -115,12 +115,14 @@ def test_gradients_reach_the_weights_of_a_dead_unit_with_sugar_only():
 
 
 def test_revived_and_died():
-    before = profile(_linear([0.0, 0.0, 0.0, 0.0], [1.0, -1.0, -1.0, 1.0]), [torch.ones(2, 1)])
-    after = profile(_linear([0.0, 0.0, 0.0, 0.0], [-1.0, 1.0, -1.0, 1.0]), [torch.ones(2, 1)])
+    def profiled(*biases):
+        return profile(_linear([0.0] * len(biases), biases), [torch.ones(2, 1)]).to_dict()
+
+    before, after = profiled(1.0, -1.0, -1.0, 1.0), profiled(-1.0, 1.0, -1.0, 1.0)
     expected = {"name": "1", "units": 4, "dead_before": 2, "dead_after": 2, "revived": 1, "died": 1}
     assert revived_units(before, after) == [expected]
     with pytest.raises(ValueError, match="layers differ"):
-        revived_units(before, profile(_linear([1.0], [0.0]), [torch.ones(1, 1)]))
+        revived_units(before, profiled(1.0))
 
 
 @pytest.fixture(scope="module")

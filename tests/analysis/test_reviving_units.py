@@ -37,16 +37,17 @@ def test_the_script(script, tmp_path, capsys):
     relu, sugar = record["after"]
     assert [found["arm"] for found in (relu, sugar)] == ["relu", "sugar"]
     assert (sugar["summary"]["surrogate"], relu["summary"]["surrogate"]) == ("bsilu", None)
-    profiles = json.loads((tmp_path / "seed0" / "profiles.json").read_text())
-    dead = [layer["dead"] for layer in profiles["first"]["layers"]]
+    profiles = {
+        arm: json.loads((tmp_path / f"seed0/{arm}-0.01/profiles.json").read_text()) for arm in ("relu", "sugar")
+    }
+    dead = [layer["dead"] for layer in profiles["relu"]["before"]["layers"]]
     assert sum(dead) > 0
     for found in (relu, sugar):
         rows = found["layers"]
         assert [row["dead_before"] for row in rows] == dead
         assert [row["dead_before"] - row["revived"] + row["died"] for row in rows] == [r["dead_after"] for r in rows]
-        assert [row["dead_after"] for row in rows] == [
-            layer["dead"] for layer in profiles[f"{found['arm']}-0.01"]["layers"]
-        ]
+        after = profiles[found["arm"]]["after"]["layers"]
+        assert [row["dead_after"] for row in rows] == [layer["dead"] for layer in after]
         share = sum(row["dead_after"] for row in rows) / sum(row["units"] for row in rows)
         assert share == pytest.approx(found["metrics"][-1]["dead_units"])
         assert f"| {sum(dead):.1f} | {sum(row['revived'] for row in rows):.1f} |" in table

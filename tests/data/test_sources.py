@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import COLOURS, coloured_images
+from tests.conftest import COLOURS, coloured_images, image_folder
 from timm_sugar.data import BadImageError, load_source, readable, split_validation, stratified_sample
 
 
@@ -40,13 +40,7 @@ def test_parquet_folder(parquet_folder):
 
 
 def test_image_folder(tmp_path):
-    images, labels = coloured_images(12, 0)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        for split in ("train", "test"):
-            folder = tmp_path / split / [*COLOURS][label]
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{number}.png")
-    source = load_source(str(tmp_path))
+    source = load_source(image_folder(tmp_path, 12, ("train", "test")))
     assert source.class_names == tuple(COLOURS)
     assert (len(source.train), len(source.test)) == (12, 12)
     assert source.train[3].size == (32, 32)
@@ -151,19 +145,6 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
     assert {source.train[i].mode for i in range(3)} == {"RGB"}
 
 
-def _image_folder(folder, corrupt=()):
-    """Twelve images, three classes of four, in each split; those named in `corrupt` are cut short."""
-    images, labels = coloured_images(12, 0)
-    for split in ("train", "val"):
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = folder / split / [*COLOURS][label] / f"{number:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-            if (split, number) in corrupt:
-                path.write_bytes(path.read_bytes()[:200])
-    return str(folder)
-
-
 def test_streaming_gives_the_same_images(parquet_folder):
     plain, streamed = load_source(parquet_folder), load_source(parquet_folder, streaming=True)
     assert streamed.class_names == plain.class_names
@@ -174,7 +155,7 @@ def test_streaming_gives_the_same_images(parquet_folder):
 
 
 def test_streaming_an_image_folder(tmp_path):
-    source = load_source(_image_folder(tmp_path), streaming=True)
+    source = load_source(image_folder(tmp_path, 12, ("train", "val")), streaming=True)
     assert source.class_names == tuple(COLOURS)
     assert (len(source.train), len(source.test)) == (12, 12)
     assert source.train[0].size == (32, 32)
@@ -215,7 +196,7 @@ def test_original_layout_of_tiny_imagenet(tmp_path):
 
 
 def test_a_corrupt_image_is_named_and_found(tmp_path):
-    source = load_source(_image_folder(tmp_path, corrupt={("train", 2), ("train", 7)}))
+    source = load_source(image_folder(tmp_path, 12, ("train", "val"), corrupt={("train", 2), ("train", 7)}))
     with pytest.raises(BadImageError, match="image in row 7 cannot be decoded: "):
         source.train[7]
     assert readable(source.train).tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
@@ -224,12 +205,7 @@ def test_a_corrupt_image_is_named_and_found(tmp_path):
 
 @pytest.mark.parametrize("name", ["test", "validation", "valid", "val"])
 def test_names_of_the_held_out_split(tmp_path, name):
-    images, labels = coloured_images(6, 0)
-    for split in ("train", name):
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = tmp_path / split / [*COLOURS][label] / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+    image_folder(tmp_path, 6, ("train", name))
     assert len(load_source(str(tmp_path)).test) == 6
 
 

@@ -33,6 +33,7 @@ SETTINGS = dict(
     crop="padded", hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, mixup=0.8, cutmix=1.0,
     alpha_schedule="linear", alpha_end=1.0, switch_epoch=3, switch_surrogate="nelu", checkpoint_steps=1,
 )  # fmt: skip
+STEPS = 15  # in 3 epochs of 160 images
 
 
 def start(output: Path, processes: int, workers: int) -> list[int]:
@@ -74,6 +75,17 @@ def outcome(output: Path) -> tuple[str, list[dict]]:
     return digest, [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
 
 
+def newest(output: Path) -> str:
+    """Return the name of the newest checkpoint, "" where there is none."""
+    sealed = (output / "checkpoints").glob("step-?????????/manifest.json")
+    return max((path.parent.name for path in sealed), default="")
+
+
+def ended(output: Path) -> bool:
+    """Whether the run is finished, or a process of it has failed by itself."""
+    return (output / "summary.json").exists() or any(output.glob("failure-*.txt"))
+
+
 def main() -> None:
     folder, processes, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     for surrogate in ("bsilu", "nelu"):  # compiles the kernels that every start would compile again
@@ -91,18 +103,26 @@ def main() -> None:
     output = folder / "killed"
     output.mkdir()
     while killed < kills or not finished:
+        before = newest(output)
         pids = start(output, processes, workers=killed % 2)
-        # After `kills` kills the last run may end in peace.
-        deadline = time.monotonic() + (instants.uniform(0, duration / 2) if killed < kills else 1e6)
-        first = instants.randrange(processes)
-        while time.monotonic() < deadline and not (output / "summary.json").exists():
+        # Most starts are killed after a checkpoint more, at whatever instant, so that the run gets on however slow the
+        # machine is; some at once, in the start itself or the first step.
+        at_once = instants.random() < 0.3
+        delay = instants.uniform(0, duration / 4 if at_once else duration / STEPS)
+        last = killed == kills  # ends in peace
+        while not ended(output) and (last or not (at_once or newest(output) > before)):
             time.sleep(0.002)
-        if not (output / "summary.json").exists():
+        if not last:
+            time.sleep(delay)
+        if not ended(output):
+            first = instants.randrange(processes)
             for pid in pids[first:] + pids[:first]:
                 os.kill(pid, signal.SIGKILL)
             wait(pids)
             killed += 1
-            resumed += any((output / "checkpoints").glob("step-*/manifest.json"))
+            resumed += newest(output) != ""
+            for failure in output.glob("failure-*.txt"):  # of a process whose partner was killed
+                failure.unlink()
             continue
         if any(wait(pids)):
             sys.exit("".join(path.read_text() for path in output.glob("failure-*.txt")))

@@ -1,5 +1,6 @@
 """What else a run can do: trackers, dry run, evaluation alone, schedules of the surrogate, bad images, averages."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import COLOURS, coloured_images
-from timm_sugar.training import TrainConfig, train
+from tests.conftest import image_folder
+from timm_sugar.training import TrainConfig, train, trials
 from timm_sugar.training.build import prepare
 from timm_sugar.training.loop import State, train_steps
 from timm_sugar.training.schedules import surrogate_at
@@ -86,10 +87,13 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     assert logged == pytest.approx([line["val_top1"] for line in _lines(tmp_path)])
 
 
-def test_dry_run_says_what_it_takes_and_writes_nothing(tmp_path):
+def test_dry_run_says_what_it_takes_and_writes_nothing(tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(trials.time, "perf_counter", lambda: 8.0 * next(ticks))  # a step takes 8 s, 64 images another 8
     found = train(_config(tmp_path / "run", epochs=7, dry_run=True))
     assert (found["steps_per_epoch"], found["epochs"]) == (4, 7)
-    assert 0 < found["seconds_per_epoch"] <= found["seconds"] < 600
+    assert found["seconds_per_epoch"] == 4 * 8 + 20 * 8 / 64
+    assert found["seconds"] == round(7 * found["seconds_per_epoch"] + 359 * 8 / 64, 1)
     assert found["peak_memory_bytes"] > 2**26
     assert not (tmp_path / "run").exists()
     train(_config(tmp_path / "run", epochs=7))
@@ -111,20 +115,8 @@ def test_evaluation_alone_repeats_the_measured_accuracy(tmp_path):
         train(_config(tmp_path / "empty", eval_only=True))
 
 
-def _images(folder, corrupt=None):
-    images, labels = coloured_images(30, 0)
-    for split in ("train", "test"):
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = folder / split / [*COLOURS][label] / f"{number:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-            if (split, number) == corrupt:
-                path.write_bytes(path.read_bytes()[:200])
-    return str(folder)
-
-
 def test_bad_images_are_named_or_skipped_and_counted(tmp_path):
-    data = _images(tmp_path / "data", corrupt=("train", 11))
+    data = image_folder(tmp_path / "data", 30, ("train", "test"), corrupt=[("train", 11)])
     settings = dict(data=data, limit_train=None, limit_val=None, batch_size=8)
     with pytest.raises(ValueError, match="image in row 11 cannot be decoded"):
         train(_config(tmp_path / "a", **settings))

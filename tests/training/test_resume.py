@@ -1,5 +1,6 @@
 """Exact resume: killed at random instants, stopped by signals, refused where a setting changed, a disk that fails."""
 
+import ctypes
 import json
 import os
 import resource
@@ -7,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
-from timm_sugar.training import TrainConfig, train
+from timm_sugar.training import TrainConfig, main, train
 from timm_sugar.training.checkpoints import latest_checkpoint, list_checkpoints
+from timm_sugar.training.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"channels": [8, 8, 8, 8]}
@@ -37,22 +40,38 @@ def test_killed_at_random_instants_it_ends_with_the_same_bits(processes, kills, 
     assert counts["resumed"] >= 1
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_names_the_command(number, status, tmp_path):
+def test_sigterm_saves_and_names_the_command(tmp_path):
     command = [sys.executable, "train/digits.py", "--epochs", "500", "--img-size", "16", "--output", str(tmp_path)]
-    command += ["--resume", "never", "--workers", "1", "--hflip", "0.1"]
+    command += ["--resume", "never", "--workers", "1", "--hflip", "0.1", "--model-args", "channels=[8, 8, 8, 8]"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     metrics = tmp_path / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(number)
-    _, shown = process.communicate(timeout=300)
-    assert process.returncode == status, shown
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=900)
+    assert process.returncode == 143, shown
     (line,) = (line for line in shown.splitlines() if line.startswith("digits.py"))  # beside the compiler's own
-    assert line.startswith(f"digits.py: stopped by {number.name} at step ")
-    assert line.endswith(f"train/digits.py --epochs 500 --img-size 16 --output {tmp_path} --workers 1 --hflip 0.1")
+    assert line.startswith("digits.py: stopped by SIGTERM at step ")
+    flags = f"--output {tmp_path} --workers 1 --hflip 0.1 --model-args 'channels=[8, 8, 8, 8]'"
+    assert line.endswith(f"train/digits.py --epochs 500 --img-size 16 {flags}")
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert line.split(" at step ")[1].split(";")[0] == str(int(checkpoint.name.removeprefix("step-")))
+
+
+def test_ctrl_c_saves_after_the_step_under_way(tmp_path, monkeypatch, capsys):
+    def interrupt(self, *arguments, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "step", interrupt)
+    flags = ["--limit-train", "64", "--limit-val", "20", "--img-size", "16", "--model-args", "channels=[8, 8, 8, 8]"]
+    monkeypatch.setattr(sys, "argv", ["train/digits.py", "--output", str(tmp_path), *flags])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        main(str(ROOT / "train/digits.py"), "text", "digits")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.startswith("digits.py: stopped by SIGINT at step 1; saved, go on with: ")
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step-000000001"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -95,30 +114,60 @@ def test_a_setting_left_open_may_not_change_either(tmp_path):
         train(_config(tmp_path, mean=[0.5, 0.5, 0.5]))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    saved = []
-
-    from timm_sugar.training import loop
-
-    write = loop.write_checkpoint
-
-    def write_while_there_is_room(*args):
-        if saved:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the kernel refuses to write more
-        saved.append(args[1])
-        return write(*args)
-
-    monkeypatch.setattr(loop, "write_checkpoint", write_while_there_is_room)
+@contextmanager
+def _full_disk(folder):
+    """The kernel refuses to write more than a page into a file."""
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(
-            OSError, match=r"step-000000002 cannot be written: .*; the last good one is .*step-000000001"
-        ):
-            train(_config(tmp_path, checkpoint_steps=1))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
+
+
+@contextmanager
+def _read_only(folder):
+    """The permission to write is taken away; root gives up the capability by which it needs none."""
+    header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc, overriding = ctypes.CDLL(None), 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capget(header, capabilities) == 0
+    effective = capabilities[0]
+    capabilities[0] &= ~overriding
+    assert libc.capset(header, capabilities) == 0
+    folder.chmod(0o500)
+    try:
+        yield
+    finally:
+        folder.chmod(0o700)
+        capabilities[0] = effective
+        assert libc.capset(header, capabilities) == 0
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        (_full_disk, ""),
+        pytest.param(
+            _read_only, "Permission denied", marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+        ),
+    ],
+)
+def test_a_folder_that_fails_in_mid_run_keeps_the_last_good_checkpoint(trouble, reason, tmp_path, monkeypatch):
+    from timm_sugar.training import loop
+
+    write, troubles = loop.write_checkpoint, ExitStack()
+
+    def write_then_fail(folder, *arguments):
+        path = write(folder, *arguments)
+        troubles.enter_context(trouble(folder))
+        return path
+
+    monkeypatch.setattr(loop, "write_checkpoint", write_then_fail)
+    message = rf"step-000000002 cannot be written: .*{reason}.*; the last good one is .*step-000000001$"
+    with troubles, pytest.raises(OSError, match=message) as caught:
+        train(_config(tmp_path, checkpoint_steps=1))
+    assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000001"]
     monkeypatch.undo()
     assert train(_config(tmp_path))["epochs"] == 1

@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -144,7 +144,8 @@ class BatchedNetwork:
 
         The last pre-activation is the output, (d_out, runs, samples).
         """
-        inputs, z = [], []
+        inputs: list[Tensor] = []
+        z: list[Tensor] = []
         for *columns, bias in self._columns:
             if z:
                 x = torch.relu(z[-1])
@@ -170,11 +171,12 @@ class BatchedNetwork:
 
     def _through_activation(self, grad: Tensor, z: Tensor) -> Tensor:
         if self._surrogate is None:
-            return torch.ops.aten.threshold_backward(grad, z, 0)
+            gradient: Tensor = torch.ops.aten.threshold_backward(grad, z, 0)
+            return gradient
         return grad.mul_(self._surrogate.derivative(z, self._surrogate.alpha))
 
 
-def _views(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
     parts = flat[: sum(sizes)].split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -230,7 +232,8 @@ def train(cell: Cell) -> dict[str, Any]:
         for run in range(cell.runs):
             initialise(template, cell, run)
             for rows, layer in zip(network.layers, template[::2], strict=True):
-                rows[..., run] = torch.cat((layer.weight, layer.bias[:, None]), 1)
+                weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+                rows[..., run] = torch.cat((weight, bias[:, None]), 1)
 
         x = torch.zeros(target.inputs, cell.runs, _BATCHES * BATCH_SIZE)
         x[..., :SAMPLES] = torch.stack([samples(cell, run) for run in range(cell.runs)], 1)
@@ -363,7 +366,8 @@ def _one_thread() -> Iterator[None]:
 
 def _batches(values: Tensor, order: Tensor) -> Tensor:
     shuffled = values.gather(2, order.expand(len(values), -1, -1))
-    return shuffled.unflatten(2, (_BATCHES, BATCH_SIZE)).permute(2, 0, 1, 3).contiguous()
+    batches: Tensor = shuffled.unflatten(2, (_BATCHES, BATCH_SIZE)).permute(2, 0, 1, 3).contiguous()
+    return batches
 
 
 def _activation(network: BatchedNetwork, x: Tensor) -> list[float]:

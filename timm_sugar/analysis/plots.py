@@ -62,10 +62,10 @@ def save(figure: Figure, path: Path) -> None:
 def method_style(method: str) -> tuple[str, str, str, str]:
     """Label, colour, marker and dashes of a method of appendix A."""
     head, found, surrogate = method.partition("sugar_")
-    label, *rest = METHOD_STYLE[f"{head}sugar" if found else method]
+    label, colour, marker, dashes = METHOD_STYLE[f"{head}sugar" if found else method]
     if found:
         label = label.replace("SUGAR", f"SUGAR {surrogate_style(surrogate)[0]}")
-    return label, *rest
+    return label, colour, marker, dashes
 
 
 def surrogate_style(name: str) -> tuple[str, str, str]:

@@ -211,8 +211,12 @@ def _layer(name: str, counts: LayerCounts) -> LayerProfile:
     )
 
 
-def revived_units(before: Profile, after: Profile) -> list[dict[str, Any]]:
+def revived_units(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Compare the dead units of one network before and after training, on the same data, layer by layer.
+
+    Args:
+        before: A profile as `Profile.to_dict` gives it, or the content of a profile.json.
+        after: Likewise.
 
     Returns:
         ``{"name", "units", "dead_before", "dead_after", "revived", "died"}`` for each layer: `revived` units were dead
@@ -221,17 +225,18 @@ def revived_units(before: Profile, after: Profile) -> list[dict[str, Any]]:
     Raises:
         ValueError: the profiles have other layers or units.
     """
-    if [(layer.name, layer.units) for layer in before.layers] != [(layer.name, layer.units) for layer in after.layers]:
+    layouts = [[(layer["name"], layer["units"]) for layer in found["layers"]] for found in (before, after)]
+    if layouts[0] != layouts[1]:
         raise ValueError("the two profiles are not of the same network: their layers differ")
     rows = []
-    for old, new in zip(before.layers, after.layers, strict=True):
-        pairs = [(was == 0, now == 0) for was, now in zip(old.probability, new.probability, strict=True)]
+    for old, new in zip(before["layers"], after["layers"], strict=True):
+        pairs = [(was == 0, now == 0) for was, now in zip(old["probability"], new["probability"], strict=True)]
         rows.append(
             {
-                "name": old.name,
-                "units": old.units,
-                "dead_before": old.dead,
-                "dead_after": new.dead,
+                "name": old["name"],
+                "units": old["units"],
+                "dead_before": old["dead"],
+                "dead_after": new["dead"],
                 "revived": pairs.count((True, False)),
                 "died": pairs.count((False, True)),
             }

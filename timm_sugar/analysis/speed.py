@@ -96,7 +96,8 @@ def bench(
     kwargs = {**size_arguments(model, img_size), **kwargs}
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     labels = torch.arange(batch_size, device=device) % 10
-    contestants, memory = {}, {}
+    contestants: dict[str, Callable[[], float]] = {}
+    memory: dict[str, int] = {}
     for name in names:
         torch.manual_seed(0)
         try:
@@ -105,7 +106,7 @@ def bench(
             raise ValueError(f"model {model} takes no act_layer, or not these arguments: {error}") from error
         memory[name] = saved_bytes(network, images)
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-        run = torch.compile(network, fullgraph=True) if compiled else network
+        run: Any = torch.compile(network, fullgraph=True) if compiled else network
         contestants[name] = partial(_step, run, optimizer, images, labels)
     seconds = time_shuffled(contestants, rounds)
     return [

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .sources import BadImageError, LabelledImages
 from .transforms import ImageTransform
@@ -96,9 +96,9 @@ class Split:
             for indices in order:
                 yield self.pixels[indices], self.labels[indices]
             return
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Images(self, seed),
-            batch_sampler=order,
+            batch_sampler=[list(indices) for indices in order],
             num_workers=min(workers, available_cpus()),
             multiprocessing_context="fork" if workers else None,  # what reads an image cannot be pickled
             collate_fn=_collate,
@@ -112,7 +112,7 @@ class Split:
             yield batch
 
 
-class _Images:
+class _Images(Dataset[Any]):
     """What DataLoader's workers read: the transformed image and label of an index, or the error that it gave."""
 
     def __init__(self, split: Split, seed: Callable[[int], int] | None):

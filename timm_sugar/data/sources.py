@@ -239,9 +239,8 @@ def _decode(item: dict[str, Any]) -> Image.Image:
 
 def _to_rgb(file: Any) -> Image.Image:
     with Image.open(file) as image:
-        if "transparency" in image.info:  # Pillow warns where it is converted to RGB at once
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        # Pillow warns where transparency is converted to RGB at once.
+        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def _require(module: str, package: str | None = None) -> None:

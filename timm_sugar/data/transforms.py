@@ -13,7 +13,7 @@ from torchvision import transforms
 ImageTransform = Callable[[Image.Image], Any]
 
 
-def eval_transform(data_config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
     """timm's evaluation transform for a data config (`timm.data.resolve_data_config`), without the normalisation.
 
     Returns:
@@ -32,7 +32,7 @@ def train_transform(
     re_prob: float = 0.0,
     re_mode: Literal["const", "rand", "pixel"] = "pixel",
     re_count: int = 1,
-) -> Callable[[Image.Image], Tensor]:
+) -> transforms.Compose:
     """timm's training transform. What it draws comes from the global generators of Python, NumPy and torch.
 
     Args:
@@ -50,11 +50,12 @@ def train_transform(
     Raises:
         ValueError: timm does not know the policy.
     """
+    jitter: Any = color_jitter  # timm takes None too, unlike its annotation
     try:
         compose = create_transform(
             is_training=True,
             hflip=hflip,
-            color_jitter=color_jitter,
+            color_jitter=jitter,
             auto_augment=auto_augment,
             re_prob=re_prob,
             re_mode=re_mode,
@@ -86,7 +87,8 @@ def _augment_ops(parts: Iterable[Any]) -> Iterator[policies.AugmentOp]:
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     # At its strongest timm keeps 0 bits, a black image, which Pillow refuses since version 13.
-    return policies.posterize(image, max(1, bits), **kwargs)
+    kept: Image.Image = policies.posterize(image, max(1, bits), **kwargs)
+    return kept
 
 
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -95,9 +97,11 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tu
     Args:
         batches: uint8 pixels, each (N, C, H, W).
     """
-    counts: Tensor | int = 0
+    counts = torch.zeros((), dtype=torch.int64)
     for pixels in batches:
-        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)])
+        counts = counts + torch.stack(
+            [torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]
+        )
     weights = counts.double()
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (weights * values).sum(1) / weights.sum(1)

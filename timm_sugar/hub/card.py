@@ -129,7 +129,8 @@ def public_settings(settings: dict[str, Any], dataset_id: str | None) -> dict[st
     kept = {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
     if "data" in kept and dataset_id is None:
         kept["data"] = _file_name(kept["data"])
-    return _without_paths(kept)
+    public: dict[str, Any] = _without_paths(kept)
+    return public
 
 
 def _without_paths(value: Any) -> Any:

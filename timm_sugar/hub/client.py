@@ -25,6 +25,7 @@ def patiently(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs
         unsafe: The call must not be made twice, so that an answer that got lost is an error: retry only where the
             server says that it did not do it.
     """
+    wait: float
     for wait in _WAITS:
         try:
             return call(*args, **kwargs)

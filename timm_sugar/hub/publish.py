@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from torch import nn
@@ -116,7 +116,7 @@ def measure(model: nn.Module, images: Any, limit: int | None = None) -> tuple[fl
     """Return top-1 accuracy on images, or on a stratified sample of `limit` of them, and the number of images."""
     if limit is not None and limit < len(images):
         images = images.subset(stratified_sample(images.labels, limit, 0))
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate(model, pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"]).top1, len(images)
@@ -156,7 +156,7 @@ def publish(
             patiently(api.create_branch, repo_id, branch=revision, exist_ok=True)
     parent = head_of(repo_id, revision)
 
-    def commit():
+    def commit() -> CommitInfo:
         # Made anew for each attempt: what is in the repository by then is left out, so that none is made twice.
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         return api.create_commit(
@@ -184,7 +184,7 @@ def publish(
 
 
 def _check_stored(api: HfApi, files: dict[str, bytes | Path], repo_id: str, commit: str) -> None:
-    stored = patiently(api.model_info, repo_id, revision=commit, files_metadata=True).siblings
+    stored = patiently(api.model_info, repo_id, revision=commit, files_metadata=True).siblings or []
     there = {file.rfilename: file for file in stored}
     for name, content in files.items():
         file = there.get(name)

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _constant(value: float | tuple[float, ...], dtype: torch.dtype, device: torc
     return torch.tensor(value if isinstance(value, tuple) else (value,), dtype=dtype, device=device)
 
 
-_kernels: dict[tuple, Callable[..., None] | None] = {}
+_kernels: dict[tuple[Any, ...], Callable[..., None] | None] = {}
 
 
 def _compile_or_none(
@@ -130,7 +131,7 @@ def _compile(
         body(*args)
         return ()
 
-    example = [torch.empty(_EXAMPLE_LENGTH, dtype=dtype, device=device) for dtype in dtypes]
+    example: list[Any] = [torch.empty(_EXAMPLE_LENGTH, dtype=dtype, device=device) for dtype in dtypes]
     example += [torch.empty(length, dtype=opmath_dtype(dtypes[0]), device=device) for length in lengths]
     # Inductor's own settings serve whole networks. For a kernel or two, building a precompiled header, starting worker
     # processes and probing instruction sets with test programs would take most of the time of a first step. The list

@@ -10,7 +10,7 @@ the length is odd the halves overlap in the middle element. Few-bit backward pas
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,13 +212,13 @@ def write_packed_product(
 
 
 def _select(table: Tensor, bits: list[Tensor]) -> Tensor:
-    left = list(table.split(1))
+    left: list[Tensor] = list(table.split(1))
     for bit in bits:
         left = [torch.where(bit, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
     return left[0]
 
 
-def _encoder(grid: Grid, intervals: int) -> tuple[Tensor, ...]:
+def _encoder(grid: Grid, intervals: int) -> tuple[Any, ...]:
     """Return what `_quantise` takes beside x; the ends are within the outermost intervals, so that these are open."""
     fine = 1 / grid.step
     turns = (

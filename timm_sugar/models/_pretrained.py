@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ..convert import NOT_RECORDED, convert
 from ..layers import sugar_act_layer
 from ._weights import WEIGHTS, find_weights, read_config
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 IMAGENET_INPUT = dict(
     num_classes=1000,
@@ -54,7 +56,7 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def build_variant(
-    model_cls: Callable[..., nn.Module],
+    model_cls: type[ModelT],
     variant: str,
     pretrained: bool,
     default: str | None,
@@ -65,7 +67,7 @@ def build_variant(
     default_alpha: float | None = None,
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> ModelT:
     """`timm.models.build_model_with_cfg` with the activation arguments of all models here, and checked weights.
 
     Args:
@@ -98,10 +100,11 @@ def build_variant(
         _check_weights(state_dict, model, variant)
         return state_dict
 
-    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
+    model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
     if recorded:
         model._model_args = recorded  # as timm keeps what a caller gives, so that a saved model comes back with it
-    return model
+    built: ModelT = model
+    return built
 
 
 def _has_source(kwargs: dict[str, Any]) -> bool:
@@ -112,7 +115,7 @@ def _has_source(kwargs: dict[str, Any]) -> bool:
     return any(overlay.get(key) for key in ("state_dict", "file", "url", "hf_hub_id"))
 
 
-def _check_weights(state_dict: dict[str, Tensor], model: nn.Module, variant: str) -> None:
+def _check_weights(state_dict: dict[str, Tensor], model: Any, variant: str) -> None:
     """Raise RuntimeError, in one line, where the weights do not fit in more than the classifier or the channels in."""
     free = model.pretrained_cfg["first_conv"], model.pretrained_cfg["classifier"]
     expected = {k: v.shape for k, v in model.state_dict().items() if k.rpartition(".")[0] not in free}

@@ -85,7 +85,8 @@ def find_weights(variant: str, tag: str | None, cache_dir: str | None = None) ->
     else:
         raise RuntimeError(f"TIMM_SUGAR_HUB={hub} is neither an existing folder nor an organisation of the Hub")
     tags = list_tags(variant, cache_dir)
-    default = get_pretrained_cfg(variant).tag
+    cfg = get_pretrained_cfg(variant)
+    default = cfg.tag if cfg else None
     wanted = tag or (default if default in tags else tags[0] if len(tags) == 1 else None)
     if wanted not in tags:
         name = variant if tag is None else f"{variant}.{tag}"
@@ -106,7 +107,7 @@ def list_tags(variant: str, cache_dir: str | None = None) -> list[str]:
     """
     hub = os.environ.get("TIMM_SUGAR_HUB", "")
     if not hub:
-        return [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id]
+        return [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id and cfg.tag]
     folder = Path(hub).expanduser()
     if folder.is_dir():
         names = [path.parent.name for path in folder.glob(f"{variant}.*/config.json")]
@@ -135,9 +136,10 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
     wanted = ["config.json", WEIGHTS] if weights else ["config.json"]
     if kind == "hf-hub":
         repo_id, _, revision = model_id.partition("@")
-        paths = [hf_hub_download(repo_id, name, revision=revision or None, cache_dir=cache_dir) for name in wanted]
+        options: dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir)
+        paths = [Path(hf_hub_download(repo_id, name, **options)) for name in wanted]
         for path in paths:
-            check_download(Path(path))
+            check_download(path)
         where = {"hf_hub_id": model_id, "hf_hub_filename": WEIGHTS, "source": "hf-hub"}
     else:
         paths = [Path(model_id, name) for name in wanted]
@@ -146,7 +148,7 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
                 raise FileNotFoundError(f"{model_id} is no published model: it has no {path.name}")
         where = {"file": model_id, "source": "local-dir"}
     try:
-        config = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
+        config = json.loads(paths[0].read_text(encoding="utf-8"))
         record = config.get("timm_sugar")
         cfg, architecture, model_args = _parse_model_cfg(config, {})
         architecture, activation = _read_record(record, architecture, model_args)
@@ -171,7 +173,7 @@ def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> 
         recorded = {key: record[key] for key in ("surrogate", "alpha") if record.get(key) is not None}
         # Where there is a surrogate, act_layer is the plain ReLU that stands in for it elsewhere.
         given = recorded or {key: value for key, value in given.items() if key == "act_layer"}
-    kinds = {"surrogate": str, "alpha": (int, float), "act_layer": str}
+    kinds: dict[str, Any] = {"surrogate": str, "alpha": (int, float), "act_layer": str}
     for key, value in given.items():
         if not isinstance(value, kinds[key]):
             raise ValueError(f"{key} is {value!r}")

@@ -49,7 +49,8 @@ class CoordinateAttention(nn.Module):
         y = F.hardswish(self.bn1(self.conv1(torch.cat([rows, columns], 2))))
         gate_h = self.conv_h(y[:, :, :height]).sigmoid()
         gate_w = self.conv_w(y[:, :, height:].transpose(2, 3)).sigmoid()
-        return x * gate_h * gate_w
+        gated: Tensor = x * gate_h * gate_w
+        return gated
 
 
 class SpatialAttention(nn.Module):
@@ -60,7 +61,8 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.conv(torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)).sigmoid()
+        gate: Tensor = self.conv(torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)).sigmoid()
+        return x * gate
 
 
 class MixedAttention(nn.Module):
@@ -75,7 +77,8 @@ class MixedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=1)
         x = x + torch.cat([self.ca(x1), self.sa(x2)], 1)
-        return x.unflatten(1, (self.groups, 2)).transpose(1, 2).flatten(1, 2)
+        shuffled: Tensor = x.unflatten(1, (self.groups, 2)).transpose(1, 2).flatten(1, 2)
+        return shuffled
 
 
 class Conv2NeXtBlock(nn.Module):
@@ -105,8 +108,9 @@ class Conv2NeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = self.bn0(self.dwconv(x))
         y = self.gamma * self.pwconv2(self.act(self.pwconv1(u.permute(0, 2, 3, 1))))
-        y = self.bn1(self.dwconv2(u + y.permute(0, 3, 1, 2)))
-        return x + self.drop_path(y)
+        y = self.drop_path(self.bn1(self.dwconv2(u + y.permute(0, 3, 1, 2))))
+        out: Tensor = x + y
+        return out
 
 
 class Conv2NeXtStage(nn.Sequential):
@@ -118,7 +122,8 @@ class Conv2NeXtStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self, x)
+            recomputed: Tensor = checkpoint_seq(self, x)
+            return recomputed
         else:
             for block in self:
                 x = block(x)
@@ -178,17 +183,19 @@ class Conv2NeXt(nn.Module):
                 nn.Sequential(_layer_norm(dims[2], **dd), MixedAttention(dims[3], **dd)),
             ]
         )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
             Conv2NeXtStage(*(Conv2NeXtBlock(dim, rate, ls_init_value, act_layer, **dd) for rate in stage_rates))
             for dim, stage_rates in zip(dims, rates, strict=True)
         )
-        self.feature_info = [
+        feature_info: list[dict[str, Any]] = [
             dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
             for i, (dim, reduction) in enumerate(zip(dims, (1, 1, 2, 2), strict=True))
         ]
+        self.feature_info = feature_info
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=False)
-        self.norm = _layer_norm(dims[3], **dd)
+        norm: nn.Module = _layer_norm(dims[3], **dd)
+        self.norm = norm
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[3], num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -204,6 +211,7 @@ class Conv2NeXt(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
+            assert isinstance(stage, Conv2NeXtStage)
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -288,9 +296,8 @@ def _init_weights(module: nn.Module) -> None:
 
 def _create_conv2next(variant: str, pretrained: bool, default: str | None = None, **kwargs: Any) -> Conv2NeXt:
     # timm's other feature extractors want a network whose children run one after the other.
-    feature_cfg = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
-    kwargs = dict(default_alpha=0.1, feature_cfg=feature_cfg) | kwargs
-    return build_variant(Conv2NeXt, variant, pretrained, default, **kwargs)
+    own: dict[str, Any] = dict(default_alpha=0.1, feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"))
+    return build_variant(Conv2NeXt, variant, pretrained, default, **own | kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

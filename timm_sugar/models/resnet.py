@@ -25,14 +25,15 @@ class CifarResNet(ResNet):
         refused = sorted(kwargs.keys() & {"stem_type", "stem_width", "replace_stem_pool", "aa_layer"})
         if refused:
             raise ValueError(f"the CIFAR stem is a plain 3x3 convolution: {', '.join(refused)} cannot be given")
-        super().__init__(*args, in_chans=in_chans, zero_init_last=zero_init_last, **kwargs)
-        stem = self.conv1
-        self.conv1 = nn.Conv2d(
-            in_chans, 64, 3, stride=1, padding=1, bias=False, device=stem.weight.device, dtype=stem.weight.dtype
-        )
-        self.maxpool = nn.Identity()
-        self.feature_info = [dict(info, reduction=max(1, info["reduction"] // 4)) for info in self.feature_info]
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(*args, **dict(kwargs, in_chans=in_chans, zero_init_last=zero_init_last))
+        stem: Any = self.conv1
+        device, dtype = stem.weight.device, stem.weight.dtype
+        conv: Any = nn.Conv2d(in_chans, 64, 3, stride=1, padding=1, bias=False, device=device, dtype=dtype)
+        no_pooling: Any = nn.Identity()
+        self.conv1, self.maxpool = conv, no_pooling
+        info: list[dict[str, Any]] = self.feature_info
+        self.feature_info = [dict(stage, reduction=max(1, stage["reduction"] // 4)) for stage in info]
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _create_resnet(variant: str, pretrained: bool, model_cls: type[ResNet] = ResNet, **kwargs: Any) -> ResNet:

@@ -20,7 +20,8 @@ class SugarSwinTransformer(SwinTransformer):
 
     def __init__(self, *args: Any, act_layer: Callable[[], nn.Module] = nn.GELU, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        for stage in self.layers:
+        stages: Any = self.layers
+        for stage in stages:
             for block in stage.blocks:
                 block.mlp.act = act_layer()
 

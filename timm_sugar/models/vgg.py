@@ -36,12 +36,13 @@ class CifarVGG(VGG):
     ):
         if "mlp_ratio" in kwargs:
             raise ValueError("the CIFAR head is one linear layer: mlp_ratio cannot be given")
-        norm_layer = get_norm_layer(norm_layer) if norm_layer else None
+        norm: Any = get_norm_layer(norm_layer) if norm_layer else None
         # The base class builds the two hidden layers of 4096 units; one channel keeps what is dropped here small.
-        super().__init__(cfg, mlp_ratio=1 / 4096, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
+        super().__init__(cfg, mlp_ratio=1 / 4096, norm_layer=norm, device=device, dtype=dtype, **kwargs)
         self.num_classes = num_classes
         self.drop_rate = drop_rate
-        self.pre_logits = nn.Identity()
+        pre_logits: Any = nn.Identity()
+        self.pre_logits = pre_logits
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )

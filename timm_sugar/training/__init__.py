@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..hub import check_destination, files_of_run, publish
 from .build import prepare
@@ -17,7 +19,7 @@ from .trials import dry_run, evaluate_only
 __all__ = ["Stopped", "TrainConfig", "load_config", "main", "train"]
 
 
-def train(config: TrainConfig) -> dict[str, object]:
+def train(config: TrainConfig) -> dict[str, Any]:
     """Train as configured, or go on where the run in `config.output` stopped, and return its summary.
 
     With `config.dry_run` or `config.eval_only` nothing is trained, and what the run will take, or how good its
@@ -39,10 +41,10 @@ def train(config: TrainConfig) -> dict[str, object]:
 def _push(config: TrainConfig) -> None:
     """Publish a finished run where it is to be; one that is there already is left as it is."""
     if config.push_to_hub and not (config.eval_only or config.dry_run) and _is_main():
-        publish(files_of_run(Path(config.output), config.push_to_hub), config.push_to_hub)
+        publish(files_of_run(config.folder, config.push_to_hub), config.push_to_hub)
 
 
-def _plan(config: TrainConfig):
+def _plan(config: TrainConfig) -> tuple[Callable[[Any], dict[str, Any]], Any]:
     """Do all that can fail before training, and return what is left to call, with its argument."""
     if config.push_to_hub and _is_main():
         check_destination(config.push_to_hub)
@@ -50,7 +52,7 @@ def _plan(config: TrainConfig):
         return evaluate_only, prepare(use_recorded_statistics(config))
     if config.dry_run:
         return dry_run, prepare(config)
-    check_writable(Path(config.output))
+    check_writable(config.folder)
     summary = finished_summary(config)
     return (dict, summary) if summary else (fit, prepare(config))
 

@@ -79,13 +79,13 @@ class Run:
 
     @property
     def output(self) -> Path:
-        return Path(self.config.output)
+        return self.config.folder
 
     @property
     def step_images(self) -> int:
         """Images in a step of the optimizer, over all processes."""
-        processes = self.accelerator.num_processes
-        full = self.config.batch_size * self.config.grad_accum * processes
+        processes: int = self.accelerator.num_processes
+        full: int = self.config.batch_size * self.config.grad_accum * processes
         return min(full, self.sizes["train"] // processes * processes)
 
     @property
@@ -108,7 +108,7 @@ def prepare(config: TrainConfig) -> Run:
     if not timm.is_model(config.model.split(".")[0]):
         raise ValueError(unknown_name("model", config.model, timm.list_models()))
     if config.opt not in list_optimizers():
-        raise ValueError(unknown_name("optimizer", config.opt, list_optimizers()))
+        raise ValueError(unknown_name("optimizer", config.opt, [str(name) for name in list_optimizers()]))
     accelerator = _accelerator(config)
 
     source = load_source(config.data, config.label_column, config.split_seed, config.streaming)
@@ -146,7 +146,7 @@ def prepare(config: TrainConfig) -> Run:
         mixup=_mixup(config, len(source.class_names)), optimizer=None, scheduler=None,
         surrogate=surrogate,
     )  # fmt: skip
-    moments = {"eps": config.opt_eps, "betas": config.opt_betas}
+    moments: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
     optimizer = create_optimizer_v2(
         network,
         opt=config.opt,
@@ -247,7 +247,7 @@ def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:
 
 def _load(
     config: TrainConfig, images: dict[str, LabelledImages], accelerator: Accelerator
-) -> tuple[dict[str, Any], dict[str, Split | None]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Decode what fits into memory, and resolve the data's statistics."""
     data_config: dict[str, Any] = dict(
         input_size=(3, config.img_size, config.img_size),
@@ -260,7 +260,7 @@ def _load(
     shares = {name: images[name].subset(np.arange(rank, len(images[name]), processes)) for name in ("val", "test")}
     augmented = config.crop != "none" or any((config.hflip, config.color_jitter, config.auto_augment, config.re_prob))
     room = config.memory_limit * 2**30
-    splits: dict[str, Split | None] = {}
+    splits: dict[str, Any] = {}  # Split, and None for val where there is none
     for name, part in {**shares, "train": images["train"]}.items():
         room -= decoded_size(part, data_config)
         held = room >= 0 and len(part) > 0 and not (name == "train" and augmented)
@@ -270,11 +270,8 @@ def _load(
         splits["val"] = None
 
     train = splits["train"]
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        measured = channel_statistics(_pixels(train))
-        mean, std = mean or measured[0], std or measured[1]
-    data_config |= dict(mean=tuple(mean), std=tuple(std))
+    measured = channel_statistics(_pixels(train)) if config.mean is None or config.std is None else ((), ())
+    data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
     if augmented:
         names = ("crop", "hflip", "color_jitter", "auto_augment", "re_prob", "re_mode", "re_count")
         train.transform = train_transform(data_config, **{name: getattr(config, name) for name in names})

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +104,17 @@ class TrainConfig:
     eval_only: bool = _setting(False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop")
     dry_run: bool = _setting(False, "build everything, run two steps, and say what the run will take")
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run.
+
+        Raises:
+            ValueError: there is none; only the command line has a default.
+        """
+        if self.output is None:
+            raise ValueError("output must be given: the folder of the run")
+        return Path(self.output)
+
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             object.__setattr__(
@@ -177,7 +189,7 @@ _PROBABILITIES = "hflip re_prob mixup_prob mixup_switch_prob"
 
 
 def _check(config: TrainConfig) -> None:
-    ranges = (
+    ranges: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         (_AT_LEAST_1, "at least 1", lambda value: value >= 1),
         (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
         (_ABOVE_0, "above 0", lambda value: value > 0),

@@ -82,6 +82,7 @@ def fit(run: Run) -> dict[str, Any]:
                 write_metrics(run, state.metrics)
                 run.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=state.epoch)
                 progress.epoch(line, config.epochs)
+            assert best is not None  # there is an epoch
             summary = finish(run, state, best, partial(_check_stop, run, stop))
         except Stopped as stopped:
             _save(run, state, best)
@@ -119,7 +120,7 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
             torch.manual_seed(_seed(config.seed, pass_number, rank))
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if inputs.dtype == torch.uint8:
-            inputs = normalize(inputs, config.mean, config.std)
+            inputs = normalize(inputs, run.data_config["mean"], run.data_config["std"])
         targets = labels
         if run.mixup is not None:
             inputs, targets = run.mixup(inputs, labels)
@@ -155,7 +156,7 @@ def _train_epoch(run: Run, state: State, best: Weights | None, progress: Progres
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     if state.loss_sums is not None:
         loss_sum += state.loss_sums[rank]
-    bad_step = torch.full((), -1, device=device)
+    bad_step = torch.full((), -1, dtype=torch.int64, device=device)
     began = saved = time.monotonic()
     earlier = state.epoch_seconds
     surrogate, alpha = surrogate_at(config, state.epoch + 1, run.surrogate)
@@ -171,12 +172,12 @@ def _train_epoch(run: Run, state: State, best: Weights | None, progress: Progres
         due |= config.checkpoint_steps is not None and state.position % config.checkpoint_steps == 0
         last = state.position == run.steps_per_epoch
         read = device.type == "cpu" or step % _CUDA_CHECK_STEPS == 0 or last or due or stop.number
-        bad, due, signum = run.agree(bad_step.item() if read else -1, due, stop.number)
-        if signum or (due and not last):
-            (bad,) = run.agree(bad_step.item())
+        bad, checkpoint, signum = run.agree(int(bad_step.item()) if read else -1, due, stop.number)
+        if signum or (checkpoint and not last):
+            (bad,) = run.agree(int(bad_step.item()))
         if bad >= 0:
             _stop_not_finite(run, bad)
-        if signum or (due and not last):
+        if signum or (checkpoint and not last):
             state.loss_sums = accelerator.gather(loss_sum[None]).tolist()
             if signum:
                 raise Stopped(signum)

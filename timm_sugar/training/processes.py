@@ -71,7 +71,7 @@ class Agreement:
     """Decisions that every process takes at the same step: the largest value that any process gives."""
 
     def __init__(self) -> None:
-        self._group = None
+        self._group: Any = None
         if dist.is_initialized() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")  # numbers of the host: no wait for the GPU
 
@@ -97,8 +97,9 @@ def average_batch_norm(network: nn.Module) -> None:
     buffers = [
         buffer
         for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
         for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
     ]
     if not buffers or not dist.is_initialized():
         return

@@ -41,11 +41,13 @@ class Progress:
         self._task = self._bar.add_task("training", total=total, completed=done, rate="", loss="-", accuracy="-")
 
     def __enter__(self) -> "Progress":
-        self._bar.start()
+        if self._enabled:  # older versions of rich print an empty line where it is disabled
+            self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+        if self._enabled:
+            self._bar.stop()
 
     def step(self, loss: Tensor, logits: Tensor, labels: Tensor, mixed: bool = False) -> None:
         """Advance by one step. Nothing is read but where it is shown, a few times a second: it waits for the device.
@@ -58,7 +60,7 @@ class Progress:
         """
         if not self._enabled:
             return
-        shown = {}
+        shown: dict[str, Any] = {}
         if (now := time.monotonic()) - self._shown > 0.2:
             self._shown = now
             speed = self._bar.tasks[self._task].speed

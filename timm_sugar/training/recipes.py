@@ -49,7 +49,7 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipes: Path,
         given["model_args"] = settings.get("model_args", {}) | _parse_pairs(given["model_args"])
     config = TrainConfig(**settings | given)
     if config.epochs < settings.get("epochs", 0) and "warmup_epochs" in settings and "warmup_epochs" not in given:
-        config.warmup_epochs = min(config.warmup_epochs, 0.1 * config.epochs)  # a short trial is not all warm-up
+        config.warmup_epochs = min(config.warmup_epochs or 0.0, 0.1 * config.epochs)  # a short trial is not all warm-up
     if config.output is None:
         activation = config.act_layer or config.surrogate
         parts = (Path(parsed.recipe).stem, config.model, *([activation] if activation else []), f"seed{config.seed}")
@@ -75,10 +75,11 @@ def _names(recipes: Path) -> list[str]:
     return sorted(path.stem for path in recipes.glob("*.yaml"))
 
 
-def _add_argument(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
+def _add_argument(parser: argparse.ArgumentParser, spec: dataclasses.Field[Any]) -> None:
     flag = "--" + spec.name.replace("_", "-")
     kind, metavar = setting_types()[spec.name], spec.metadata["metavar"]
-    shown = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+    factory = spec.default_factory
+    shown = spec.default if factory is dataclasses.MISSING else factory()
     help = spec.metadata["help"].replace("%", "%%") + (f" (default {shown})" if shown not in (None, [], {}) else "")
     base = without_none(kind)
     if base is bool:

@@ -44,6 +44,7 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
             found = _finished_summary(config, state.num_processes), None
         except ValueError as error:
             found = None, str(error)
+    summary: dict[str, Any] | None
     summary, problem = from_main_process(found)
     if problem:
         raise ValueError(problem)
@@ -51,17 +52,18 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _finished_summary(config: TrainConfig, processes: int) -> dict[str, Any] | None:
-    path = Path(config.output, "config.yaml")
+    path = config.folder / "config.yaml"
     if path.exists() and config.resume == "auto":
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        refuse_changed_settings(config.output, before, dataclasses.asdict(config) | {"processes": processes})
-    summary = Path(config.output, "summary.json")
-    return json.loads(summary.read_text()) if summary.exists() else None
+        refuse_changed_settings(str(config.folder), before, dataclasses.asdict(config) | {"processes": processes})
+    path = config.folder / "summary.json"
+    summary: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return summary
 
 
 def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
     """Return the settings with the mean and standard deviation that the run in OUTPUT was trained with."""
-    path = Path(config.output, "config.yaml")
+    path = config.folder / "config.yaml"
     if not path.exists():
         return config
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -128,7 +130,8 @@ def measure(run: Run, split: Split, name: str, after_batch: Callable[[], None] |
     order = [list(range(len(split)))[i * _EVAL_BATCH : (i + 1) * _EVAL_BATCH] for i in range(count)]
     batches = split.batches(order, run.config.workers)
     with count_units(run.evaluated) as units:
-        result = evaluate_batches(run.evaluated, batches, run.config.mean, run.config.std, True, after_batch)
+        mean, std = run.data_config["mean"], run.data_config["std"]
+        result = evaluate_batches(run.evaluated, batches, mean, std, True, after_batch)
     if processes > 1:
         units.add_up_processes(run.accelerator.device)
     return {

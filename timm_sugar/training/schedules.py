@@ -14,6 +14,7 @@ from .config import TrainConfig
 
 def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int, scale: float) -> Any:
     """Return timm's scheduler, by step; `scale` multiplies every rate."""
+    warmup: Any = config.warmup_epochs  # timm takes a fraction of an epoch too, unlike its annotation
     return create_scheduler_v2(
         optimizer,
         sched=config.sched,
@@ -22,7 +23,7 @@ def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int
         decay_rate=config.decay_rate,
         min_lr=scale * config.min_lr,
         warmup_lr=scale * config.warmup_lr,
-        warmup_epochs=config.warmup_epochs,
+        warmup_epochs=warmup,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )[0]
@@ -40,7 +41,9 @@ def set_weight_decay(config: TrainConfig, optimizer: Any, progress: float) -> No
             group["weight_decay"] = decay
 
 
-def surrogate_at(config: TrainConfig, epoch: int, start: tuple[str | None, float | None]) -> tuple:
+def surrogate_at(
+    config: TrainConfig, epoch: int, start: tuple[str | None, float | None]
+) -> tuple[str | None, float | None]:
     """Return surrogate and alpha of an epoch, counted from 1.
 
     Args:
@@ -48,11 +51,11 @@ def surrogate_at(config: TrainConfig, epoch: int, start: tuple[str | None, float
         epoch: From 1 to ``config.epochs``.
         start: Surrogate and alpha of the network as built.
     """
-    if config.switch_epoch is not None and epoch >= config.switch_epoch:
+    if config.switch_epoch is not None and config.switch_surrogate is not None and epoch >= config.switch_epoch:
         entry = get_surrogate(config.switch_surrogate)
         return entry.name, entry.resolve_alpha(config.switch_alpha)
     name, alpha = start
-    if config.alpha_end is not None:
+    if config.alpha_end is not None and alpha is not None:
         last = (config.switch_epoch or config.epochs + 1) - 1
         alpha = anneal(config.alpha_schedule, alpha, config.alpha_end, (epoch - 1) / max(1, last - 1))
     return name, alpha
@@ -61,7 +64,7 @@ def surrogate_at(config: TrainConfig, epoch: int, start: tuple[str | None, float
 def set_surrogate(network: nn.Module, surrogate: str | None, alpha: float | None) -> None:
     """Give every SUGAR activation of `network` this surrogate and alpha; without one it has none to change."""
     for module in network.modules():
-        if isinstance(module, Sugar):
+        if isinstance(module, Sugar) and surrogate is not None:
             module.surrogate, module.alpha = surrogate, alpha
 
 

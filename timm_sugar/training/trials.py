@@ -36,7 +36,8 @@ def dry_run(run: Run) -> dict[str, Any]:
 
     began = time.perf_counter()
     count = min(_BATCH, len(run.test))
-    evaluate_batches(run.evaluated, run.test.batches([list(range(count))]), config.mean, config.std, shared=False)
+    mean, std = run.data_config["mean"], run.data_config["std"]
+    evaluate_batches(run.evaluated, run.test.batches([list(range(count))]), mean, std, shared=False)
     image_seconds = (time.perf_counter() - began) / count
     share = 1 / run.accelerator.num_processes
     epoch_seconds = run.steps_per_epoch * step_seconds + image_seconds * share * run.sizes["val"]

@@ -1,0 +1,84 @@
+"""The structure: imports go one way, and every file begins with what it is for."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "timm_sugar"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(path for name in ("tests", "train", "benchmarks") for path in (ROOT / name).rglob("*.py"))
+# A part imports from those before it, and from itself. "timm_sugar" is the package's own file: the public names.
+ORDER = [
+    "files", "surrogates", "kernels", "functional", "layers", "transformers", "convert", "init", "models",
+    "timm_sugar", "data", "analysis", "hub", "training", "cli", "__main__",
+]  # fmt: skip
+
+
+def parts_imported(tree: ast.AST, module: tuple[str, ...]) -> dict[str, int]:
+    """Parts of the package that the code of a module imports, wherever in it, with the line of the first import.
+
+    Args:
+        tree: The parsed code.
+        module: Its dotted name, where a package's own file ends in ``__init__``.
+    """
+    found: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*module[: len(module) - node.level]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        for top, *rest in names:
+            if top == "timm_sugar":
+                part = rest[0] if rest and rest[0] in ORDER else "timm_sugar"
+                found.setdefault(part, node.lineno)
+    return found
+
+
+def module_name(path: Path) -> tuple[str, ...]:
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def part_of(path: Path) -> str:
+    name = module_name(path)
+    return "timm_sugar" if name == ("timm_sugar", "__init__") else name[1]
+
+
+def test_every_part_has_a_place_in_the_order():
+    assert {part_of(path) for path in SOURCES} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    place = ORDER.index(part_of(path))
+    imported = parts_imported(ast.parse(path.read_text()), module_name(path))
+    against = [f"line {line}: {part}" for part, line in imported.items() if ORDER.index(part) > place]
+    assert not against, f"{path.relative_to(ROOT)} imports what comes after it: {against}"
+
+
+@pytest.mark.parametrize(
+    ("code", "module", "parts"),
+    [
+        ("from .. import files", ("timm_sugar", "hub", "card"), {"files"}),
+        ("from ..data.sources import NAMES", ("timm_sugar", "hub", "card"), {"data"}),
+        ("from .card import model_card", ("timm_sugar", "hub", "__init__"), {"hub"}),
+        ("from . import transformers", ("timm_sugar", "convert"), {"transformers"}),
+        ("def f():\n    import timm_sugar.training.loop", ("timm_sugar", "layers"), {"training"}),
+        ("from timm_sugar import convert, sugar", ("timm_sugar", "cli"), {"convert", "timm_sugar"}),
+        ("import timm_sugar, timm", ("timm_sugar", "training", "results"), {"timm_sugar"}),
+        ("import os\nfrom transformers import x", ("timm_sugar", "transformers"), set()),
+    ],
+)
+def test_every_form_of_import_is_seen(code, module, parts):
+    assert parts_imported(ast.parse(code), module).keys() == parts
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_says_what_it_is_for(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body

@@ -1,0 +1,122 @@
+"""The wheel and the sdist: what is in them, and that the wheel works with the core dependencies alone."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import timm_sugar
+from timm_sugar.hub import write_model_folder
+from timm_sugar.models import build
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run(*command: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with both, built without network: the wheel from the sdist, as a package index would get it."""
+    folder = tmp_path_factory.mktemp("dist")
+    done = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tracked = run("git", "ls-files", "timm_sugar", cwd=ROOT).stdout.split()
+    info = f"timm_sugar-{timm_sugar.__version__}.dist-info"
+    added = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
+    assert names == set(tracked) | added
+    assert wheel.stat().st_size < 300_000
+
+
+def test_the_sdist_holds_what_the_tests_need_and_no_weights(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ("tests/conftest.py", "train/recipes/digits.yaml", "docs/convert.md", "CITATION.cff", "pyproject.toml"):
+        assert name in names
+    assert not [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".pyc", ".parquet"))]
+    assert path.stat().st_size < 2_000_000
+
+
+@pytest.fixture(scope="module")
+def core(wheel, tmp_path_factory) -> list[Path]:
+    """Folders for sys.path: the installed wheel, and links to what its core dependencies need, and no other package."""
+    folder = tmp_path_factory.mktemp("core")
+    target = folder / "installed"
+    done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
+    assert done.returncode == 0, done.stderr
+    metadata = Parser().parsestr(next(target.glob("*.dist-info/METADATA")).read_text())
+    links = folder / "dependencies"
+    links.mkdir()
+    wanted, seen = [*metadata.get_all("Requires-Dist")], set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
+        ):
+            continue
+        distribution = importlib.metadata.distribution(requirement.name)
+        key = (distribution.name, *sorted(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        wanted += distribution.requires or []
+        for top in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
+            if not (links / top).exists():
+                (links / top).symlink_to(distribution.locate_file(top))
+    return [target, links]
+
+
+CODE = """
+from importlib.util import find_spec
+for name in ("accelerate", "datasets", "sklearn", "rich", "matplotlib", "transformers"):
+    assert find_spec(name) is None, name
+import torch, timm, timm_sugar
+assert timm_sugar.__file__.startswith(sys.path[-2])
+model = timm_sugar.create_model("resnet18_cifar_sugar_bsilu", num_classes=3)
+model(torch.randn(2, 3, 8, 8)).sum().backward()
+assert timm.create_model("swin_tiny_sugar_nelu", device="meta").num_classes == 1000
+from timm_sugar.cli import main
+assert main(["models"]) == 0
+assert main(["verify", MODEL, "--data", "digits"]) == 1
+sys.argv = ["timm-sugar", "--version"]
+import runpy
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+def test_core_dependencies_suffice_and_a_command_names_the_extra_that_it_needs(core, tmp_path):
+    network = build("resnet18_sugar_bsilu", num_classes=2, channels=[8, 8, 8, 8])
+    facts = dict(data="digits", test_top1=0.5, parameters=1, train_images=1, epochs=1, best_epoch=1, seed=1)
+    data_config = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model, script = tmp_path / "model", core[0] / "bin" / "timm-sugar"
+    write_model_folder(model, network, "resnet18_sugar_bsilu", "ab", data_config, facts | dict(settings="{}"))
+    start = f"import sys; sys.path += {[*map(str, core)]!r}; MODEL, SCRIPT = {str(model)!r}, {str(script)!r}\n"
+    done = run(sys.executable, "-I", "-S", "-c", start + CODE, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resnet18_sugar_bsilu" in done.stdout
+    assert done.stdout.endswith(f"timm-sugar {timm_sugar.__version__}\n")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("timm-sugar verify: error: scikit-learn is not installed")
+    assert line.endswith("pip install 'timm-sugar[train]'")
