@@ -100,7 +100,7 @@ def gradient_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart 
                 traces.append(_line(run, name, label, dash, list(enumerate(norms, 1))))
     if not traces:
         return None
-    layout = _axes("convolution or linear layer, from the input", "norm of the gradient")
+    layout = _axes("layer with weights, from the input", "norm of the gradient")
     layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
     description = "Line chart of the gradient's norm by layer, with SUGAR (solid) and with ReLU (dotted)."
     return _chart("gradients", "Gradient by layer: SUGAR solid, ReLU dotted", description, traces, layout)
