@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint publish clean
+.PHONY: demo test lint docs publish clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
@@ -15,6 +15,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 # make publish ORG=NAME: every folder of hub_cards, each in one commit; HF_TOKEN or `hf auth login` gives the right to.
 publish: $(VENV)/.installed
@@ -29,4 +33,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) output build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) output build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -55,9 +55,7 @@ def _command_lines() -> list[str]:
 def test_command_lines_parse(line):
     words = shlex.split(line)
     if "timm-sugar" in words:
-        with pytest.raises(SystemExit) as stopped:  # --help, after everything else has been understood
-            cli.main([*words[words.index("timm-sugar") + 1 :], "--help"])
-        assert stopped.value.code == 0
+        cli._parser().parse_args(words[words.index("timm-sugar") + 1 :])
         return
     script = next(i for i, word in enumerate(words) if word.startswith("train/"))
     assert (ROOT / words[script]).exists()

@@ -21,6 +21,7 @@ from timm.models import model_entrypoint
 from . import __version__
 from .activations import calls_summary
 from .analysis import gradient_norms, loss_landscape, profile, summarise_landscape
+from .analysis.speed import activations, bench
 from .files import write_file
 from .hub import (
     NamedModel,
@@ -71,16 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
     """
-    parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=command.help, description=command.help, epilog=f"example: {command.example}"
-        )
-        command.arguments(sub)
-        sub.add_argument("--debug", action="store_true", help="show where an error comes from")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -92,6 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(_without_token(f"{lines}timm-sugar {args.command}: error: {message}"), file=sys.stderr)
         return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.help, description=command.help, epilog=f"example: {command.example}"
+        )
+        command.arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser
 
 
 def _without_token(text: str) -> str:
@@ -323,6 +328,36 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model of timm's registry that takes act_layer, ours included")
+    parser.add_argument("--img-size", type=int, default=32, help="side of the images, pixels (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images in a step (default: 128)")
+    parser.add_argument("--surrogate", default="bsilu", help="SUGAR's surrogate (default: bsilu)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ACTIVATION", help="beside relu: " + ", ".join(activations("bsilu"))
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="steps timed with each activation (default: 15)")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    for name in ("img_size", "batch_size", "rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = dict(surrogate=args.surrogate, only=args.only, rounds=args.rounds, compiled=args.compile, device=device)
+    rows = bench(args.model, args.img_size, args.batch_size, **settings)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    head = ("activation", "ms a step", "images/s", "time / relu", "saved MiB", "saved / relu")
+    formats = ("", ".1f", ",.0f", ".2f", ".1f", ".2f")
+    table = [[format(value, spec) for value, spec in zip(row.values(), formats, strict=True)] for row in rows]
+    _print_table([head, *table], right={1, 2, 3, 4, 5})
+    return 0
+
+
 def _folder_of_results(args: argparse.Namespace, model: NamedModel, name: str) -> Path:
     if args.output:
         return args.output / name.replace("/", "-") if len(args.models) > 1 else args.output
@@ -376,6 +411,12 @@ COMMANDS = {
         "timm-sugar landscape output/relu output/sugar --data cifar10 --output output/landscapes",
         _landscape_arguments,
         _landscape,
+    ),
+    "bench": Command(
+        "time a training step of a network with several activations, and count the memory kept for the backward",
+        "timm-sugar bench resnet18_sugar_bsilu --only gelu sugar sugar_uint8",
+        _bench_arguments,
+        _bench,
     ),
     "publish": Command(
         "publish a finished run on the Hub, in one commit",
