@@ -18,7 +18,7 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # make publish ORG=NAME: every folder of hub_cards, each in one commit; HF_TOKEN or `hf auth login` gives the right to.
 publish: $(VENV)/.installed
