@@ -82,7 +82,8 @@ def called_activations(model: nn.Module, kinds: Collection[str] = tuple(KINDS)) 
     found = {}
     for name, module, gate in _named_modules(model):
         if not gate and kind_of(module) is None:
-            calls = sorted(call for call in _function_calls(type(module)) if _KIND_OF[call] in kinds)
+            cls: type = type(module)
+            calls = sorted(call for call in _function_calls(cls) if _KIND_OF[call] in kinds)
             if calls:
                 found[name] = calls
     return found
@@ -118,7 +119,8 @@ def function_of(value: Any) -> Callable[..., Any] | None:
 
 def name_of(activation: Any) -> str:
     """Return the name of an activation's class or function."""
-    return type(activation).__name__ if isinstance(activation, nn.Module) else function_of(activation).__name__
+    function = function_of(activation)
+    return type(activation).__name__ if function is None else function.__name__
 
 
 def _named_modules(module: nn.Module, prefix: str = "", gate: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:

@@ -242,7 +242,7 @@ def _profile(args: argparse.Namespace) -> int:
         return 0
     head = ("layer", "activation", "units", "dead", "always active", "active (%)")
     table = [(x.name, x.kind, x.units, x.dead, x.always_active, f"{100 * (1 - x.sparsity):.1f}") for x in found.layers]
-    units, dead, always = (sum(row[column] for row in table) for column in (2, 3, 4))
+    units, dead, always = (sum(getattr(x, count) for x in found.layers) for count in ("units", "dead", "always_active"))
     table.append(("all", "", units, dead, always, f"{100 * (1 - found.sparsity):.1f}"))
     _print_table([head, *(tuple(map(str, row)) for row in table)], right={2, 3, 4, 5})
     print(f"{100 * found.dead_units:.2f}% of the units are dead on {found.images:,} images of {split}")
@@ -305,9 +305,9 @@ def _landscape(args: argparse.Namespace) -> int:
     for row in rows:
         sharp = row["sharpness"]
         value = sharp.get("largest")
-        shown = sharp.get("missing", "not finite") if value is None else f"{value:.4g} ± {sharp['residual']:.1g}"
+        largest = sharp.get("missing", "not finite") if value is None else f"{value:.4g} ± {sharp['residual']:.1g}"
         iterations = f"{sharp.get('iterations', '-')}{'' if sharp.get('converged', True) else ', not converged'}"
-        table.append((row["model"], _number(row["centre_loss"]), _number(row["highest_loss"]), shown, iterations))
+        table.append((row["model"], _number(row["centre_loss"]), _number(row["highest_loss"]), largest, iterations))
     _print_table([head, *table], right={1, 2, 3, 4})
     print(f"pictures are in {', '.join(str(folder) for folder in pictures)}")
     return 0
@@ -359,8 +359,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _folder_of_results(args: argparse.Namespace, model: NamedModel, name: str) -> Path:
-    if args.output:
-        return args.output / name.replace("/", "-") if len(args.models) > 1 else args.output
+    output: Path | None = args.output
+    if output:
+        return output / name.replace("/", "-") if len(args.models) > 1 else output
     if (Path(model.name) / "config.yaml").is_file():
         return Path(model.name)
     raise ValueError(f"{model.name} is no run's folder: say with --output where the results should go")

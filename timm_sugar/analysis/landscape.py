@@ -120,10 +120,10 @@ def _power_iteration(
     """Return the eigenvalue farthest from `shift`, its residual, the iterations, and whether they were enough."""
     vector = start
     for iteration in range(1, max_iterations + 1):
-        vector = torch._foreach_div(vector, max(_norm(vector), 1e-30))
-        image = torch._foreach_sub(product(vector), torch._foreach_mul(vector, shift))
+        vector = list(torch._foreach_div(vector, max(_norm(vector), 1e-30)))
+        image = list(torch._foreach_sub(product(vector), torch._foreach_mul(vector, shift)))
         value = _dot(image, vector).item()
-        residual = _norm(torch._foreach_sub(image, torch._foreach_mul(vector, value)))
+        residual = _norm(list(torch._foreach_sub(image, torch._foreach_mul(vector, value))))
         if on_step is not None:
             on_step(iteration, max_iterations)
         converged = residual <= tolerance * abs(value)
@@ -328,7 +328,7 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         before = state["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no landscape: {error}; delete it to start over") from error

@@ -88,7 +88,7 @@ def _levels(landscapes: Mapping[str, dict[str, Any]]) -> list[float]:
     values = values[np.isfinite(values)]
     high = max(float(values.max()), 1e-6)
     low = min(max(float(values.min()), high * 1e-6), high / 1.1)
-    return np.geomspace(low, high, _LEVELS).tolist()
+    return [float(level) for level in np.geomspace(low, high, _LEVELS)]
 
 
 def _number(value: float, _: Any = None) -> str:

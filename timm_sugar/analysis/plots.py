@@ -13,7 +13,7 @@ from .collapse import COLLAPSED, born_dead_bound, learned_below, relative_ranges
 from .dying_relu import GRID, TARGETS
 
 try:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
     from matplotlib.ticker import PercentFormatter
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("plots need matplotlib: pip install 'timm-sugar[report]'", name="matplotlib") from error

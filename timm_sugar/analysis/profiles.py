@@ -145,7 +145,8 @@ def gradient_norms(
         warnings.simplefilter("ignore")
         if not any(isinstance(module, Sugar) for module in model.modules()):
             convert(with_sugar, surrogate)
-            changed = {was for was in with_sugar.sugar_report.converted.values() if was.lower() != "relu"}
+            report: Any = with_sugar.sugar_report
+            changed = {was for was in report.converted.values() if was.lower() != "relu"}
             if changed:
                 raise ValueError(f"with {', '.join(sorted(changed))} there is no ReLU twin to compare gradients with")
         with_relu = to_relu(deepcopy(with_sugar))

@@ -202,14 +202,15 @@ def render(records: Sequence[RunRecord]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     profiles = {i: (r.name, r.profile) for i, r in enumerate(records) if r.profile is not None}
-    landscapes = {i: r for i, r in enumerate(records) if r.landscape_is_complete}
+    complete = {i: r for i, r in enumerate(records) if r.landscape_is_complete}
+    landscapes = {i: r.landscape for i, r in complete.items() if r.landscape is not None}
     sections = {
         "curves": charts.curve_charts({r.name: [_json_numbers(line) for line in r.metrics] for r in records}),
         "dead": list(filter(None, [charts.dead_unit_chart(profiles), charts.gradient_chart(profiles)]))
         if profiles
         else [],
         "activation": [charts.activation_chart(i, name, found) for i, (name, found) in profiles.items()],
-        "landscape": _landscape_charts(landscapes),
+        "landscape": _landscape_charts(complete),
     }
     differing, common = compare_settings(records)
     return template.render(
@@ -219,8 +220,8 @@ def render(records: Sequence[RunRecord]) -> str:
         sections=sections,
         charts=[chart for section in sections.values() for chart in section],
         profiles=profiles,
-        landscapes={i: summarise_landscape(r.landscape) for i, r in landscapes.items()},
-        surfaces=surface_images({i: r.landscape for i, r in landscapes.items()}),
+        landscapes={i: summarise_landscape(found) for i, found in landscapes.items()},
+        surfaces=surface_images(landscapes),
         symbols=list(charts.SYMBOLS.values()),
         colours=_COLOURS,
         words=_WORDS,
@@ -324,7 +325,7 @@ def _commands(record: RunRecord) -> str:
 
 def epoch_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the metrics by epoch, for people who cannot see the curves."""
-    columns = {
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "epoch": ("epoch", str),
         "train_loss": ("training loss", _loss),
         "val_loss": ("val loss", _loss),
@@ -353,7 +354,7 @@ def _json_numbers(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")

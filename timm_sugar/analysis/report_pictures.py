@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 _COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _INK, _PANE = "#e6e9ec", (1.0, 1.0, 1.0, 0.06)
-_ON_DARK = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+_ON_DARK: dict[Any, Any] = dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
+)
 _ON_DARK |= dict.fromkeys((f"axes3d.{axis}axis.panecolor" for axis in "xyz"), _PANE) | {"grid.color": "#4a525b"}
 _MARKERS = "osD^Xp*v"
 _PANELS = (
@@ -63,7 +65,7 @@ def surface_images(landscapes: Mapping[int, dict[str, Any]]) -> dict[int, tuple[
     """
     highest = highest_loss(landscapes.values()) if landscapes else None
 
-    def draw(found: dict[str, Any], style: dict[str, Any]) -> str:
+    def draw(found: dict[str, Any], style: dict[Any, Any]) -> str:
         content = io.BytesIO()
         with rc_context(style):
             landscape_surfaces({"": found}, highest).savefig(content, format="png", dpi=110, transparent=True)

@@ -56,7 +56,7 @@ class NamedModel:
         if self.card is None:
             return None
         try:
-            results = ModelCard.load(self.card).data.eval_results or []
+            results: list[EvalResult] = ModelCard.load(self.card).data.eval_results or []
         except ValueError as error:
             raise ValueError(f"the card of {self.name} cannot be read: {' '.join(str(error).split())}") from error
         for result in results:
@@ -76,7 +76,8 @@ class NamedModel:
             ValueError: the data has other classes.
         """
         images = self.load_any_data(data, label_column)
-        names = list(network.pretrained_cfg.get("label_names") or [])
+        cfg: Any = network.pretrained_cfg
+        names = list(cfg.get("label_names") or [])
         if names and names != list(images.class_names):
             raise ValueError(
                 f"{data} has other classes than {self.name}: {len(images.class_names)} beginning with "
@@ -114,7 +115,7 @@ def image_batches(network: nn.Module, images: LabelledImages, size: int = 64) ->
     Returns:
         Batches of float32 (B, 3, H, W) and int64 (B,) on the network's device.
     """
-    cfg = network.pretrained_cfg
+    cfg: Any = network.pretrained_cfg
     device = next(network.parameters()).device
     split = Split(torch.from_numpy(images.labels), None, images, eval_transform(cfg))
     order = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
@@ -126,7 +127,7 @@ def sample_batches(network: nn.Module, images: LabelledImages, limit: int | None
     """Decode images, or a stratified sample of `limit` of them, as the network was evaluated on them in training."""
     if limit is not None and limit < len(images):
         images = images.subset(stratified_sample(images.labels, limit, seed))
-    cfg = network.pretrained_cfg
+    cfg: Any = network.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
     return NormalizedBatches(pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
 
@@ -149,16 +150,17 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
         if (folder / "config.yaml").is_file() and not published and not (folder / "model").is_dir():
             raise FileNotFoundError(f"{model} holds a run without a model: it is not finished")
         folder = folder / "model" if (folder / "model").is_dir() else folder
-        card = folder / "README.md"
-        return NamedModel(model, f"local-dir:{folder}", card if card.is_file() else None)
+        readme = folder / "README.md"
+        return NamedModel(model, f"local-dir:{folder}", readme if readme.is_file() else None)
     if is_model(model.partition(".")[0]):
         return NamedModel(model, model, None)
     if model.startswith((".", "/", "~")) or "/" not in model:
         raise FileNotFoundError(f"there is no folder {model}")
     check_repo_id(model)
     try:
-        card = Path(hf_hub_download(model, "README.md", revision=revision))
-        check_download(card)
+        readme = Path(hf_hub_download(model, "README.md", revision=revision))
+        check_download(readme)
+        card: Path | None = readme
     except RemoteEntryNotFoundError:
         card = None
     return NamedModel(model, f"hf-hub:{model}@{revision}" if revision else f"hf-hub:{model}", card)

@@ -109,7 +109,7 @@ def write_folder(
     """
     files = files_of_run(output, repo_id, facts)
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    datasets = ModelCard(files["README.md"].decode()).data.datasets
+    datasets = ModelCard(_content(files["README.md"]).decode()).data.get("datasets")
     summary["data"] = public_data(summary["data"], datasets[0] if datasets else None)
     files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     there = folder / "facts.yaml"
@@ -117,8 +117,12 @@ def write_folder(
         files |= _facts_files(facts)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        write_file(folder / name, content.read_bytes() if isinstance(content, Path) else content)
+        write_file(folder / name, _content(content))
     return files
+
+
+def _content(file: bytes | Path) -> bytes:
+    return file.read_bytes() if isinstance(file, Path) else file
 
 
 def _facts_files(facts: dict[str, Any]) -> dict[str, bytes | Path]:

@@ -136,7 +136,7 @@ def list_tags(variant: str, cache_dir: str | None = None) -> list[str]:
     """
     hub = os.environ.get("TIMM_SUGAR_HUB", "")
     if not hub:
-        tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id]
+        tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id and cfg.tag]
         return list(dict.fromkeys(tags))  # the default one is there a second time, under the bare name
     folder = Path(hub).expanduser()
     if folder.is_dir():

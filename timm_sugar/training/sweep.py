@@ -180,7 +180,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None) -> dict[Cell, str]:
     jobs = jobs or (available_cpus() if on_cpu() else 1)
     environment = {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))} | os.environ
     _say(f"{len(cells)} cells, {len(cells) - len(waiting) - len(failures)} of them finished")
-    running: dict[subprocess.Popen, Cell] = {}
+    running: dict[subprocess.Popen[bytes], Cell] = {}
     with stop_signals() as stop:
         try:
             while (waiting and not stop.number) or running:
@@ -207,7 +207,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None) -> dict[Cell, str]:
     return failures
 
 
-def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
+def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a cell, whose log is locked for as long as its process lives, even if this one is killed.
 
     Raises:
@@ -221,7 +221,7 @@ def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def _stop(running: dict[subprocess.Popen, Cell]) -> None:
+def _stop(running: dict[subprocess.Popen[bytes], Cell]) -> None:
     for process in running:
         process.send_signal(signal.SIGTERM)
     for process in running:
@@ -243,7 +243,7 @@ def _say(text: str) -> None:
 
 def _summary(cell: Cell) -> dict[str, Any] | None:
     """Return the summary of a finished cell, wherever its data was when it was trained."""
-    path = Path(cell.config.output, "config.yaml")
+    path = Path(f"{cell.config.output}", "config.yaml")
     if not path.is_file():
         return None
     data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]

@@ -48,8 +48,9 @@ def make_table(
             base = by_cell[without]
             gains = _mean_and_std([accuracies[seed] - base[seed] for seed in accuracies if seed in base])
             cell |= dict(gain=gains["mean"], gain_std=gains["std"], paper_gain=None)
-            if figure[0] is not None and paper.get(without):
-                cell["paper_gain"] = round(figure[0] - paper[without][0], 6)
+            base_figure = paper.get(without)
+            if figure[0] is not None and base_figure:
+                cell["paper_gain"] = round(figure[0] - base_figure[0], 6)
         cells.append(cell)
     both = [(cell["mean"], cell["paper"]) for cell in cells if cell["mean"] is not None and cell["paper"] is not None]
     return dict(
