@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ class Split:
             num_workers=min(workers, available_cpus()),
             multiprocessing_context="fork" if workers else None,  # what reads an image cannot be pickled
             collate_fn=_collate,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else it draws from the global one
         )
@@ -153,7 +154,10 @@ def _collate(items: list[tuple[Tensor, Tensor] | BadImageError]) -> tuple[Tensor
     return torch.stack(inputs), torch.stack(labels)
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(parent: int, worker: int) -> None:
+    # Killed before its worker began, the training process leaves an orphan, whose new parent torch would watch instead.
+    if os.getppid() != parent:
+        os._exit(1)
     # Ctrl-C and a batch system's SIGTERM reach the workers too; the training process saves first, then ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -240,7 +240,8 @@ def _decode(item: dict[str, Any]) -> Image.Image:
 def _to_rgb(file: Any) -> Image.Image:
     with Image.open(file) as image:
         # Pillow warns where transparency is converted to RGB at once.
-        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        rgb: Image.Image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    return rgb
 
 
 def _require(module: str, package: str | None = None) -> None:
