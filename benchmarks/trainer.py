@@ -1,11 +1,13 @@
 """What the trainer costs over a bare loop: the same steps side by side, and memory over epochs.
 
-    python benchmarks/trainer.py [--epochs 6] [--block 7] [--mixed-precision bf16]
+    python benchmarks/trainer.py [--epochs 3] [--block 2] [--mixed-precision bf16]
 
 ResNet-18 (timm's stem) at 32 px on scikit-learn's digits, repeated to 56 steps an epoch, batch 128, no augmentation.
-The bare loop steps through float32 tensors that are in memory and normalised already, under the same autocast and
-optimizer. The two take turns of a few steps in one process, so that whatever else the machine does slows both: what is
-reported is the median, over all turns, of the ratio of their speeds, with its quartiles.
+The trainer runs its epochs as in any run: order of the images, uint8 pixels gathered and normalised, seeds, schedules,
+watch over the loss, progress (a bar where standard error is a terminal). The bare loop steps through float32 tensors
+that are in memory, normalised and in order, under the same autocast and optimizer. The two take turns of a few steps in
+one process, so that whatever else the machine does slows both: reported is the median, over all turns, of the ratio of
+their speeds, with its quartiles.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -25,7 +27,9 @@ from timm_sugar.data import normalize
 from timm_sugar.models import build
 from timm_sugar.training import TrainConfig
 from timm_sugar.training.build import Run, prepare
-from timm_sugar.training.loop import State, train_steps
+from timm_sugar.training.loop import State, train_epoch
+from timm_sugar.training.processes import StopSignal
+from timm_sugar.training.progress import Progress
 from timm_sugar.training.results import measure
 
 MODEL = "resnet18_sugar_bsilu"
@@ -33,28 +37,17 @@ BATCH = 128
 REPEATS = 5
 
 
-def config(output: Path, epochs: int, precision: str, **settings: float) -> TrainConfig:
-    """Return the settings of the benchmark's run."""
-    return TrainConfig(
-        data="digits", model=MODEL, batch_size=BATCH, epochs=epochs, mixed_precision=precision, output=str(output),
-        **{"val_fraction": 0.0} | settings,
+def build_run(output: str, epochs: int, precision: str, **settings: float) -> Run:
+    """Build the benchmark's run."""
+    return prepare(
+        TrainConfig(
+            data="digits", model=MODEL, batch_size=BATCH, epochs=epochs, mixed_precision=precision, output=output,
+            **{"val_fraction": 0.0} | settings,
+        )
     )  # fmt: skip
 
 
-def repeated(run: Run, times: int) -> Run:
-    """Give a run its training images several times over."""
-    run.train.pixels, run.train.labels = run.train.pixels.repeat(times, 1, 1, 1), run.train.labels.repeat(times)
-    run.sizes["train"] *= times
-    return run
-
-
-def trainer_steps(run: Run) -> Iterator[object]:
-    """Yield after each step of the trainer, epoch after epoch."""
-    for epoch in itertools.count():
-        yield from train_steps(run, State(epoch=epoch))
-
-
-def bare_steps(images: Tensor, labels: Tensor, precision: str) -> Iterator[object]:
+def bare_steps(images: Tensor, labels: Tensor, precision: str) -> Iterator[None]:
     """Yield after each step of the shortest loop that trains the same network."""
     torch.manual_seed(0)
     model = build(MODEL, num_classes=10).train()
@@ -69,60 +62,84 @@ def bare_steps(images: Tensor, labels: Tensor, precision: str) -> Iterator[objec
         yield
 
 
-def turns(contestants: dict[str, Iterator[object]], steps: int, count: int) -> Iterator[dict[str, float]]:
-    """Let the contestants take turns of so many steps, who begins changing each time; yield their images a second."""
-    names = list(contestants)
-    for _ in range(count):
-        rates = {}
-        for name in names:
-            began = time.perf_counter()
-            for _ in itertools.islice(contestants[name], steps):
+class Turns(Progress):
+    """The trainer's progress, which lets another loop have a turn after every `block` steps of the trainer.
+
+    Attributes:
+        seconds: Of each pair of turns, those of the trainer and those of the other loop.
+    """
+
+    def __init__(self, other: Iterator[None], block: int, total: int):
+        super().__init__(total, 0, BATCH, enabled=True)
+        self.seconds: list[tuple[float, float]] = []
+        self._other, self._block, self._steps = other, block, 0
+
+    def begin(self) -> None:
+        """Start the clock of the trainer's turn."""
+        self._steps, self._began = 0, time.perf_counter()
+
+    def step(self, *arguments: Any, **options: Any) -> None:
+        super().step(*arguments, **options)
+        self._steps += 1
+        if self._steps == self._block:
+            between = time.perf_counter()
+            for _ in itertools.islice(self._other, self._block):
                 pass
-            rates[name] = steps * BATCH / (time.perf_counter() - began)
-        yield rates
-        names.reverse()
+            self.seconds.append((between - self._began, time.perf_counter() - between))
+            self.begin()
+
+
+def compare(epochs: int, block: int, precision: str) -> list[tuple[float, float]]:
+    """Print a row for each epoch, and return the seconds of all turns but those of the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = build_run(folder, epochs, precision)
+        images, labels = run.train.pixels, run.train.labels
+        images, labels = images.repeat(REPEATS, 1, 1, 1), labels.repeat(REPEATS)
+        run.train.pixels, run.train.labels, run.sizes["train"] = images, labels, len(labels)
+        bare = bare_steps(normalize(images, run.config.mean, run.config.std), labels, precision)
+        counted = []
+        with Turns(bare, block, epochs * run.steps_per_epoch) as turns:
+            for epoch in range(epochs):
+                turns.seconds = []
+                turns.begin()
+                train_epoch(run, State(epoch=epoch), None, turns, StopSignal())
+                speeds = [block * BATCH / statistics.median(seconds) for seconds in zip(*turns.seconds, strict=True)]
+                ratio = statistics.median(other / ours for ours, other in turns.seconds)
+                name = f"{epoch + 1}{'' if epoch else ' (warm-up)'}"
+                print(f"| {name} | {speeds[1]:.0f} | {speeds[0]:.0f} | {ratio:.3f} |", flush=True)
+                counted += turns.seconds if epoch else []
+    return counted
 
 
 def memory_over_epochs(epochs: int, precision: str) -> list[float]:
     """Return the resident memory in MiB after each epoch of training and validation."""
     process, found = psutil.Process(), []
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(config(Path(folder), epochs, precision, val_fraction=0.2))
-        for epoch in range(epochs):
-            for _ in train_steps(run, State(epoch=epoch)):
-                pass
-            measure(run, run.val, "val")
-            found.append(process.memory_info().rss / 2**20)
+        run = build_run(folder, epochs, precision, val_fraction=0.2)
+        with Progress(epochs * run.steps_per_epoch, 0, BATCH, enabled=True) as progress:
+            for epoch in range(epochs):
+                train_epoch(run, State(epoch=epoch), None, progress, StopSignal())
+                measure(run, run.val, "val")
+                found.append(process.memory_info().rss / 2**20)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of both; the first is not counted (default 6)")
-    parser.add_argument("--block", type=int, default=7, help="steps of a turn (default 7)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of both; the first is not counted (default 3)")
+    parser.add_argument("--block", type=int, default=2, help="steps of a turn (default 2)")
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16"))
-    parser.add_argument("--memory-epochs", type=int, default=10, help="epochs over which memory is watched")
+    parser.add_argument("--memory-epochs", type=int, default=10, help="epochs that memory is watched (default 10)")
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first is not counted")
     precision = options.mixed_precision
 
-    with tempfile.TemporaryDirectory() as folder:
-        run = repeated(prepare(config(Path(folder), options.epochs, precision)), REPEATS)
-    images, labels = normalize(run.train.pixels, run.config.mean, run.config.std), run.train.labels
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {MODEL}, batch {BATCH}, {precision}")
     print("| epoch | bare loop, images/s | trainer, images/s | trainer / bare |\n| --- | --- | --- | --- |")
-    contestants = {"bare": bare_steps(images, labels, precision), "trainer": trainer_steps(run)}
-    ratios = []
-    for epoch in range(1, options.epochs + 1):
-        rates = list(turns(contestants, options.block, run.steps_per_epoch // options.block))
-        of_epoch = [rate["trainer"] / rate["bare"] for rate in rates]
-        ratios += of_epoch if epoch > 1 else []
-        medians = [statistics.median(rate[name] for rate in rates) for name in contestants]
-        shown = f"| {medians[0]:.0f} | {medians[1]:.0f} | {statistics.median(of_epoch):.3f} |"
-        print(f"| {epoch}{' (warm-up)' if epoch == 1 else ''} {shown}", flush=True)
-    low, median, high = statistics.quantiles(ratios, n=4)
-    print(f"\ntrainer / bare: median {median:.3f}, quartiles {low:.3f} to {high:.3f}, of {len(ratios)} turns")
+    turns = compare(options.epochs, options.block, precision)
+    low, median, high = statistics.quantiles((bare / ours for ours, bare in turns), n=4)
+    print(f"\ntrainer / bare: median {median:.3f}, quartiles {low:.3f} to {high:.3f}, of {len(turns)} turns")
     found = memory_over_epochs(options.memory_epochs, precision)
     print("resident memory after each epoch, MiB: " + " ".join(f"{value:.0f}" for value in found))
 

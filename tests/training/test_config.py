@@ -63,6 +63,9 @@ def test_activation_on_the_command_line_replaces_the_recipes(tmp_path):
         (["--switch-epoch", "9", "--switch-surrogate", "nelu", "--epochs", "5"], "from 2 to the number of epochs, 5"),
         (["--weight-decay-end", "0.1"], "weight_decay_end needs a weight_decay above 0"),
         (["--re-prob", "1.5"], "re_prob must be from 0 to 1"),
+        (["--recipe", "no/such.yaml"], "recipe file no/such.yaml does not exist"),
+        (["--model-args", "channels=[8"], "model_args channels is not valid YAML"),
+        (["--dry-run", "--eval-only"], "dry_run and eval_only contradict each other"),
     ],
 )
 def test_bad_command_line(argv, message):
@@ -75,9 +78,17 @@ def test_unknown_field_of_a_recipe(tmp_path):
     (tmp_path / "typo.yaml").write_text("learning_rat: 1\nlr: 2\n")
     with pytest.raises(ValueError, match="unknown field 'learning_rat'"):
         _load("--recipe", "typo", recipes=tmp_path)
+    (tmp_path / "broken.yaml").write_text("mean: [0.5\n")
+    with pytest.raises(ValueError, match=r"recipe .*broken.yaml is not valid YAML"):
+        _load("--recipe", "broken", recipes=tmp_path)
     (tmp_path / "list.yaml").write_text("- lr\n")
     with pytest.raises(ValueError, match="must be a mapping"):
         _load("--recipe", "list", recipes=tmp_path)
+
+
+def test_numbers_in_model_args():
+    given = _load("--model-args", "init_values=1e-6", "depth=3", "act_layer=relu", "cfg=[8, M]").model_args
+    assert given == {"init_values": 1e-6, "depth": 3, "act_layer": "relu", "cfg": [8, "M"]}
 
 
 def test_help_names_every_setting(capsys):

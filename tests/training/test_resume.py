@@ -16,6 +16,7 @@ import yaml
 
 from timm_sugar.training import TrainConfig, main, train
 from timm_sugar.training.checkpoints import latest_checkpoint, list_checkpoints
+from timm_sugar.training.processes import sole_use
 from timm_sugar.training.progress import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +115,24 @@ def test_a_setting_left_open_may_not_change_either(tmp_path):
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"processes": 2}))
     with pytest.raises(ValueError, match="holds a run with processes=2, not 1"):
         train(_config(tmp_path, mean=[0.5, 0.5, 0.5]))
+
+
+def test_a_run_waits_for_the_process_that_still_trains_in_its_folder(tmp_path, capsys):
+    holder = (
+        "import fcntl, sys, time\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(0.5)\n"
+        "open(sys.argv[1] + '.released', 'w')\n"
+    )
+    command = [sys.executable, "-c", holder, tmp_path / ".lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with sole_use(tmp_path):
+            assert (tmp_path / ".lock.released").exists()
+    assert capsys.readouterr().err == f"waiting for another process that trains in {tmp_path}\n"
+    assert not (tmp_path / ".lock").exists()
 
 
 @contextmanager

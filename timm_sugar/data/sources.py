@@ -95,7 +95,7 @@ def load_source(data: str, label_column: str | None = None, split_seed: int = 0,
     if data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise FileNotFoundError(f"data folder {data!r} does not exist")
     if data not in NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
-        raise ValueError(unknown_name("data set", data, [*NAMES]) + ", an ORG/NAME of the Hub, or an existing folder")
+        raise ValueError(f"{unknown_name('data set', data, [*NAMES])} (or give ORG/NAME of the Hub, or a folder)")
     return _load_columns(NAMES.get(data, data), data, label_column, streaming)
 
 

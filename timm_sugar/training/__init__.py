@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..hub import check_destination, check_weights, files_of_run, publish
 from .build import prepare
 from .config import TrainConfig
 from .loop import fit
-from .processes import Stopped, process_state, resume_command
+from .processes import Stopped, process_state, resume_command, sole_use
 from .recipes import load_config
 from .results import check_writable, finished_summary, use_recorded_statistics
 from .trials import dry_run, evaluate_only
@@ -32,10 +33,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FloatingPointError: the loss is not finite.
         OSError: a checkpoint cannot be written; the last good one stays.
     """
-    action, argument = _plan(config)
-    summary = action(argument)
+    with _hold(config):
+        action, argument = _plan(config)
+        summary = action(argument)
     _push(config)
     return summary
+
+
+def _hold(config: TrainConfig) -> AbstractContextManager[None]:
+    """Make the folder of a run that writes into it, and keep other processes from it."""
+    if config.eval_only or config.dry_run:
+        return nullcontext()
+    check_writable(config.folder)
+    return sole_use(config.folder)
 
 
 def _push(config: TrainConfig) -> None:
@@ -53,7 +63,6 @@ def _plan(config: TrainConfig) -> tuple[Callable[[Any], dict[str, Any]], Any]:
         return evaluate_only, prepare(use_recorded_statistics(config))
     if config.dry_run:
         return dry_run, prepare(config)
-    check_writable(config.folder)
     summary = finished_summary(config)
     return (dict, summary) if summary else (fit, prepare(config))
 
@@ -71,20 +80,24 @@ def main(script: str, description: str, recipe: str) -> None:
     stopped it, after saving.
     """
     path = Path(script)
-    try:
-        config = load_config(sys.argv[1:], path.name, description, path.parent / "recipes", recipe)
-        action, argument = _plan(config)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        _exit(path.name, error, 2)
-    try:
-        summary = action(argument)
-        _push(config)
-    except Stopped as stopped:
-        if _is_main():
-            print(f"{path.name}: {stopped}; saved, go on with: {resume_command()}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signum) from None
-    except (ValueError, OSError, FloatingPointError) as error:
-        _exit(path.name, error, 2 if type(error) is ValueError else 1)  # a checkpoint that is not one, say
+    with ExitStack() as held:
+        try:
+            config = load_config(sys.argv[1:], path.name, description, path.parent / "recipes", recipe)
+            held.enter_context(_hold(config))
+            action, argument = _plan(config)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            _exit(path.name, error, 2)
+        except KeyboardInterrupt:  # there is nothing yet to save
+            raise SystemExit(130) from None
+        try:
+            summary = action(argument)
+            _push(config)
+        except Stopped as stopped:
+            if _is_main():
+                print(f"{path.name}: {stopped}; saved, go on with: {resume_command()}", file=sys.stderr)
+            raise SystemExit(128 + stopped.signum) from None
+        except (ValueError, OSError, FloatingPointError) as error:
+            _exit(path.name, error, 2 if type(error) is ValueError else 1)  # a checkpoint that is not one, say
     if _is_main():
         print(json.dumps(summary, indent=2))
     process_state().destroy_process_group()

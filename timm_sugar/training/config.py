@@ -215,6 +215,8 @@ def _check(config: TrainConfig) -> None:
         raise ValueError("switch_epoch and switch_surrogate need each other")
     if config.switch_alpha is not None and config.switch_surrogate is None:
         raise ValueError("switch_alpha needs switch_epoch and switch_surrogate")
+    if config.dry_run and config.eval_only:
+        raise ValueError("dry_run and eval_only contradict each other; give one of them")
     if config.weight_decay_end is not None and not config.weight_decay:
         raise ValueError("weight_decay_end needs a weight_decay above 0 to start from")
     if (config.mixup or config.cutmix) and config.batch_size % 2:

@@ -65,7 +65,7 @@ def fit(run: Run) -> dict[str, Any]:
     ):
         try:
             while state.epoch < config.epochs:
-                line = _train_epoch(run, state, best, progress, stop)
+                line = train_epoch(run, state, best, progress, stop)
                 if run.ema is None:
                     run.evaluated.load_state_dict(run.network.state_dict())
                 line |= _validate(run, stop)
@@ -150,7 +150,12 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
             loss_sum = torch.zeros((), device=device)
 
 
-def _train_epoch(run: Run, state: State, best: Weights | None, progress: Progress, stop: StopSignal) -> dict[str, Any]:
+def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress, stop: StopSignal) -> dict[str, Any]:
+    """Train the rest of an epoch, with the checkpoints that are due, and return its line of metrics, not validated.
+
+    Raises:
+        Stopped, FloatingPointError, OSError: as `fit`; a stop is not saved yet.
+    """
     config, accelerator = run.config, run.accelerator
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)

@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,35 @@ def stop_signals() -> Iterator[StopSignal]:
         restore()
 
 
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run, and wait for another process on this machine that still does.
+
+    A launcher that is killed leaves its training processes behind, and the same command may be started at once.
+    """
+    import fcntl  # Unix alone has it
+
+    if not process_state().is_main_process:
+        yield
+        return
+    path = folder / ".lock"
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no loader worker inherits it
+            except BlockingIOError:
+                print(f"waiting for another process that trains in {folder}", file=sys.stderr)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue  # whoever held it has removed the file
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # become read-only: that has its own message
+                    path.unlink()
+            return
+
+
 class Agreement:
     """Decisions that every process takes at the same step: the largest value that any process gives."""
 
@@ -94,6 +124,8 @@ def average_batch_norm(network: nn.Module) -> None:
     Running statistics are linear in those of the batches, so doing so after each step gives what a single average at
     the end would, and every process, and any checkpoint, has the same.
     """
+    if not dist.is_initialized():
+        return
     buffers = [
         buffer
         for module in network.modules()
@@ -101,7 +133,7 @@ def average_batch_norm(network: nn.Module) -> None:
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]
-    if not buffers or not dist.is_initialized():
+    if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.all_reduce(flat)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,8 +85,10 @@ def read_cells(recipe: str, recipes: Path) -> dict[str, dict[str, Any]]:
 def _read(recipe: str, recipes: Path) -> dict[str, Any]:
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes / f"{recipe}.yaml"
     if not path.is_file():
+        if path.parent != recipes:
+            raise ValueError(f"recipe file {recipe} does not exist")
         raise ValueError(unknown_name("recipe", recipe, _names(recipes)))
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    settings = _parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path}") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} must be a mapping of settings")
     _refuse_unknown(f"recipe {path}", settings, "cells")
@@ -125,8 +128,18 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"model_args must be KEY=VALUE pairs, got {pair!r}")
-        parsed[key] = yaml.safe_load(value)
+        parsed[key] = _parse_yaml(value, f"model_args {key}")
+        if isinstance(parsed[key], str):  # YAML takes 1e-6, without a point, for text
+            with suppress(ValueError):
+                parsed[key] = float(value)
     return parsed
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _raise(message: str) -> typing.NoReturn:
