@@ -181,7 +181,9 @@ def add_surrogate(surrogate: Surrogate) -> None:
 
 
 def unknown_name(kind: str, name: str, valid: list[str]) -> str:
-    """Return a one-line message for an unknown name: the nearest valid one, or all of them where none is near."""
+    """Return a one-line message for an unknown name: the nearest valid one, or up to 30 of them where none is near."""
     near = difflib.get_close_matches(str(name), valid, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid))}"
+    hint = (
+        f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid)[:30])}{', ...' * (len(valid) > 30)}"
+    )
     return f"unknown {kind} {name!r}; {hint}"

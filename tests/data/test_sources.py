@@ -49,7 +49,7 @@ def test_image_folder(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("cifar11", "did you mean 'cifar10'"),
+        ("cifar11", "did you mean 'cifar10'[?] [(]or give ORG/NAME of the Hub, or a folder[)]"),
         ("./nowhere", "data folder './nowhere' does not exist"),
         ("/nowhere/at/all", "does not exist"),
     ],
@@ -84,6 +84,14 @@ def test_label_column_is_found_or_named(tmp_path):
     source = load_source(str(tmp_path), label_column="colour")
     assert source.class_names == ("0", "1", "2")
     assert source.train.labels.tolist() == labels
+
+
+def test_labels_as_text_are_refused(tmp_path):
+    features = {"image": datasets.Image(), "label": datasets.Value("string")}
+    for split in ("train", "test"):
+        _write(tmp_path, split, {"image": coloured_images(3, 0)[0], "label": ["a", "b", "c"]}, features)
+    with pytest.raises(ValueError, match="must hold class labels or whole numbers from 0, not string"):
+        load_source(str(tmp_path))
 
 
 def test_folder_without_images_or_held_out_split(tmp_path):

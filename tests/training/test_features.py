@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import image_folder
-from timm_sugar.training import TrainConfig, train, trials
+from timm_sugar.training import TrainConfig, build, train, trials
 from timm_sugar.training.build import prepare
 from timm_sugar.training.loop import State, train_steps
 from timm_sugar.training.schedules import surrogate_at
@@ -65,6 +65,8 @@ def test_cosine_of_alpha():
         (dict(sync_bn=True), "sync_bn needs GPUs: SyncBatchNorm does not work on cpu"),
         (dict(limit_train=30, grad_accum=4), "30 training images are fewer than a step takes: batch_size 16 x grad"),
         (dict(auto_augment="rnad-m9"), "auto_augment 'rnad-m9' is not a policy that timm knows"),
+        (dict(model="vgg16_sugar_bsilu", model_args={}), "does not take images of img_size 16: .* size is too small"),
+        (dict(model="vgg99"), "unknown model 'vgg99'; did you mean 'vgg19'"),
         (dict(tracker="wandb"), "tracker wandb is not installed: pip install wandb"),
     ],
 )
@@ -138,6 +140,13 @@ def test_the_moving_average_is_what_is_packaged(tmp_path):
     train(_config(tmp_path / "last", val_fraction=0, limit_val=None))
     average, last = (_weights(tmp_path / name) for name in ("average", "last"))
     assert not torch.equal(average["conv1.weight"], last["conv1.weight"])
+
+
+def test_a_precision_that_the_cpu_emulates_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_has_instructions", lambda precision: precision == "no")
+    with pytest.warns(UserWarning, match="no instructions for bf16: --mixed-precision no is several times faster"):
+        prepare(_config(tmp_path, mixed_precision="bf16"))
+    assert build._has_instructions("no")
 
 
 def test_linear_scaling_counts_every_image_of_a_step(tmp_path):

@@ -185,7 +185,7 @@ def test_a_folder_that_fails_in_mid_run_keeps_the_last_good_checkpoint(trouble, 
         return path
 
     monkeypatch.setattr(loop, "write_checkpoint", write_then_fail)
-    message = rf"step-000000002 cannot be written: .*{reason}.*; the last good one is .*step-000000001$"
+    message = rf"step-000000002 cannot be written: .*{reason}.*; the last good checkpoint is .*step-000000001$"
     with troubles, pytest.raises(OSError, match=message) as caught:
         train(_config(tmp_path, checkpoint_steps=1))
     assert "\n" not in str(caught.value)
@@ -200,3 +200,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     message = str(caught.value)
     assert "the loss is not finite at step 2 (epoch 1), learning rate 1e+30; the last good checkpoint is" in message
     assert message.endswith("step-000000001")
+    with pytest.raises(FloatingPointError, match="; there is no checkpoint yet"):
+        train(_config(tmp_path / "none", lr=1e30, sched="constant"))

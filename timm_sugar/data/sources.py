@@ -171,6 +171,12 @@ def _load_columns(location: str, data: str, label_column: str | None, streaming:
         raise ValueError(f"data set {data!r} has no split named train; it has {', '.join(splits)}")
     features = splits["train"].features or splits["train"]._resolve_features().features
     label_column = _find_label_column(data, features, label_column)
+    dtype = getattr(features[label_column], "dtype", type(features[label_column]).__name__)
+    if "int" not in dtype:
+        raise ValueError(
+            f"data set {data!r}: label column {label_column!r} must hold class labels or whole numbers from 0, "
+            f"not {dtype}"
+        )
     image_column = next((name for name, f in features.items() if isinstance(f, datasets.Image)), None)
     if image_column is None:
         raise ValueError(f"data set {data!r} has no image column; it has {', '.join(features)}")

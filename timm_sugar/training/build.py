@@ -116,6 +116,7 @@ def prepare(config: TrainConfig) -> Run:
     # Built before the images are decoded, so that a wrong argument fails at once.
     networks = [_build_model(config, source) for _ in range(2)]
     surrogate = check_surrogates(config, networks[0])
+    _check_image_size(config, networks[1])
     images = _splits(config, source)
     _check_sizes(config, len(images["train"]), accelerator.num_processes)
     data_config, splits = _load(config, images, accelerator)
@@ -183,7 +184,24 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f"mixed_precision {config.mixed_precision} does not work here: {error}") from error
     if config.sync_bn and accelerator.device.type != "cuda":
         raise ValueError(f"sync_bn needs GPUs: SyncBatchNorm does not work on {accelerator.device.type}")
+    if (
+        accelerator.is_main_process
+        and accelerator.device.type == "cpu"
+        and not _has_instructions(config.mixed_precision)
+    ):
+        warnings.warn(
+            f"this CPU has no instructions for {config.mixed_precision}: --mixed-precision no is several times faster",
+            stacklevel=2,
+        )
     return accelerator
+
+
+def _has_instructions(precision: str) -> bool:
+    """Whether oneDNN computes in this precision on this CPU, or only emulates it."""
+    if precision == "no" or not torch.backends.mkldnn.is_available():
+        return True
+    supported = dict(bf16=torch.ops.mkldnn._is_mkldnn_bf16_supported, fp16=torch.ops.mkldnn._is_mkldnn_fp16_supported)
+    return bool(supported[precision]())
 
 
 def _require(tracker: str) -> None:
@@ -215,6 +233,17 @@ def _build_model(config: TrainConfig, source: Source) -> nn.Module:
         )
     except TypeError as error:
         raise ValueError(f"model {config.model} does not take these arguments: {error}") from error
+
+
+def _check_image_size(config: TrainConfig, network: nn.Module) -> None:
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, config.img_size, config.img_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = f"{error}".partition("\n")[0]
+        raise ValueError(
+            f"model {config.model} does not take images of img_size {config.img_size}: {reason}"
+        ) from error
 
 
 def _without_bad_images(config: TrainConfig, source: Source) -> tuple[Source, int]:

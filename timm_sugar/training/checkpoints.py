@@ -62,9 +62,7 @@ def write_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # as torch and safetensors say it
             raise
-        raise OSError(
-            f"checkpoint {final} cannot be written: {error}; the last good one is {latest_checkpoint(folder)}"
-        ) from error
+        raise OSError(f"checkpoint {final} cannot be written: {error}; {name_latest(folder)}") from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     for left_over in folder.glob("step-*.tmp"):
@@ -92,6 +90,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint in `folder`, None where there is none."""
     return next((path for path in reversed(list_checkpoints(folder)) if is_complete(path)), None)
+
+
+def name_latest(folder: Path) -> str:
+    """Return the end of a message that says where the newest complete checkpoint is."""
+    path = latest_checkpoint(folder)
+    return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data import normalize, seed_everything
 from .build import Run
-from .checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
+from .checkpoints import latest_checkpoint, name_latest, read_checkpoint, write_checkpoint
 from .processes import Stopped, StopSignal, average_batch_norm, from_main_process, stop_signals
 from .progress import Progress
 from .results import finish, measure, refuse_changed_settings, settings_record, write_config, write_metrics
@@ -205,8 +205,7 @@ def _stop_not_finite(run: Run, step: int) -> None:
     run.scheduler.step_update(step - 1)  # the rate that this step was made with
     raise FloatingPointError(
         f"the loss is not finite at step {step} (epoch {(step - 1) // run.steps_per_epoch + 1}), "
-        f"learning rate {run.optimizer.param_groups[0]['lr']:g}; "
-        f"the last good checkpoint is {latest_checkpoint(run.output / 'checkpoints')}"
+        f"learning rate {run.optimizer.param_groups[0]['lr']:g}; " + name_latest(run.output / "checkpoints")
     )
 
 
