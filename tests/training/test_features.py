@@ -65,7 +65,10 @@ def test_cosine_of_alpha():
         (dict(sync_bn=True), "sync_bn needs GPUs: SyncBatchNorm does not work on cpu"),
         (dict(limit_train=30, grad_accum=4), "30 training images are fewer than a step takes: batch_size 16 x grad"),
         (dict(auto_augment="rnad-m9"), "auto_augment 'rnad-m9' is not a policy that timm knows"),
-        (dict(model="vgg16_sugar_bsilu", model_args={}), "does not take images of img_size 16: .* size is too small"),
+        (
+            dict(model="vgg16_cifar_sugar_bsilu", model_args={}),
+            "does not take images of img_size 16: .* size is too small",
+        ),
         (dict(model="vgg99"), "unknown model 'vgg99'; did you mean 'vgg19'"),
         (dict(tracker="wandb"), "tracker wandb is not installed: pip install wandb"),
     ],

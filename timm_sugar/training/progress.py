@@ -36,6 +36,7 @@ class Progress:
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(),
             console=self._console,
+            refresh_per_second=5,  # as often as what it shows can change
             disable=not self._enabled,
         )
         self._task = self._bar.add_task("training", total=total, completed=done, rate="", loss="-", accuracy="-")
