@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import timm_sugar
 from timm_sugar.hub import write_model_folder
@@ -59,6 +60,15 @@ def test_the_sdist_holds_what_the_tests_need_and_no_weights(built):
         assert name in names
     assert not [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".pyc", ".parquet"))]
     assert path.stat().st_size < 2_000_000
+
+
+def test_the_oldest_versions_are_those_that_the_package_claims():
+    oldest = dict(line.split("==") for line in (ROOT / ".ci/oldest.txt").read_text().split() if "==" in line)
+    project = (ROOT / "pyproject.toml").read_text().partition("\ndocs = ")[0]  # the core, train and report
+    claimed = dict(re.findall('"([a-z0-9-]+)>=([0-9.]+)"', project))
+    assert len(claimed) == 11
+    for name, version in claimed.items():
+        assert Version(oldest[name]) == Version(version), name
 
 
 @pytest.fixture(scope="module")

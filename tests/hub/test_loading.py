@@ -305,6 +305,15 @@ def test_an_organisation_and_then_its_cache(hub, cli, full_size, environment):
     assert len(hub.requests) == before
 
 
+def test_a_wrong_token_is_not_taken_for_missing_weights(hub, cli, full_size):
+    folder = full_size / "resnet18_sugar_bsilu.first"
+    _put(hub, f"guarded/{folder.name}", folder)
+    last = _create(cli, "guarded", folder.name, HF_TOKEN="hf_wrong").err.splitlines()[-1]
+    assert "does not accept the token; check HF_TOKEN" in last
+    result = cli("models", TIMM_SUGAR_HUB="guarded", HF_TOKEN="hf_wrong")
+    assert (result.status, len(result.err.splitlines())) == (1, 1)
+
+
 def test_corrupted_weights_are_not_loaded(hub, cli, full_size):
     folder = full_size / "resnet18_sugar_bsilu.first"
     _put(hub, f"broken/{folder.name}", folder)
