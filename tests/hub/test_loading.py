@@ -272,6 +272,25 @@ def test_missing_tags(cli, full_size, name, message):
     assert "--model" in last
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "arguments"), [("swin_tiny_sugar_nelu", 64, {"img_size": 64}), ("conv2next_sugar", 32, {})]
+)
+def test_a_folder_loads_into_its_entrypoint_without_arguments(tmp_path, monkeypatch, name, size, arguments):
+    model = build(name, num_classes=3, **arguments).eval()
+    data_config = DATA_CONFIG | {"input_size": (3, size, size)}
+    write_model_folder(tmp_path / f"{name}.small", model, name, ("ant", "bee", "cat"), data_config, RUN)
+    monkeypatch.setenv("TIMM_SUGAR_HUB", str(tmp_path))
+    loaded = timm.create_model(name, pretrained=True).eval()
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert surrogate_of(loaded) == surrogate_of(model)
+    other = timm.create_model(name, pretrained=True, num_classes=5)
+    stem = next(iter(model.state_dict()))
+    assert torch.equal(other.state_dict()[stem], model.state_dict()[stem])
+    assert other(images).shape == (1, 5)
+
+
 def test_neither_folder_nor_organisation(cli):
     last = _create(cli, "/no/such/folder", "resnet18_sugar_bsilu").err.splitlines()[-1]
     assert "TIMM_SUGAR_HUB=/no/such/folder is neither" in last
