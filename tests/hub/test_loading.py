@@ -319,8 +319,11 @@ def test_an_organisation_and_then_its_cache(hub, cli, full_size, environment):
 
     before = len(hub.requests)
     script = CREATE.format(name="resnet18_sugar_bsilu", more="")  # one tag alone is in the cache
+    script += "try: timm.create_model('vgg16_sugar_bsilu', pretrained=True)\nexcept RuntimeError as error: print(error)"
     done = _python(script, environment | {"HF_HUB_OFFLINE": "1", "TIMM_SUGAR_HUB": "mine"}, full_size)
-    assert json.loads(done)[1:3] == ["nelu", 0.1]
+    described, error = done.splitlines()
+    assert json.loads(described)[1:3] == ["nelu", 0.1]
+    assert "cannot be reached, so that the cache was looked into; it has none of vgg16_sugar_bsilu" in error
     assert len(hub.requests) == before
 
 

@@ -75,17 +75,9 @@ def find_weights(variant: str, tag: str | None, cache_dir: str | None = None) ->
 
     Raises:
         RuntimeError: there are none, in one line that says where they were looked for and which tags exist.
+        PermissionError: the Hub does not accept the token.
     """
-    hub = os.environ.get("TIMM_SUGAR_HUB", "")
-    folder = Path(hub).expanduser()
-    if hub and folder.is_dir():
-        root, place = f"local-dir:{folder}", f"the folder {hub} (TIMM_SUGAR_HUB)"
-    elif re.fullmatch(r"[\w-][\w.-]*", hub or ORGANISATION):
-        root = f"hf-hub:{hub or ORGANISATION}"
-        place = f"the organisation {hub} on the Hub (TIMM_SUGAR_HUB)" if hub else f"{ORGANISATION} on the Hub"
-    else:
-        raise RuntimeError(f"TIMM_SUGAR_HUB={hub} is neither an existing folder nor an organisation of the Hub")
-    tags = list_tags(variant, cache_dir)
+    root, place, tags = _look(variant, cache_dir)
     cfg = get_pretrained_cfg(variant)
     default = cfg.tag if cfg else None
     wanted = tag or (default if default in tags else tags[0] if len(tags) == 1 else None)
@@ -137,24 +129,36 @@ def list_tags(variant: str, cache_dir: str | None = None) -> list[str]:
 
     Raises:
         PermissionError: the Hub does not accept the token.
+        RuntimeError: TIMM_SUGAR_HUB names neither a folder nor an organisation.
     """
+    return _look(variant, cache_dir)[2]
+
+
+def _look(variant: str, cache_dir: str | None) -> tuple[str, str, list[str]]:
+    """Return the source that holds all published weights, the same in words, and the tags of one of our models."""
     hub = os.environ.get("TIMM_SUGAR_HUB", "")
+    folder = Path(hub).expanduser()
     if not hub:
         tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id and cfg.tag]
-        return list(dict.fromkeys(tags))  # the default one is there a second time, under the bare name
-    folder = Path(hub).expanduser()
+        # The default one is there a second time, under the bare name.
+        return f"hf-hub:{ORGANISATION}", f"{ORGANISATION} on the Hub", list(dict.fromkeys(tags))
     if folder.is_dir():
+        root, place = f"local-dir:{folder}", f"the folder {hub} (TIMM_SUGAR_HUB)"
         names = [path.parent.name for path in folder.glob(f"{variant}.*/config.json")]
-    else:
+    elif re.fullmatch(r"[\w-][\w.-]*", hub):
+        root, place = f"hf-hub:{hub}", f"the organisation {hub} on the Hub (TIMM_SUGAR_HUB)"
         try:
             found = HfApi().list_models(author=hub, search=f"{variant}.")  # which has patience itself
             names = [model.id.partition("/")[2] for model in found]
         except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
             if isinstance(error, HfHubHTTPError):
                 refuse_bad_token(error)
+            place += ", which cannot be reached, so that the cache was looked into"
             cache = Path(cache_dir or constants.HF_HUB_CACHE)
             names = [path.name.rpartition("--")[2] for path in cache.glob(f"models--{hub}--{variant}.*")]
-    return sorted(name.removeprefix(f"{variant}.") for name in names if name.startswith(f"{variant}."))
+    else:
+        raise RuntimeError(f"TIMM_SUGAR_HUB={hub} is neither an existing folder nor an organisation of the Hub")
+    return root, place, sorted(name.removeprefix(f"{variant}.") for name in names if name.startswith(f"{variant}."))
 
 
 def read_config(source: str, cache_dir: str | None = None, weights: bool = True) -> PublishedConfig:
