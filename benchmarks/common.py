@@ -12,6 +12,7 @@ import timm
 import torch
 
 import timm_sugar
+from timm_sugar.files import write_file
 
 # By default glibc returns every large block to the kernel, and page faults hide the cost of what is computed.
 ALLOCATORS = {
@@ -47,11 +48,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` under a temporary name, then rename it."""
+    """Write `content`, as a file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def _format(value: Any) -> str:

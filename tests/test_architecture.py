@@ -11,8 +11,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for name in ("tests", "train", "benchmarks") for path in (ROOT / name).rglob("*.py"))
 # A part imports from those before it, and from itself. "timm_sugar" is the package's own file: the public names.
 ORDER = [
-    "files", "surrogates", "kernels", "functional", "layers", "activations", "transformers", "convert", "init",
-    "models", "timm_sugar", "data", "analysis", "hub", "training", "cli", "__main__",
+    "files", "terminal", "surrogates", "kernels", "functional", "layers", "activations", "transformers", "convert",
+    "init", "models", "timm_sugar", "data", "analysis", "hub", "training", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -80,5 +80,15 @@ def test_every_form_of_import_is_seen(code, module, parts):
 
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_says_what_it_is_for(path):
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree) or not tree.body
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_settings_recipes_and_templates_say_what_they_are_for():
+    names = ("*.yml", "*.yaml", ".github/workflows/*.yml", "train/*/*.yaml", "train/launch/*.sh", ".ci/*", "Makefile")
+    settings = [path for name in (*names, "pyproject.toml", "CITATION.cff") for path in ROOT.glob(name)]
+    assert len(settings) > 20
+    for path in settings:
+        first, second = path.read_text().splitlines()[:2]
+        assert (second if first.startswith("#!") else first).startswith("# "), path
+    for path in (*PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.html")):
+        assert path.read_text().startswith("{#- "), path

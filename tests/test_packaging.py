@@ -1,7 +1,9 @@
 """The wheel and the sdist: what is in them, and that the wheel works with the core dependencies alone."""
 
 import importlib.metadata
+import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import timm_sugar
 from timm_sugar.hub import write_model_folder
@@ -49,14 +52,23 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert wheel.stat().st_size < 300_000
 
 
-def test_the_sdist_holds_what_the_tests_need_and_no_weights(built):
+def test_the_sdist_holds_the_repository_but_no_weights(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("tests/conftest.py", "train/recipes/digits.yaml", "docs/convert.md", "CITATION.cff", "pyproject.toml"):
-        assert name in names
+    left_out = set(run("git", "ls-files", cwd=ROOT).stdout.split()) - names
+    assert not [name for name in left_out if not name.startswith("hub_cards/")]
     assert not [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".pyc", ".parquet"))]
     assert path.stat().st_size < 2_000_000
+
+
+def test_the_oldest_versions_are_those_that_the_package_claims():
+    oldest = dict(line.split("==") for line in (ROOT / ".ci/oldest.txt").read_text().split() if "==" in line)
+    project = (ROOT / "pyproject.toml").read_text().partition("\ndocs = ")[0]  # the core, train and report
+    claimed = dict(re.findall('"([a-z0-9-]+)>=([0-9.]+)"', project))
+    assert len(claimed) == 11
+    for name, version in claimed.items():
+        assert Version(oldest[name]) == Version(version), name
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +111,14 @@ model(torch.randn(2, 3, 8, 8)).sum().backward()
 assert timm.create_model("swin_tiny_sugar_nelu", device="meta").num_classes == 1000
 from timm_sugar.cli import main
 assert main(["models"]) == 0
-assert main(["verify", MODEL, "--data", "digits"]) == 1
+for command in ("verify", "profile", "landscape"):
+    assert main([command, RUN, "--data", "digits"]) == 1
+assert main(["report", RUN]) == 1
+publish = ["publish", RUN, "--repo-id", "lab/net"]
+assert main([*publish, "--dry-run"]) == 0
+assert main([*publish, "--to-folder", HUB]) == 0
+assert "hf-hub:lab/net" in open(f"{HUB}/README.md").read()
+assert timm.create_model(f"local-dir:{HUB}", pretrained=True).num_classes == 2
 sys.argv = ["timm-sugar", "--version"]
 import runpy
 runpy.run_path(SCRIPT, run_name="__main__")
@@ -110,13 +129,19 @@ def test_core_dependencies_suffice_and_a_command_names_the_extra_that_it_needs(c
     network = build("resnet18_sugar_bsilu", num_classes=2, channels=[8, 8, 8, 8])
     facts = dict(data="digits", test_top1=0.5, parameters=1, train_images=1, epochs=1, best_epoch=1, seed=1)
     data_config = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
-    model, script = tmp_path / "model", core[0] / "bin" / "timm-sugar"
-    write_model_folder(model, network, "resnet18_sugar_bsilu", "ab", data_config, facts | dict(settings="{}"))
-    start = f"import sys; sys.path += {[*map(str, core)]!r}; MODEL, SCRIPT = {str(model)!r}, {str(script)!r}\n"
+    run_folder, hub, script = (str(path) for path in (tmp_path / "run", tmp_path / "hub", core[0] / "bin/timm-sugar"))
+    settings = {"data": "digits", "split_seed": 0}
+    write_model_folder(
+        tmp_path / "run/model", network, "resnet18_sugar_bsilu", "ab", data_config, facts | dict(settings="{}")
+    )
+    (tmp_path / "run/summary.json").write_text(json.dumps(facts))
+    (tmp_path / "run/config.yaml").write_text(json.dumps(settings))
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps(dict(epoch=1, train_loss=1.0, val_top1=None)) + "\n")
+    start = f"import sys; sys.path += {[*map(str, core)]!r}; RUN, HUB, SCRIPT = {run_folder!r}, {hub!r}, {script!r}\n"
     done = run(sys.executable, "-I", "-S", "-c", start + CODE, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resnet18_sugar_bsilu" in done.stdout
     assert done.stdout.endswith(f"timm-sugar {timm_sugar.__version__}\n")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("timm-sugar verify: error: scikit-learn is not installed")
-    assert line.endswith("pip install 'timm-sugar[train]'")
+    error = r"timm-sugar (\w+): error: .* pip install 'timm-sugar\[(\w+)\]'"
+    needed = [re.fullmatch(error, line).groups() for line in done.stderr.splitlines()]
+    assert needed == [("verify", "train"), *((name, "report") for name in ("profile", "landscape", "report"))]

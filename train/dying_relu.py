@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 try:
     from rich.console import Console
@@ -30,19 +30,13 @@ from timm_sugar import list_surrogates
 from timm_sugar.analysis.collapse import COLLAPSED, paper_function, paper_shape, table_row
 from timm_sugar.analysis.dying_relu import TARGETS, Cell, run_cells
 from timm_sugar.files import write_file
+from timm_sugar.terminal import Parser
 
 SWEEP_DEPTHS = (2, 3, 5, 7, 10, 15, 25, 40)
 EXAMPLE = """examples:
   python train/dying_relu.py                                    table 2 in full, into output/dying_relu
   python train/dying_relu.py --surrogate all --sweep            every surrogate, and collapse against depth
   python train/dying_relu.py --runs 10 --epochs 20 --output /tmp/try"""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main() -> None:

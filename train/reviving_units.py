@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NoReturn
+from typing import Any
 
 try:
     from timm_sugar.analysis import run_plots
@@ -26,6 +26,7 @@ from timm_sugar.analysis import Profile, profile, revived_units
 from timm_sugar.data import normalize
 from timm_sugar.files import write_file
 from timm_sugar.hub import surrogate_of
+from timm_sugar.terminal import Parser
 from timm_sugar.training.build import Run, prepare
 from timm_sugar.training.checkpoints import latest_checkpoint, read_checkpoint
 from timm_sugar.training.loop import fit
@@ -39,13 +40,6 @@ LABELS = {"relu": "ReLU", "sugar": "SUGAR B-SiLU"}
 EXAMPLE = """examples:
   python train/reviving_units.py --data cifar10                       three seeds, into output/reviving_units
   python train/reviving_units.py --data path/to/folder --seeds 0 --limit-train 2000 --epochs 2 --more-epochs 2"""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main() -> None:

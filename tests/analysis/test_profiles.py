@@ -53,8 +53,7 @@ def test_a_channel_is_a_unit_and_a_position_of_it_an_element():
 
 
 def test_networks_of_other_libraries():
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     config = transformers.ViTConfig(image_size=16, patch_size=8, hidden_act="relu", **size)
     images = torch.randn(3, 3, 16, 16)

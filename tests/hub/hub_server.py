@@ -203,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403, "", f"You don't have the rights to write to {repo_id}")
 
     def _repository(self, repo_id: str) -> Repository:
+        if self.headers.get("Authorization"):
+            self._user()  # the Hub refuses a wrong token even where none is needed
         repository = self.server.repositories.get(repo_id)
         if repository is None or (repository.private and not self.headers.get("Authorization")):
             raise _Refused(
@@ -245,6 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"url": url, "name": repo_id})
 
     def list_models(self) -> None:
+        if self.headers.get("Authorization"):
+            self._user()
         author, search = self.query.get("author", [""])[0], self.query.get("search", [""])[0]
         self._json([{"id": i} for i in sorted(self.server.repositories) if i.startswith(f"{author}/") and search in i])
 

@@ -92,9 +92,10 @@ def test_text_of_a_runs_files_stays_text():
     )
     run = RUN | dict(data="/home/me/<i>data", settings=settings)
     own = dict(architecture="resnet18_sugar_bsilu", surrogate="<u>bsilu", alpha=1.67)
+    run |= dict(seed="<b>1", epochs="<b>2", best_epoch=None)
     card = model_card(CONFIG | dict(label_names=HOSTILE, timm_sugar=own), run)
     html = _html(card)
-    for tag in ("<script", "<i>", "<u>", "<img", 'http://evil"', "<h1>Title"):
+    for tag in ("<script", "<i>", "<b>", "<u>", "<img", 'http://evil"', "<h1>Title"):
         assert tag not in html
     assert [t for t in re.findall('<a href="(.*?)"', html) if "evil" in t] == []
     assert "{{ 7 * 7 }}" in html

@@ -272,6 +272,25 @@ def test_missing_tags(cli, full_size, name, message):
     assert "--model" in last
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "arguments"), [("swin_tiny_sugar_nelu", 64, {"img_size": 64}), ("conv2next_sugar", 32, {})]
+)
+def test_a_folder_loads_into_its_entrypoint_without_arguments(tmp_path, monkeypatch, name, size, arguments):
+    model = build(name, num_classes=3, **arguments).eval()
+    data_config = DATA_CONFIG | {"input_size": (3, size, size)}
+    write_model_folder(tmp_path / f"{name}.small", model, name, ("ant", "bee", "cat"), data_config, RUN)
+    monkeypatch.setenv("TIMM_SUGAR_HUB", str(tmp_path))
+    loaded = timm.create_model(name, pretrained=True).eval()
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert surrogate_of(loaded) == surrogate_of(model)
+    other = timm.create_model(name, pretrained=True, num_classes=5)
+    stem = next(iter(model.state_dict()))
+    assert torch.equal(other.state_dict()[stem], model.state_dict()[stem])
+    assert other(images).shape == (1, 5)
+
+
 def test_neither_folder_nor_organisation(cli):
     last = _create(cli, "/no/such/folder", "resnet18_sugar_bsilu").err.splitlines()[-1]
     assert "TIMM_SUGAR_HUB=/no/such/folder is neither" in last
@@ -300,9 +319,21 @@ def test_an_organisation_and_then_its_cache(hub, cli, full_size, environment):
 
     before = len(hub.requests)
     script = CREATE.format(name="resnet18_sugar_bsilu", more="")  # one tag alone is in the cache
+    script += "try: timm.create_model('vgg16_sugar_bsilu', pretrained=True)\nexcept RuntimeError as error: print(error)"
     done = _python(script, environment | {"HF_HUB_OFFLINE": "1", "TIMM_SUGAR_HUB": "mine"}, full_size)
-    assert json.loads(done)[1:3] == ["nelu", 0.1]
+    described, error = done.splitlines()
+    assert json.loads(described)[1:3] == ["nelu", 0.1]
+    assert "cannot be reached, so that the cache was looked into; it has none of vgg16_sugar_bsilu" in error
     assert len(hub.requests) == before
+
+
+def test_a_wrong_token_is_not_taken_for_missing_weights(hub, cli, full_size):
+    folder = full_size / "resnet18_sugar_bsilu.first"
+    _put(hub, f"guarded/{folder.name}", folder)
+    last = _create(cli, "guarded", folder.name, HF_TOKEN="hf_wrong").err.splitlines()[-1]
+    assert "does not accept the token; check HF_TOKEN" in last
+    result = cli("models", TIMM_SUGAR_HUB="guarded", HF_TOKEN="hf_wrong")
+    assert (result.status, len(result.err.splitlines())) == (1, 1)
 
 
 def test_corrupted_weights_are_not_loaded(hub, cli, full_size):

@@ -69,8 +69,14 @@ def test_revision(hub, cli, published, parquet_folder):
 
 
 def test_missing_repository(hub, cli, parquet_folder):
-    assert "lab/nothing" in one_error(cli("verify", "lab/nothing", "--data", parquet_folder))
+    message = one_error(cli("verify", "lab/nothing", "--data", parquet_folder))
+    assert f"{hub.endpoint} shows no repository lab/nothing to you" in message
     assert "there is no folder nothing" in one_error(cli("verify", "nothing", "--data", parquet_folder))
+
+
+def test_a_wrong_token_is_said_to_be_wrong(hub, cli, published, parquet_folder):
+    result = cli("verify", published, "--data", parquet_folder, HF_TOKEN="hf_wrong")
+    assert "does not accept the token; check HF_TOKEN" in one_error(result)
 
 
 def test_other_data(cli, published, tmp_path):
@@ -90,8 +96,10 @@ def test_a_connection_that_breaks_in_the_download_is_resumed(hub, cli, published
     assert hub.count("GET", "/lfs/") - before == 2
 
 
-def test_a_busy_server_is_asked_again(hub, cli, published, parquet_folder):
-    hub.fail("GET", "/lfs/", 429, **{"Retry-After": "0"})
+@pytest.mark.parametrize("name", ["/lfs/", "README.md", "config.json"])
+def test_a_busy_server_is_asked_again(hub, cli, published, parquet_folder, name):
+    hub.fail("GET", name, 503)
+    hub.fail("GET", name, 429, **{"Retry-After": "0"})
     assert cli("verify", published, "--data", parquet_folder).status == 0
 
 

@@ -1,49 +1,10 @@
-"""Calls to the Hub: patience with a busy server, and the check that a token may write where it is to."""
-
-import json
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+"""Before anything goes to the Hub: a repository's name is legal, and the token may write there."""
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-T = TypeVar("T")
-_BUSY = (408, 429, 500, 502, 503, 504)
-_WAITS = (1, 2, 4, 8, 8)  # seconds
-_LONGEST_WAIT = 300
-
-
-def patiently(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs: Any) -> T:
-    """Return ``call(*args, **kwargs)``, called again with back-off while the server is busy or the connection breaks.
-
-    huggingface_hub does the same for uploads and downloads of files, but not for the calls around them.
-
-    Args:
-        call: Any call of huggingface_hub.
-        unsafe: The call must not be made twice, so that an answer that got lost is an error: retry only where the
-            server says that it did not do it.
-    """
-    wait: float
-    for wait in _WAITS:
-        try:
-            return call(*args, **kwargs)
-        except HfHubHTTPError as error:
-            if error.response.status_code not in _BUSY:
-                raise
-            wait = _asked_wait(error.response, wait)
-        except (httpx.TransportError, json.JSONDecodeError):  # the latter: a proxy's page in place of an answer
-            if unsafe:
-                raise
-        time.sleep(wait)
-    return call(*args, **kwargs)
-
-
-def _asked_wait(response: Any, otherwise: float) -> float:
-    """Return the seconds that a busy server asks for, where it does."""
-    asked = response.headers.get("retry-after", "")
-    return min(int(asked) + 1, _LONGEST_WAIT) if asked.isdigit() else otherwise
+from ..models._download import patiently, refuse_bad_token
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -76,9 +37,8 @@ def check_destination(repo_id: str, create_pr: bool = False) -> None:
     try:
         me = patiently(HfApi().whoami)
     except HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise
-        raise PermissionError(f"{constants.ENDPOINT} does not accept the token; check HF_TOKEN") from error
+        refuse_bad_token(error)
+        raise
     except httpx.TransportError as error:
         raise ConnectionError(f"the Hub at {constants.ENDPOINT} cannot be reached: {error}") from error
     token = me.get("auth", {}).get("accessToken", {})

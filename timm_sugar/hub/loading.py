@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.models import is_model
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ..data import (
     stratified_sample,
 )
 from ..models import create_model
-from ..models._weights import check_download
+from ..models._download import download
 from .client import check_repo_id
 
 
@@ -158,9 +158,7 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
         raise FileNotFoundError(f"there is no folder {model}")
     check_repo_id(model)
     try:
-        readme = Path(hf_hub_download(model, "README.md", revision=revision))
-        check_download(readme)
-        card: Path | None = readme
+        card: Path | None = download(model, "README.md", revision)
     except RemoteEntryNotFoundError:
         card = None
     return NamedModel(model, f"hf-hub:{model}@{revision}" if revision else f"hf-hub:{model}", card)

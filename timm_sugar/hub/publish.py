@@ -16,9 +16,10 @@ from torch import nn
 from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
 from ..files import to_yaml, write_file
 from ..models import create_model
-from ..models._weights import WEIGHTS, file_hash
+from ..models._download import file_hash, patiently
+from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
-from .client import check_destination, check_repo_id, head_of, patiently
+from .client import check_destination, check_repo_id, head_of
 from .curves import training_curves
 
 _SAMPLE = 1000  # test images that the weights are checked on

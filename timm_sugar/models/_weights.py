@@ -1,7 +1,6 @@
 """Where published weights are, and what of a published config.json is believed."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -9,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 from timm.models._hub import _parse_model_cfg
+
+from ._download import download, refuse_bad_token
 
 ORGANISATION = "timm-sugar"
 WEIGHTS = "model.safetensors"
@@ -74,17 +75,9 @@ def find_weights(variant: str, tag: str | None, cache_dir: str | None = None) ->
 
     Raises:
         RuntimeError: there are none, in one line that says where they were looked for and which tags exist.
+        PermissionError: the Hub does not accept the token.
     """
-    hub = os.environ.get("TIMM_SUGAR_HUB", "")
-    folder = Path(hub).expanduser()
-    if hub and folder.is_dir():
-        root, place = f"local-dir:{folder}", f"the folder {hub} (TIMM_SUGAR_HUB)"
-    elif re.fullmatch(r"[\w-][\w.-]*", hub or ORGANISATION):
-        root = f"hf-hub:{hub or ORGANISATION}"
-        place = f"the organisation {hub} on the Hub (TIMM_SUGAR_HUB)" if hub else f"{ORGANISATION} on the Hub"
-    else:
-        raise RuntimeError(f"TIMM_SUGAR_HUB={hub} is neither an existing folder nor an organisation of the Hub")
-    tags = list_tags(variant, cache_dir)
+    root, place, tags = _look(variant, cache_dir)
     cfg = get_pretrained_cfg(variant)
     default = cfg.tag if cfg else None
     wanted = tag or (default if default in tags else tags[0] if len(tags) == 1 else None)
@@ -119,9 +112,9 @@ def read_published(variant: str, tag: str | None, cache_dir: str | None = None) 
     except OSError as error:
         name = source.rpartition("/")[2]
         there = ", ".join(f"{variant}.{t}" for t in list_tags(variant, cache_dir))
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RuntimeError(
-            f"The weights {source} cannot be loaded: {reason} The tags are {there}. TIMM_SUGAR_HUB may name a folder "
+            f"The weights {source} cannot be loaded: {reason}. The tags are {there}. TIMM_SUGAR_HUB may name a folder "
             f"that holds {name}, as hub_cards of a checkout does. {_how_to_train(variant)}"
         ) from error
     found.refuse_other_arguments(variant)
@@ -133,21 +126,39 @@ def list_tags(variant: str, cache_dir: str | None = None) -> list[str]:
 
     Those of the default organisation are the ones in `default_cfgs`; another organisation is asked over the network,
     and where that cannot be reached, the cache tells what has been loaded before.
+
+    Raises:
+        PermissionError: the Hub does not accept the token.
+        RuntimeError: TIMM_SUGAR_HUB names neither a folder nor an organisation.
     """
+    return _look(variant, cache_dir)[2]
+
+
+def _look(variant: str, cache_dir: str | None) -> tuple[str, str, list[str]]:
+    """Return the source that holds all published weights, the same in words, and the tags of one of our models."""
     hub = os.environ.get("TIMM_SUGAR_HUB", "")
+    folder = Path(hub).expanduser()
     if not hub:
         tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id and cfg.tag]
-        return list(dict.fromkeys(tags))  # the default one is there a second time, under the bare name
-    folder = Path(hub).expanduser()
+        # The default one is there a second time, under the bare name.
+        return f"hf-hub:{ORGANISATION}", f"{ORGANISATION} on the Hub", list(dict.fromkeys(tags))
     if folder.is_dir():
+        root, place = f"local-dir:{folder}", f"the folder {hub} (TIMM_SUGAR_HUB)"
         names = [path.parent.name for path in folder.glob(f"{variant}.*/config.json")]
-    else:
+    elif re.fullmatch(r"[\w-][\w.-]*", hub):
+        root, place = f"hf-hub:{hub}", f"the organisation {hub} on the Hub (TIMM_SUGAR_HUB)"
         try:
-            names = [model.id.partition("/")[2] for model in HfApi().list_models(author=hub, search=f"{variant}.")]
-        except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError):
+            found = HfApi().list_models(author=hub, search=f"{variant}.")  # which has patience itself
+            names = [model.id.partition("/")[2] for model in found]
+        except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
+            if isinstance(error, HfHubHTTPError):
+                refuse_bad_token(error)
+            place += ", which cannot be reached, so that the cache was looked into"
             cache = Path(cache_dir or constants.HF_HUB_CACHE)
             names = [path.name.rpartition("--")[2] for path in cache.glob(f"models--{hub}--{variant}.*")]
-    return sorted(name.removeprefix(f"{variant}.") for name in names if name.startswith(f"{variant}."))
+    else:
+        raise RuntimeError(f"TIMM_SUGAR_HUB={hub} is neither an existing folder nor an organisation of the Hub")
+    return root, place, sorted(name.removeprefix(f"{variant}.") for name in names if name.startswith(f"{variant}."))
 
 
 def read_config(source: str, cache_dir: str | None = None, weights: bool = True) -> PublishedConfig:
@@ -166,10 +177,7 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
     wanted = ["config.json", WEIGHTS] if weights else ["config.json"]
     if kind == "hf-hub":
         repo_id, _, revision = model_id.partition("@")
-        options: dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir)
-        paths = [Path(hf_hub_download(repo_id, name, **options)) for name in wanted]
-        for path in paths:
-            check_download(path)
+        paths = [download(repo_id, name, revision or None, cache_dir) for name in wanted]
         where = {"hf_hub_id": model_id, "hf_hub_filename": WEIGHTS, "source": "hf-hub"}
     else:
         paths = [Path(model_id, name) for name in wanted]
@@ -212,25 +220,3 @@ def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> 
     if not isinstance(architecture, str):
         raise ValueError(f"architecture is {architecture!r}")
     return architecture, given
-
-
-def check_download(path: Path) -> None:
-    """Raise OSError where a file in huggingface_hub's cache is not what the Hub said that it is.
-
-    The cache names a file by the hash that came with it: SHA-256 for a large file, git's SHA-1 of a blob for others.
-    The client itself compares sizes alone.
-    """
-    blob = path.resolve()
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-        return  # a cache without symbolic links
-    if file_hash(blob, git=len(blob.name) == 40) != blob.name:
-        raise OSError(f"{path.name} is corrupted: it does not have the hash that the Hub gave; delete {blob} and retry")
-
-
-def file_hash(path: Path, git: bool = False) -> str:
-    """Return the SHA-256 of a file in hexadecimal, or with `git` the SHA-1 that git gives it as a blob."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if git else hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""Files from the Hub: asked for with patience, and checked against the hash that the Hub gave."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
+
+T = TypeVar("T")
+_BUSY = (408, 429, 500, 502, 503, 504)
+_WAITS = (1, 2, 4, 8, 8)  # seconds
+_LONGEST_WAIT = 300
+
+
+def patiently(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs: Any) -> T:
+    """Return ``call(*args, **kwargs)``, called again with back-off while the server is busy or the connection breaks.
+
+    huggingface_hub does the same for some of its calls, but not for all.
+
+    Args:
+        call: Any call of huggingface_hub.
+        unsafe: The call must not be made twice, so that an answer that got lost is an error: retry only where the
+            server says that it did not do it.
+    """
+    wait: float
+    for wait in _WAITS:
+        try:
+            return call(*args, **kwargs)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _BUSY:
+                raise
+            wait = _asked_wait(error.response, wait)
+        except (httpx.TransportError, json.JSONDecodeError):  # the latter: a proxy's page in place of an answer
+            if unsafe:
+                raise
+        time.sleep(wait)
+    return call(*args, **kwargs)
+
+
+def _asked_wait(response: Any, otherwise: float) -> float:
+    """Return the seconds that a busy server asks for, where it does."""
+    asked = response.headers.get("retry-after", "")
+    return min(int(asked) + 1, _LONGEST_WAIT) if asked.isdigit() else otherwise
+
+
+def download(repo_id: str, name: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Return a file of a repository, from huggingface_hub's cache where it is there, and checked.
+
+    Raises:
+        ValueError: the repository's name is not legal.
+        RemoteEntryNotFoundError: the repository has no such file.
+        FileNotFoundError: there is no such repository, or the token may not see it, or it is out of reach.
+        PermissionError: the Hub does not accept the token.
+        OSError: the Hub refuses for another reason or stays busy, or the file is corrupted.
+    """
+    try:
+        path = patiently(hf_hub_download, repo_id, name, revision=revision, cache_dir=cache_dir)
+    except RemoteEntryNotFoundError:
+        raise
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{constants.ENDPOINT} shows no repository {repo_id} to you") from error
+    except HfHubHTTPError as error:
+        refuse_bad_token(error)
+        raise
+    _check(Path(path))
+    return Path(path)
+
+
+def refuse_bad_token(error: HfHubHTTPError) -> None:
+    """Raise PermissionError where the Hub does not accept the token, which it says even of what all may read."""
+    if error.response.status_code == 401:
+        raise PermissionError(f"{constants.ENDPOINT} does not accept the token; check HF_TOKEN") from error
+
+
+def _check(path: Path) -> None:
+    """Raise OSError where a file in huggingface_hub's cache is not what the Hub said that it is.
+
+    The cache names a file by the hash that came with it: SHA-256 for a large file, git's SHA-1 of a blob for others.
+    The client itself compares sizes alone.
+    """
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return  # a cache without symbolic links
+    if file_hash(blob, git=len(blob.name) == 40) != blob.name:
+        raise OSError(f"{path.name} is corrupted: it does not have the hash that the Hub gave; delete {blob} and retry")
+
+
+def file_hash(path: Path, git: bool = False) -> str:
+    """Return the SHA-256 of a file in hexadecimal, or with `git` the SHA-1 that git gives it as a blob."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if git else hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
