@@ -23,7 +23,7 @@ SAVES = ["exact", "uint8", "uint4"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Relative to the largest entry: a 16-bit gradient is rounded once, from float32.
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
-CODE_ERRORS = {"exact": 0.0, "uint8": 0.01, "uint4": 0.12}  # the largest of any surrogate's derivative at any x
+CODE_ERRORS = {"exact": 0.0, "uint8": 0.022, "uint4": 0.12}  # the largest of any surrogate's derivative at any x
 
 
 @pytest.fixture(params=["compiled", "composed"], autouse=True)
@@ -115,7 +115,7 @@ def _check_gradient(name, dtype, shape, layouts, seed, save):
         assert ((result.double() - expected).abs() <= bound + 1e-12).all()
 
 
-# The lean kernels' bodies are the same for every surrogate: compiled for two of them.
+# The lean kernels are compiled for two surrogates alone: what they share is the body.
 @pytest.mark.parametrize(
     ("path", "name", "save"),
     [
@@ -223,7 +223,7 @@ def saved_storages(f) -> list[torch.UntypedStorage]:
     return list(saved.values())
 
 
-@pytest.mark.parametrize(("save", "size"), [("exact", 4 * 1001), ("uint8", 1001), ("uint4", 501)])
+@pytest.mark.parametrize(("save", "size"), [("exact", 4 * 1001), ("uint8", 4 * 251), ("uint4", 4 * 126)])
 def test_one_tensor_is_saved(save, size):
     x = torch.randn(7, 11, 13, requires_grad=True)
     storages = saved_storages(lambda: sugar(x, save=save))

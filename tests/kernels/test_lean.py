@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_sugar import list_surrogates, sugar, surrogates
-from timm_sugar.kernels.lean import encode, levels_of
+from timm_sugar.kernels.lean import Code, _codes, _pack, encode, levels_of, times_decoded
 from timm_sugar.surrogates import Surrogate, add_surrogate, get_surrogate
 
 CODES = {"uint8": 254, "uint4": 14}  # beside those that mean NaN and 0
@@ -44,17 +44,37 @@ def test_every_code_is_an_interval_and_stands_for_a_derivative_within_it(name, s
     entry = get_surrogate(name)
     levels = levels_of(name, f"{entry.alpha}", save)
     x = torch.cat([torch.linspace(-60, 0, 150_001), torch.linspace(0, 60, 150_001)]).double()
-    codes = encode(x, "uint8", levels)[1].codes.int()
-    assert (codes.diff() >= 0).all()
-    assert codes.unique().tolist() == [*range(1, CODES[save] + 2)]
-    assert codes[x < 0].max() < codes[x == 0].min() == codes[x == 0].max() < codes[x > 0].min()
+    codes = torch.empty_like(x, dtype=torch.int32).copy_(_codes(x, *levels.encoder))
+    assert (codes[x != 0].diff() >= 0).all()
+    assert codes[x != 0].unique().tolist() == [*range(1, CODES[save] + 1)]
+    assert codes[x < 0].max() < codes[x > 0].min()
+    assert codes[x == 0].unique().tolist() == [CODES[save] + 1]
     derivative = entry.derivative(x, entry.alpha)
-    for code in range(1, CODES[save] + 2):
-        within = derivative[codes == code]
-        assert within.min() - 1e-3 <= levels.table[code] <= within.max() + 1e-3
+    code = Code(_pack(codes, save), save, levels, None)
+    stands_for = times_decoded(torch.ones_like(x), code, entry, entry.alpha)
+    for number in range(1, CODES[save] + 2):
+        within = derivative[codes == number]
+        assert stands_for[codes == number].unique().numel() == 1
+        assert within.min() - 1e-3 <= stands_for[codes == number][0] <= within.max() + 1e-3
 
 
-@pytest.mark.parametrize(("save", "bound"), [("uint8", 0.01), ("uint4", 0.15)])
+@pytest.mark.parametrize("save", CODES)
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 4096, 32768, 32769])
+def test_words_hold_a_code_of_every_element_whatever_the_size(save, size):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    entry = get_surrogate("elu")
+    levels = levels_of("elu", "1.0", save)
+    with torch.no_grad():
+        y, code = encode(x, save, levels)
+        result = times_decoded(torch.ones_like(x), code, entry, 1.0)
+    assert torch.equal(y, x.relu())
+    assert code.strides is not None  # the kernel's words, not bytes
+    assert code.codes.nbytes <= size / (1 if save == "uint8" else 2) * 1.001 + (512 if size >= 4096 else 4)
+    bytes_ = Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
+    torch.testing.assert_close(result, times_decoded(torch.ones_like(x), bytes_, entry, 1.0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("save", "bound"), [("uint8", 0.03), ("uint4", 0.15)])
 @pytest.mark.parametrize("width", [0.1, 0.3, 1.0, 5.0])
 def test_a_surrogate_of_ones_own(save, bound, width, table):
     add_surrogate(Surrogate("bump", lambda x, alpha: 3 / (1 + (x / alpha) ** 2), alpha=width))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..surrogates import Surrogate
+from .cheaper import Cheaper
 
 _logger = logging.getLogger("timm_sugar")
 _lock = threading.RLock()
@@ -56,23 +57,22 @@ def run(
     body: Callable[..., None],
     surrogate: Surrogate | None,
     tensors: Sequence[Tensor],
-    constants: Sequence[float | tuple[float, ...]] = (),
+    constants: Sequence[float] = (),
 ) -> None:
     """Call ``body(surrogate, *tensors, *constants)``, compiled if possible.
 
     Args:
         body: Writes the result of an elementwise computation into some of its tensors with `copy_` and returns
-            nothing. One kernel is compiled for each body, surrogate, list of dtypes and device; it serves any length
-            and any constants.
+            nothing. One kernel is compiled for each body, surrogate, list of dtypes, number of constants and device; it
+            serves any length and any constants.
         surrogate: The entry of the table that the body computes with, or None where it needs none.
         tensors: 1-D contiguous, all of one length, at least 1.
-        constants: Numbers, and tables of a fixed length. The body receives them as 1-D tensors in the `opmath` dtype
-            of the first tensor.
+        constants: Numbers. The body receives each as a 1-D tensor in the `opmath` dtype of the first tensor.
     """
     dtypes = tuple(x.dtype for x in tensors)
     device = tensors[0].device
     values = [_constant(value, opmath_dtype(dtypes[0]), device) for value in constants]
-    key = (body, surrogate, dtypes, tuple(len(value) for value in values), device)
+    key = (body, surrogate, dtypes, len(values), device)
     if key not in _kernels:
         with _lock:
             if key not in _kernels:
@@ -95,9 +95,9 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=256)
-def _constant(value: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Kept, so that nothing is transferred at every step.
-    return torch.tensor(value if isinstance(value, tuple) else (value,), dtype=dtype, device=device)
+    return torch.tensor([value], dtype=dtype, device=device)
 
 
 _kernels: dict[tuple[Any, ...], Callable[..., None] | None] = {}
@@ -107,13 +107,13 @@ def _compile_or_none(
     body: Callable[..., None],
     surrogate: Surrogate | None,
     dtypes: tuple[torch.dtype, ...],
-    lengths: tuple[int, ...],
+    constants: int,
     device: torch.device,
 ) -> Callable[..., None] | None:
     name = f"{body.__name__}({surrogate.name if surrogate else ''})"
     _logger.info("compiling %s for %s on %s, once", name, str(dtypes[0]).removeprefix("torch."), device)
     try:
-        return _compile(partial(body, surrogate), dtypes, lengths, device)
+        return _compile(partial(body, surrogate), dtypes, constants, device)
     except Exception as error:  # no compiler, an Inductor without this entry, a derivative that cannot be traced
         reason = str(error).partition("\n")[0] or type(error).__name__
         _logger.info("not compiled, ATen operations are used instead: %s", reason)
@@ -121,7 +121,7 @@ def _compile_or_none(
 
 
 def _compile(
-    body: Callable[..., None], dtypes: tuple[torch.dtype, ...], lengths: tuple[int, ...], device: torch.device
+    body: Callable[..., None], dtypes: tuple[torch.dtype, ...], constants: int, device: torch.device
 ) -> Callable[..., None]:
     _import_cpp_extension()
     from torch._inductor import config, cpu_vec_isa, standalone_compile  # takes a second, hence not at import
@@ -132,13 +132,17 @@ def _compile(
         return ()
 
     example: list[Any] = [torch.empty(_EXAMPLE_LENGTH, dtype=dtype, device=device) for dtype in dtypes]
-    example += [torch.empty(length, dtype=opmath_dtype(dtypes[0]), device=device) for length in lengths]
+    example += [torch.empty(1, dtype=opmath_dtype(dtypes[0]), device=device) for _ in range(constants)]
     # Inductor's own settings serve whole networks. For a kernel or two, building a precompiled header, starting worker
     # processes and probing instruction sets with test programs would take most of the time of a first step. The list
     # of instruction sets is dropped afterwards, so that the user's own torch.compile probes as always.
-    settings = {"cpp_cache_precompile_headers": False, "compile_threads": 1, "cpp.vec_isa_ok": True}
+    settings: dict[str, Any] = {"cpp_cache_precompile_headers": False, "compile_threads": 1, "cpp.vec_isa_ok": True}
+    if device.type == "cpu":
+        settings["cpp.enable_floating_point_contract_flag"] = "fast"  # multiply and add at once
     with torch.no_grad(), config.patch(settings):
         graph = make_fx(traced, tracing_mode="symbolic")(*example)
+        if device.type == "cpu":
+            graph = make_fx(Cheaper(graph).run, tracing_mode="symbolic")(*example)
         try:
             return standalone_compile(graph, example, dynamic_shapes="from_graph")
         finally:

@@ -1,10 +1,15 @@
 """Lean saving: one byte or half a byte an element stands for the pre-activation.
 
-Every code is an interval of x, and a table holds the surrogate's derivative in the middle of each. The intervals are
-fitted to the surrogate: narrow where its derivative bends, wider by a factor on either side, open at both ends. 0 has
-a code of its own and no interval crosses it, so that neither a step of the derivative at 0 nor its sign is lost. Code
-0 means NaN. Two 4-bit codes share a byte, one from each half of the flat tensor, so that loads stay contiguous; where
-the length is odd the halves overlap in the middle element. Few-bit backward passes: Novikov et al., arXiv:2202.00441.
+Every code is an interval of x and stands for the surrogate's derivative in the middle of it. The intervals are fitted
+to the surrogate: of one width in a byte; in half a byte narrow where the derivative bends, and wider by a factor on
+either side. The outermost are open. 0 has a code of its own and no interval crosses it, so that neither a step of the
+derivative at 0 nor its sign is lost. Code 0 means NaN and the largest code 0.0; those between number the intervals
+from the lowest up. From a byte the derivative is computed; of the 16 that half a byte tells apart, it is selected.
+Few-bit backward passes: Novikov et al., arXiv:2202.00441.
+
+Processors are slow at handling single bytes, so the kernels pack codes into words of 32 bits: a word holds one code of
+each of 4 or 8 parts of the flat tensor, so that loads stay contiguous; its type is float32, since Inductor's loads of
+floats are the fast ones. Where the parts are not of one length, they overlap. Where no kernel runs, `_pack` packs bytes.
 """
 
 import math
@@ -20,32 +25,37 @@ from .compiled import flat, is_plain, opmath, run
 
 
 class Grid(NamedTuple):
-    """Intervals of x, numbered away from 0: (0, step] is number 1, [-step, 0) number -1, and 0 itself number 0."""
+    """Intervals of x, counted in steps from 0, negative ones below it."""
 
     step: Tensor  # width of the narrow intervals
-    below: Tensor  # they reach from -below * step ...
+    negative: Tensor  # how many intervals are below 0; an integer
+    below: Tensor  # the narrow ones reach from -below * step ...
     above: Tensor  # ... to above * step, and need not end at the end of an interval
     coarse_below: Tensor  # width, in steps, of the intervals below them
     coarse_above: Tensor  # and above them
-    negative: Tensor  # how many intervals are below 0; an integer
 
 
 class Levels(NamedTuple):
-    """How codes stand for derivatives: code 0 is NaN, and the others number the intervals from the lowest up."""
+    """What encoder and decoder take."""
 
-    encoder: tuple[float, ...]  # what `_quantise` takes beside x
-    table: tuple[float, ...]  # the derivative of each code
+    encoder: tuple[float, ...]  # for `_number`
+    decoder: tuple[float, ...]  # for `_derivative`, or of 4-bit codes the table
+    table: tuple[float, ...]  # the derivative that each code stands for
 
 
 class Code(NamedTuple):
-    """Pre-activations, encoded, and what is needed to decode their derivatives."""
+    """Pre-activations, encoded, and what is needed to decode them."""
 
-    codes: Tensor  # uint8 of x's size, or of half that in one dimension
+    codes: Tensor  # words from a kernel, else bytes: one byte or half a byte an element
+    save: str
     levels: Levels
-    strides: tuple[int, ...] | None  # of the tensor whose memory order 4-bit codes follow; None for its logical order
+    strides: tuple[int, ...] | None  # of the tensor whose memory a kernel encoded; None where none ran
 
 
 _CODES = {"uint8": 256, "uint4": 16}
+_PARTS = {"uint8": 4, "uint4": 8}  # codes in a word
+# Parts that one call of a kernel does: more would take longer to compile, and fewer read the words more often.
+_ENCODED, _DECODED = 4, 2
 
 
 @torch.compiler.assume_constant_result  # torch.compile evaluates it once for each graph
@@ -75,12 +85,15 @@ def _levels(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
                 f"save={save!r} needs a surrogate whose derivative is bounded, which that of {surrogate.name!r} is "
                 "not; use save='exact'"
             )
-        intervals = _CODES[save] - 2
-        # What half a byte can tell apart is needed where inputs are likely; a byte has room for unlikely ones.
-        grid = _fit(derivative, intervals, wide=0.3 if save == "uint4" else 1.0)
-        numbers = torch.arange(_CODES[save] - 1, dtype=torch.float64) - grid.negative
-        table = derivative(_middle(numbers, grid)).tolist()
-        return Levels(tuple(value.item() for value in _encoder(grid, intervals)), (math.nan, *table))
+        codes = _CODES[save]
+        grid = _fit(derivative, codes - 2, one_width=save == "uint8")
+        encoder = tuple(float(value) for value in _encoder(grid, codes))
+        at_zero = derivative(torch.zeros((), dtype=torch.float64)).item()
+        middles = _middle(torch.arange(1, codes - 1, dtype=torch.float64), *_decoder(grid))
+        table = (math.nan, *derivative(middles).tolist(), at_zero)
+        if save == "uint4":
+            return Levels(encoder, table, table)
+        return Levels(encoder[:5], (codes - 1.0, at_zero, *map(float, _decoder(grid)[:2])), table)  # without bends
 
 
 def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
@@ -89,172 +102,204 @@ def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
     return bool(found.max() <= 4 * found[:, magnitudes <= 1e3].max())
 
 
-def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, wide: float) -> Grid:
+def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, one_width: bool) -> Grid:
     """Search the grid with the least squared error of the derivative, relative to its square.
 
-    The error is that for inputs from N(0, 1), plus `wide` times that for inputs from N(0, 9).
+    The error is that for inputs from N(0, 1), plus a part of that for inputs from N(0, 9): what half a byte can tell
+    apart is needed where inputs are likely; a byte has room for unlikely ones.
     """
     normal = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400)
     x = torch.stack([normal, 3 * normal])
     exact = derivative(x)
-    weights = torch.tensor([1.0, wide]).double() / exact.square().sum(1).clamp(min=1e-30)
+    weights = torch.tensor([1.0, 1.0 if one_width else 0.3]).double() / exact.square().sum(1).clamp(min=1e-30)
 
     def errors(grids: Tensor) -> Tensor:
         columns = Grid(*grids.T[:, :, None, None])
-        codes = _quantise(x, *_encoder(columns, intervals))
-        found = derivative(_middle(codes - 1 - columns.negative, columns))
+        found = derivative(_middle(_number(x, *_encoder(columns, intervals + 2)), *_decoder(columns)))
         return ((found - exact).square().sum(2) * weights).sum(1)
 
     many = intervals / 14  # as many intervals for each that a 4-bit code has
+    coarse = 1.0 if one_width else 4.0
     starts = [
-        (step / many, 0.8 * negative, 0.6 * (intervals - negative), 4.0, 4.0, negative)
-        for step in torch.logspace(-6, 1, 15, base=2).tolist()
+        (step / many, negative, 0.8 * negative, 0.6 * (intervals - negative), coarse, coarse)
+        for step in torch.logspace(-6, 2, 17, base=2).tolist()
         for negative in (round(many * i) for i in range(3, 12))
     ]
     grids = torch.tensor(starts, dtype=torch.float64)
     grids = grids[errors(grids).topk(3, largest=False).indices]
     factor = torch.full((len(grids), 1), 1.3, dtype=torch.float64)
     shift = torch.zeros(6, dtype=torch.float64)
-    shift[-1] = round(many)
+    shift[1] = round(many)
     for _ in range(25):  # one value at a time up or down; by less where none of that helps
-        scaled = [torch.where(torch.arange(6) == i, factor**sign, 1.0) for i in range(5) for sign in (1, -1)]
+        values = (0,) if one_width else (0, 2, 3, 4, 5)
+        scaled = [torch.where(torch.arange(6) == i, factor**sign, 1.0) for i in values for sign in (1, -1)]
         tried = torch.stack([grids, *(grids * scale for scale in scaled), grids + shift, grids - shift])
-        tried[..., 3:5].clamp_(min=1.0)
-        tried[..., 5].clamp_(1, intervals - 1)
+        tried[..., 1].clamp_(1, intervals - 1)
+        tried[..., 4:].clamp_(min=1.0)
         best = errors(tried.flatten(0, 1)).view(tried.shape[:2]).argmin(0)
         grids = tried[best, torch.arange(len(grids))]
         factor = torch.where(best[:, None] == 0, factor.sqrt(), factor)
     return Grid(*grids[errors(grids).argmin()])
 
 
-def _middle(numbers: Tensor, grid: Grid) -> Tensor:
-    """Return the middle of intervals by number; of an open one, what its middle would be if it had the usual width."""
-    steps = numbers - 0.5 * numbers.sign()
-    inner = torch.where(steps > grid.above, grid.above, torch.where(steps < -grid.below, -grid.below, steps))
-    outer = grid.coarse_above * torch.relu(steps - grid.above) - grid.coarse_below * torch.relu(-grid.below - steps)
-    return grid.step * (inner + outer)
+def _encoder(grid: Grid, codes: int) -> tuple[Any, ...]:
+    """Return what `_number` takes beside x; the ends are within the outermost intervals, so that these are open."""
+    fine = 1 / grid.step
+    below = -grid.below * grid.step, fine - fine / grid.coarse_below
+    above = grid.above * grid.step, fine - fine / grid.coarse_above
+    lowest, highest = (_middle(torch.full_like(grid.step, code), *_decoder(grid)) for code in (1, codes - 2))
+    return lowest, highest, fine, grid.negative + 1, codes - 1, *below, *above
+
+
+def _decoder(grid: Grid) -> tuple[Any, ...]:
+    """Return what `_middle` takes beside codes."""
+    return grid.step, grid.negative + 0.5, -grid.below, grid.coarse_below - 1, grid.above, grid.coarse_above - 1
+
+
+def _number(x: Tensor, lowest: float, highest: float, fine: float, offset: float, zero: float, *bends: float) -> Tensor:
+    """Return the code of x, as a number of x's dtype; NaN stays NaN."""
+    within = torch.where(x > highest, highest, torch.where(x < lowest, lowest, x))
+    steps = within * fine
+    if bends:
+        below, less_below, above, less_above = bends
+        steps = steps + less_below * torch.relu(below - within) - less_above * torch.relu(within - above)
+    return torch.where(x == 0, zero, torch.floor(steps) + offset)
+
+
+def _middle(codes: Tensor, step: float, offset: float, *bends: float) -> Tensor:
+    """Return the middle of intervals by code, a number; of an open one, where it would be at the usual width."""
+    steps = codes - offset
+    if bends:
+        below, more_below, above, more_above = bends
+        steps = steps - more_below * torch.relu(below - steps) + more_above * torch.relu(steps - above)
+    return step * steps
+
+
+def _derivative(
+    codes: Tensor, surrogate: Surrogate, alpha: Any, zero: float, at_zero: float, *decoder: float
+) -> Tensor:
+    """Return the derivative that codes, as numbers, stand for."""
+    found = surrogate.derivative(_middle(codes, *decoder), alpha)
+    return torch.where(codes == 0, math.nan, torch.where(codes == zero, at_zero, found))
 
 
 def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
     """Return relu(x), and the codes of x, from one pass over memory."""
     if not is_plain(x) or x.numel() == 0:
-        if save == "uint8":
-            codes = _quantise(x, *levels.encoder)
-        else:
-            first, second = _halves(x.reshape(-1))
-            codes = _pack(_quantise(first, *levels.encoder), _quantise(second, *levels.encoder))
-        return torch.relu(x), Code(codes.to(torch.uint8), levels, None)
+        return torch.relu(x), Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
     y = torch.empty_like(x)
     if y.stride() != x.stride():  # y is dense, x is not
         x = y.clone().copy_(x)
-    if save == "uint8":
-        codes = torch.empty_like(x, dtype=torch.uint8)
-        run(write_codes, None, (flat(x), flat(y), flat(codes)), levels.encoder)
-    else:
-        codes = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
-        run(write_packed_codes, None, (*_halves(flat(x)), *_halves(flat(y)), codes), levels.encoder)
-    return y, Code(codes, levels, y.stride())
+    parts = _parts(flat(x), save)
+    words = torch.empty_like(parts[0], dtype=torch.float32)
+    pairs: list[Any] = [*zip(parts, _parts(flat(y), save), strict=True)]
+    for first in range(0, len(pairs), _ENCODED):
+        position = 32.0 // len(pairs) * first, 0.0 if first == 0 else -1.0
+        run(write_codes, None, (*sum(pairs[first : first + _ENCODED], ()), words), position + levels.encoder)
+    return y, Code(words, save, levels, y.stride())
 
 
-def times_decoded(grad: Tensor, code: Code) -> Tensor:
-    """Return `grad` times the derivative that `code` holds, in the shape, dtype and memory format of the input."""
-    codes, levels, strides = code
-    packed = len(levels.table) == _CODES["uint4"]
+def times_decoded(grad: Tensor, code: Code, surrogate: Surrogate, alpha: float | None) -> Tensor:
+    """Return `grad` times the derivative at what `code` holds, in the shape, dtype and memory format of the input."""
+    codes, save, levels, strides = code
     if is_plain(grad, codes) and strides is not None:
         out = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
         if grad.stride() != strides:
             grad = torch.empty_like(out).copy_(grad)
-        if packed:
-            tensors = (*_halves(flat(grad)), codes, *_halves(flat(out)))
-            run(write_packed_product, None, tensors, (levels.table,))
-        else:
-            run(write_decoded_product, None, (flat(grad), flat(codes), flat(out)), (levels.table,))
+        pairs: list[Any] = [*zip(_parts(flat(grad), save), _parts(flat(out), save), strict=True)]
+        body: Any = write_selected_product
+        entry, constants = None, levels.decoder
+        if save == "uint8":
+            body, entry, constants = write_product, surrogate, constants + (() if alpha is None else (alpha,))
+        for first in range(0, len(pairs), _DECODED):
+            tensors = (*sum(pairs[first : first + _DECODED], ()), codes)
+            run(body, entry, tensors, (32.0 // len(pairs) * first, *constants))
         return out
-    if packed:
-        both = torch.cat([codes & 15, codes[2 * len(codes) - grad.numel() :] >> 4])
-        codes = both.view(grad.shape) if strides is None else both.as_strided(grad.shape, strides)
+    if strides is None:
+        numbers = _unpack(codes, save, grad.numel()).view(grad.shape)
+    else:
+        numbers = torch.empty(grad.numel(), dtype=torch.int32, device=codes.device)
+        for i, part in enumerate(_parts(numbers, save)):
+            part.copy_(codes.view(torch.int32) >> 32 // _PARTS[save] * i & _CODES[save] - 1)
+        numbers = numbers.as_strided(grad.shape, strides)
     wide = opmath(grad)
-    table = torch.tensor(levels.table, dtype=wide.dtype, device=wide.device)
-    return (wide * table[codes.to(torch.int32)]).to(grad.dtype)
+    derivative = torch.tensor(levels.table, dtype=wide.dtype, device=wide.device)[numbers.to(torch.int32)]
+    return (wide * derivative).to(grad.dtype)
 
 
-def write_codes(_: None, x: Tensor, y: Tensor, codes: Tensor, *encoder: float) -> None:
-    codes.copy_(_quantise(x, *encoder).to(torch.uint8))
-    y.copy_(torch.relu(x))
+def write_codes(_: None, *tensors: Tensor) -> None:
+    """Write parts of y, and their codes into the words.
+
+    Args:
+        tensors: A part of x and that of y, the next two, ...; words; the first part's bit in them; -1, or 0 where they
+            are new; then the arguments of `_number`.
+    """
+    *pairs, words = tensors[: 2 * _ENCODED + 1]
+    encoder: list[Any]
+    shift, keep, *encoder = tensors[2 * _ENCODED + 1 :]
+    bits = 8 if len(encoder) == 5 else 4
+    word = words.view(torch.int32) & keep.to(torch.int32)
+    for i, (x, y) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        word = word | _codes(x, *encoder) << shift.to(torch.int32) + bits * i
+        y.copy_(torch.relu(x))
+    words.copy_(word.view(torch.float32))
 
 
-def write_packed_codes(
-    _: None, x_first: Tensor, x_second: Tensor, y_first: Tensor, y_second: Tensor, codes: Tensor, *encoder: float
-) -> None:
-    codes.copy_(_pack(_quantise(x_first, *encoder), _quantise(x_second, *encoder)).to(torch.uint8))
-    y_first.copy_(torch.relu(x_first))
-    y_second.copy_(torch.relu(x_second))
+def write_product(surrogate: Surrogate, *tensors: Tensor) -> None:
+    """Write parts of a gradient from 8-bit codes.
+
+    Args:
+        surrogate: The entry of the table.
+        tensors: A part of the upstream gradient and that of the result, the next two, ...; words; the first part's bit
+            in them; the last arguments of `_derivative`; alpha if the surrogate has one.
+    """
+    parts, constants = _decoded(tensors, 8)
+    alpha = constants.pop() if surrogate.alpha is not None else None
+    for grad, out, codes in parts:
+        wide = opmath(grad)
+        out.copy_(wide * _derivative((codes & 255).to(wide.dtype), surrogate, alpha, *constants))
 
 
-def write_decoded_product(_: None, grad: Tensor, codes: Tensor, out: Tensor, table: Tensor) -> None:
-    out.copy_(opmath(grad) * table[codes.to(torch.int32)])
+def write_selected_product(_: None, *tensors: Tensor) -> None:
+    """Write parts of a gradient from 4-bit codes; as `write_product`, with a table of derivatives at the end."""
+    parts, table = _decoded(tensors, 4)
+    for grad, out, codes in parts:
+        left = table
+        for i in range(4):
+            bit = (codes & 1 << i) != 0
+            left = [torch.where(bit, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
+        out.copy_(opmath(grad) * left[0])
 
 
-def write_packed_product(
-    _: None,
-    grad_first: Tensor,
-    grad_second: Tensor,
-    codes: Tensor,
-    out_first: Tensor,
-    out_second: Tensor,
-    table: Tensor,
-) -> None:
-    # Of so short a table, an element is selected in fewer instructions than it is loaded.
-    pairs = codes.to(torch.int32)
-    bits = [(pairs & (1 << i)) != 0 for i in range(8)]
-    out_first.copy_(opmath(grad_first) * _select(table, bits[:4]))
-    out_second.copy_(opmath(grad_second) * _select(table, bits[4:]))
+def _decoded(tensors: tuple[Tensor, ...], bits: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Any]]:
+    *pairs, words = tensors[: 2 * _DECODED + 1]
+    shift, *constants = tensors[2 * _DECODED + 1 :]
+    codes = [words.view(torch.int32) >> shift.to(torch.int32) + bits * i for i in range(_DECODED)]
+    return list(zip(pairs[::2], pairs[1::2], codes, strict=True)), constants
 
 
-def _select(table: Tensor, bits: list[Tensor]) -> Tensor:
-    left: list[Tensor] = list(table.split(1))
-    for bit in bits:
-        left = [torch.where(bit, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
-    return left[0]
+def _parts(x: Tensor, save: str) -> list[Tensor]:
+    """Return parts of one length that cover a flat tensor."""
+    count, total = _PARTS[save], x.shape[0]
+    length = -(-total // count)
+    if length % 1024 == 0:  # a power of 2, say: shifted by a cache line, or all would compete for one set of the cache
+        length += 16 * (count - 1)
+    return [x[start : start + length] for start in ((total - length) * i // (count - 1) for i in range(count))]
 
 
-def _encoder(grid: Grid, intervals: int) -> tuple[Any, ...]:
-    """Return what `_quantise` takes beside x; the ends are within the outermost intervals, so that these are open."""
-    fine = 1 / grid.step
-    turns = (
-        -grid.below * grid.step,
-        fine - fine / grid.coarse_below,
-        grid.above * grid.step,
-        fine - fine / grid.coarse_above,
-    )
-    ends = _middle(-grid.negative, grid), _middle(intervals - grid.negative, grid)
-    return fine, *turns, *ends, grid.negative + 1
-
-
-def _quantise(
-    x: Tensor,
-    fine: float,
-    below: float,
-    less_below: float,
-    above: float,
-    less_above: float,
-    lowest: float,
-    highest: float,
-    zero: float,
-) -> Tensor:
-    # Every operation here is a few vector instructions: isnan, and clamp of a float, are not. The conversion makes of
-    # NaN the lowest integer or 0, as the processor has it.
+def _codes(x: Tensor, *encoder: float) -> Tensor:
     x = opmath(x)
-    x = torch.where(x > highest, highest, torch.where(x < lowest, lowest, x))
-    steps = fine * x + less_below * torch.relu(below - x) - less_above * torch.relu(x - above)
-    number = torch.where(x > 0, torch.ceil(steps), torch.floor(steps))
-    return (number + zero).to(torch.int32).clamp(min=0)
+    return torch.where(x == x, _number(x, *encoder), 0.0).to(torch.int32)
 
 
-def _pack(first: Tensor, second: Tensor) -> Tensor:
-    return first + 16 * second
+def _pack(codes: Tensor, save: str) -> Tensor:
+    """Return codes as bytes; two of half a byte share one, from the two halves, which overlap where there is an odd."""
+    if save == "uint8":
+        return codes.to(torch.uint8)
+    codes = codes.reshape(-1)
+    half = (codes.shape[0] + 1) // 2
+    return (codes[:half] + 16 * codes[codes.shape[0] - half :]).to(torch.uint8)
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    half = (x.shape[0] + 1) // 2
-    return x[:half], x[x.shape[0] - half :]
+def _unpack(codes: Tensor, save: str, count: int) -> Tensor:
+    return codes if save == "uint8" else torch.cat([codes & 15, codes[2 * codes.shape[0] - count :] >> 4])
