@@ -9,7 +9,8 @@ Few-bit backward passes: Novikov et al., arXiv:2202.00441.
 
 Processors are slow at handling single bytes, so the kernels pack codes into words of 32 bits: a word holds one code of
 each of 4 or 8 parts of the flat tensor, so that loads stay contiguous; its type is float32, since Inductor's loads of
-floats are the fast ones. Where the parts are not of one length, they overlap. Where no kernel runs, `_pack` packs bytes.
+floats are the fast ones. Where the parts are not of one length, they overlap. Where no kernel runs, `_pack` packs
+bytes.
 """
 
 import math
@@ -235,8 +236,8 @@ def write_codes(_: None, *tensors: Tensor) -> None:
             are new; then the arguments of `_number`.
     """
     *pairs, words = tensors[: 2 * _ENCODED + 1]
-    encoder: list[Any]
-    shift, keep, *encoder = tensors[2 * _ENCODED + 1 :]
+    shift, keep = tensors[2 * _ENCODED + 1 : 2 * _ENCODED + 3]
+    encoder: Any = tensors[2 * _ENCODED + 3 :]
     bits = 8 if len(encoder) == 5 else 4
     word = words.view(torch.int32) & keep.to(torch.int32)
     for i, (x, y) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
