@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -339,4 +340,7 @@ def test_published_table_is_what_convert_reaches():
     assert set(timm.list_modules()) - {"conv2next"} <= set(families)
     for row in rows:
         assert row.converted or row.left.startswith(("left as they are ReLU6", "out of reach")), row
-    assert script.PAGE.read_text(encoding="utf-8") == script.render(rows)
+    written, now = (
+        re.sub(r"\d+\.\d+\.\d+", "", page) for page in (script.PAGE.read_text("utf-8"), script.render(rows))
+    )
+    assert written == now  # but for the versions that the page names

@@ -70,7 +70,7 @@ def test_the_script(script, tmp_path, capsys):
 
 def test_wrong_settings_are_one_line(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        script("--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out"))
+        script("--data", str(tmp_path / "nothing"), "--mixed-precision", "no", "--output", str(tmp_path / "out"))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "does not exist" in line
