@@ -195,7 +195,8 @@ def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
     words = torch.empty_like(parts[0], dtype=torch.float32)
     pairs: list[Any] = [*zip(parts, _parts(flat(y), save), strict=True)]
     for first in range(0, len(pairs), _ENCODED):
-        position = 32.0 // len(pairs) * first, 0.0 if first == 0 else -1.0
+        bits = 32.0 // len(pairs)
+        position = bits * first, bits, 0.0 if first == 0 else -1.0
         run(write_codes, None, (*sum(pairs[first : first + _ENCODED], ()), words), position + levels.encoder)
     return y, Code(words, save, levels, y.stride())
 
@@ -232,16 +233,15 @@ def write_codes(_: None, *tensors: Tensor) -> None:
     """Write parts of y, and their codes into the words.
 
     Args:
-        tensors: A part of x and that of y, the next two, ...; words; the first part's bit in them; -1, or 0 where they
-            are new; then the arguments of `_number`.
+        tensors: A part of x and that of y, the next two, ...; words; the first part's bit in them; bits of a code; -1,
+            or 0 where the words are new; then the arguments of `_number`.
     """
     *pairs, words = tensors[: 2 * _ENCODED + 1]
-    shift, keep = tensors[2 * _ENCODED + 1 : 2 * _ENCODED + 3]
-    encoder: Any = tensors[2 * _ENCODED + 3 :]
-    bits = 8 if len(encoder) == 5 else 4
-    word = words.view(torch.int32) & keep.to(torch.int32)
+    shift, bits, keep = (constant.to(torch.int32) for constant in tensors[2 * _ENCODED + 1 : 2 * _ENCODED + 4])
+    encoder: Any = tensors[2 * _ENCODED + 4 :]
+    word = words.view(torch.int32) & keep
     for i, (x, y) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
-        word = word | _codes(x, *encoder) << shift.to(torch.int32) + bits * i
+        word = word | _codes(x, *encoder) << shift + bits * i
         y.copy_(torch.relu(x))
     words.copy_(word.view(torch.float32))
 
