@@ -54,7 +54,7 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
         return torch.relu(x)
     if save == "exact" or not x.requires_grad or (not torch.compiler.is_compiling() and is_transformed()):
         return _inject(x, torch.relu, entry, alpha)
-    y: Tensor = _LeanInjection.apply(x, save, levels_of(entry.name, f"{alpha}", save), entry, alpha)[0]
+    y: Tensor = _LeanInjection.apply(x, save, levels_of(entry.name, f"{alpha}", save))[0]
     return y
 
 
@@ -160,32 +160,29 @@ class _LeanInjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, save: str, levels: Levels, surrogate: Surrogate, alpha: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Tensor]:
         y, code = encode(x, save, levels)
         tie = x.new_empty(0)
         ctx.save_for_backward(code.codes, tie)
         ctx.save, ctx.levels, ctx.strides = code[1:]
-        ctx.surrogate, ctx.alpha = surrogate, alpha
         return y, tie
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         codes, tie = ctx.saved_tensors
-        of_code = Code(codes, ctx.save, ctx.levels, ctx.strides), ctx.surrogate, ctx.alpha
+        code = Code(codes, ctx.save, ctx.levels, ctx.strides)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _LeanGradient.apply(grad, tie, *of_code), None, None, None, None
-        return times_decoded(grad, *of_code), None, None, None, None
+            return _LeanGradient.apply(grad, tie, code), None, None
+        return times_decoded(grad, code), None, None
 
 
 class _LeanGradient(torch.autograd.Function):
     """The gradient out of a code, which cannot be differentiated with respect to the pre-activation."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, tie: Tensor, code: Code, surrogate: Surrogate, alpha: float | None) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, tie: Tensor, code: Code) -> Tensor:
         ctx.save = code.save
-        return times_decoded(grad, code, surrogate, alpha)
+        return times_decoded(grad, code)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from timm_sugar import list_surrogates, sugar, surrogates
+from timm_sugar.kernels import compiled, lean
 from timm_sugar.kernels.lean import Code, _codes, _pack, encode, levels_of, times_decoded
 from timm_sugar.surrogates import Surrogate, add_surrogate, get_surrogate
 
@@ -51,27 +52,69 @@ def test_every_code_is_an_interval_and_stands_for_a_derivative_within_it(name, s
     assert codes[x == 0].unique().tolist() == [CODES[save] + 1]
     derivative = entry.derivative(x, entry.alpha)
     code = Code(_pack(codes, save), save, levels, None)
-    stands_for = times_decoded(torch.ones_like(x), code, entry, entry.alpha)
+    stands_for = times_decoded(torch.ones_like(x), code)
     for number in range(1, CODES[save] + 2):
         within = derivative[codes == number]
         assert stands_for[codes == number].unique().numel() == 1
         assert within.min() - 1e-3 <= stands_for[codes == number][0] <= within.max() + 1e-3
 
 
+def without_kernel(x: torch.Tensor, save: str, levels) -> Code:
+    return Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("save", CODES)
-@pytest.mark.parametrize("size", [1, 2, 7, 1000, 4096, 32768, 32769])
-def test_words_hold_a_code_of_every_element_whatever_the_size(save, size):
-    x = torch.randn(size, generator=torch.Generator().manual_seed(size))
-    entry = get_surrogate("elu")
-    levels = levels_of("elu", "1.0", save)
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 4096, 4097, 100_001])
+def test_kernels_do_what_the_operations_do_to_the_bit(save, size, dtype):
+    x, upstream = torch.randn(2, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    x[: size // 2 : 5] = (
+        torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-7, -1e-7]).to(dtype).repeat(size)[: len(x[: size // 2 : 5])]
+    )
+    levels = levels_of("bsilu", "1.67", save)
     with torch.no_grad():
         y, code = encode(x, save, levels)
-        result = times_decoded(torch.ones_like(x), code, entry, 1.0)
+        result = times_decoded(upstream, code)
+    assert code.strides == (1,)  # a kernel ran
     assert torch.equal(y, x.relu())
-    assert code.strides is not None  # the kernel's words, not bytes
-    assert code.codes.nbytes <= size / (1 if save == "uint8" else 2) * 1.001 + (512 if size >= 4096 else 4)
-    bytes_ = Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
-    torch.testing.assert_close(result, times_decoded(torch.ones_like(x), bytes_, entry, 1.0), rtol=0, atol=1e-6)
+    expected = without_kernel(x, save, levels)
+    assert torch.equal(code.codes, expected.codes)
+    assert torch.equal(result, times_decoded(upstream, expected))
+    assert code.codes.nbytes == (size if save == "uint8" else (size + 1) // 2)
+
+
+@pytest.mark.parametrize("save", CODES)
+def test_nan_has_a_code_and_only_nan(save):
+    x = torch.tensor([torch.nan, -torch.nan, 1.0]).repeat(20)
+    with torch.no_grad():
+        y, code = encode(x, save, levels_of("nelu", "0.01", save))
+        result = times_decoded(torch.ones_like(x), code)
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(result.isnan(), x.isnan())
+
+
+@pytest.mark.parametrize("save", CODES)
+@pytest.mark.parametrize("size", [2, 1001])
+def test_bodies_for_a_gpu_do_what_the_kernels_do(save, size):
+    """Inductor makes kernels for a GPU of them; here it makes some for the CPU."""
+    x, upstream = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
+    levels = levels_of("elu", "1.0", save)
+    y, result = torch.empty(2, size)
+    with torch.no_grad():
+        expected, code = encode(x, save, levels)
+        codes = torch.empty_like(code.codes)
+        encoded = *lean._parts(x, save), *lean._parts(y, save), codes
+        compiled.run(lean.write_codes[save], None, encoded, levels.encoder)
+        decoded = *lean._parts(upstream, save), *lean._parts(result, save), codes
+        compiled.run(lean.write_product[save], None, decoded, table=levels.table)
+    assert torch.equal(y, expected)
+    assert torch.equal(codes, code.codes)
+    assert torch.equal(result, times_decoded(upstream, code))
+    assert [
+        kernel
+        for (body, *_), kernel in compiled._kernels.items()
+        if body in (lean.write_codes[save], lean.write_product[save])
+    ].count(None) == 0
 
 
 # In a byte the intervals have one width: for a bump much narrower than its inputs they are coarse.

@@ -4,25 +4,26 @@ Every code is an interval of x and stands for the surrogate's derivative in the 
 to the surrogate: of one width in a byte; in half a byte narrow where the derivative bends, and wider by a factor on
 either side. The outermost are open. 0 has a code of its own and no interval crosses it, so that neither a step of the
 derivative at 0 nor its sign is lost. Code 0 means NaN and the largest code 0.0; those between number the intervals
-from the lowest up. From a byte the derivative is computed; of the 16 that half a byte tells apart, it is selected.
-Few-bit backward passes: Novikov et al., arXiv:2202.00441.
+from the lowest up. The derivative is looked up in a table, whose error is that of its few entries and not of the
+arithmetic. Few-bit backward passes: Novikov et al., arXiv:2202.00441.
 
-Processors are slow at handling single bytes, so the kernels pack codes into words of 32 bits: a word holds one code of
-each of 4 or 8 parts of the flat tensor, so that loads stay contiguous; its type is float32, since Inductor's loads of
-floats are the fast ones. Where the parts are not of one length, they overlap. Where no kernel runs, `_pack` packs
-bytes.
+Two codes of half a byte share a byte: one from the first half of the flat tensor and one from the second, so that
+loads stay contiguous; where there is an odd number of elements, both hold the middle one. On the CPU the passes are
+those of lean.cpp, on a GPU Inductor's.
 """
 
 import math
 from collections.abc import Callable
+from ctypes import Array, c_double, c_int64, c_void_p
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..surrogates import Surrogate, get_surrogate
-from .compiled import flat, is_plain, opmath, run
+from .compiled import flat, is_plain, library, opmath, run
 
 
 class Grid(NamedTuple):
@@ -40,23 +41,20 @@ class Levels(NamedTuple):
     """What encoder and decoder take."""
 
     encoder: tuple[float, ...]  # for `_number`
-    decoder: tuple[float, ...]  # for `_derivative`, or of 4-bit codes the table
     table: tuple[float, ...]  # the derivative that each code stands for
 
 
 class Code(NamedTuple):
     """Pre-activations, encoded, and what is needed to decode them."""
 
-    codes: Tensor  # words from a kernel, else bytes: one byte or half a byte an element
+    codes: Tensor  # uint8, one byte or half a byte an element
     save: str
     levels: Levels
-    strides: tuple[int, ...] | None  # of the tensor whose memory a kernel encoded; None where none ran
+    strides: tuple[int, ...] | None  # of the dense tensor whose memory was encoded; None where its elements were
 
 
 _CODES = {"uint8": 256, "uint4": 16}
-_PARTS = {"uint8": 4, "uint4": 8}  # codes in a word
-# Parts that one call of a kernel does: more would take longer to compile, and fewer read the words more often.
-_ENCODED, _DECODED = 4, 2
+_SOURCE = Path(__file__).with_name("lean.cpp")
 
 
 @torch.compiler.assume_constant_result  # torch.compile evaluates it once for each graph
@@ -92,9 +90,7 @@ def _levels(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
         at_zero = derivative(torch.zeros((), dtype=torch.float64)).item()
         middles = _middle(torch.arange(1, codes - 1, dtype=torch.float64), *_decoder(grid))
         table = (math.nan, *derivative(middles).tolist(), at_zero)
-        if save == "uint4":
-            return Levels(encoder, table, table)
-        return Levels(encoder[:5], (codes - 1.0, at_zero, *map(float, _decoder(grid)[:2])), table)  # without bends
+        return Levels(encoder[:5] if save == "uint8" else encoder, table)  # with bends or without
 
 
 def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
@@ -158,13 +154,14 @@ def _decoder(grid: Grid) -> tuple[Any, ...]:
 
 
 def _number(x: Tensor, lowest: float, highest: float, fine: float, offset: float, zero: float, *bends: float) -> Tensor:
-    """Return the code of x, as a number of x's dtype; NaN stays NaN."""
-    within = torch.where(x > highest, highest, torch.where(x < lowest, lowest, x))
+    """Return the code of x, as a number of x's dtype; NaN has that of the lowest."""
+    within = torch.where(x > lowest, x, lowest)
+    within = torch.where(within < highest, within, highest)
     steps = within * fine
     if bends:
         below, less_below, above, less_above = bends
         steps = steps + less_below * torch.relu(below - within) - less_above * torch.relu(within - above)
-    return torch.where(x == 0, zero, torch.floor(steps) + offset)
+    return torch.where(x == 0, zero, torch.trunc(steps) + torch.where(x < 0, offset - 1, offset))
 
 
 def _middle(codes: Tensor, step: float, offset: float, *bends: float) -> Tensor:
@@ -176,116 +173,95 @@ def _middle(codes: Tensor, step: float, offset: float, *bends: float) -> Tensor:
     return step * steps
 
 
-def _derivative(
-    codes: Tensor, surrogate: Surrogate, alpha: Any, zero: float, at_zero: float, *decoder: float
-) -> Tensor:
-    """Return the derivative that codes, as numbers, stand for."""
-    found = surrogate.derivative(_middle(codes, *decoder), alpha)
-    return torch.where(codes == 0, math.nan, torch.where(codes == zero, at_zero, found))
-
-
 def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
     """Return relu(x), and the codes of x, from one pass over memory."""
-    if not is_plain(x) or x.numel() == 0:
+    if not _has_kernel(x) or x.numel() == 0:
         return torch.relu(x), Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
     y = torch.empty_like(x)
     if y.stride() != x.stride():  # y is dense, x is not
         x = y.clone().copy_(x)
-    parts = _parts(flat(x), save)
-    words = torch.empty_like(parts[0], dtype=torch.float32)
-    pairs: list[Any] = [*zip(parts, _parts(flat(y), save), strict=True)]
-    for first in range(0, len(pairs), _ENCODED):
-        bits = 32.0 // len(pairs)
-        position = bits * first, bits, 0.0 if first == 0 else -1.0
-        run(write_codes, None, (*sum(pairs[first : first + _ENCODED], ()), words), position + levels.encoder)
-    return y, Code(words, save, levels, y.stride())
+    count = x.numel()
+    codes = torch.empty(count if save == "uint8" else (count + 1) // 2, dtype=torch.uint8, device=x.device)
+    if x.device.type == "cpu":
+        _call("encode", save, x, y, codes, levels.encoder)
+    else:
+        run(write_codes[save], None, (*_parts(flat(x), save), *_parts(flat(y), save), codes), levels.encoder)
+    return y, Code(codes, save, levels, y.stride())
 
 
-def times_decoded(grad: Tensor, code: Code, surrogate: Surrogate, alpha: float | None) -> Tensor:
+def times_decoded(grad: Tensor, code: Code) -> Tensor:
     """Return `grad` times the derivative at what `code` holds, in the shape, dtype and memory format of the input."""
     codes, save, levels, strides = code
-    if is_plain(grad, codes) and strides is not None:
+    if strides is not None and _has_kernel(grad, codes):
         out = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
         if grad.stride() != strides:
             grad = torch.empty_like(out).copy_(grad)
-        pairs: list[Any] = [*zip(_parts(flat(grad), save), _parts(flat(out), save), strict=True)]
-        body: Any = write_selected_product
-        entry, constants = None, levels.decoder
-        if save == "uint8":
-            body, entry, constants = write_product, surrogate, constants + (() if alpha is None else (alpha,))
-        for first in range(0, len(pairs), _DECODED):
-            tensors = (*sum(pairs[first : first + _DECODED], ()), codes)
-            run(body, entry, tensors, (32.0 // len(pairs) * first, *constants))
+        if grad.device.type == "cpu":
+            _call("decode", save, grad, out, codes, levels.table)
+        else:
+            run(
+                write_product[save],
+                None,
+                (*_parts(flat(grad), save), *_parts(flat(out), save), codes),
+                table=levels.table,
+            )
         return out
-    if strides is None:
-        numbers = _unpack(codes, save, grad.numel()).view(grad.shape)
-    else:
-        numbers = torch.empty(grad.numel(), dtype=torch.int32, device=codes.device)
-        for i, part in enumerate(_parts(numbers, save)):
-            part.copy_(codes.view(torch.int32) >> 32 // _PARTS[save] * i & _CODES[save] - 1)
-        numbers = numbers.as_strided(grad.shape, strides)
+    numbers = _unpack(codes, save, grad.numel())
+    numbers = numbers.view(grad.shape) if strides is None else numbers.as_strided(grad.shape, strides)
     wide = opmath(grad)
     derivative = torch.tensor(levels.table, dtype=wide.dtype, device=wide.device)[numbers.to(torch.int32)]
     return (wide * derivative).to(grad.dtype)
 
 
-def write_codes(_: None, *tensors: Tensor) -> None:
-    """Write parts of y, and their codes into the words.
-
-    Args:
-        tensors: A part of x and that of y, the next two, ...; words; the first part's bit in them; bits of a code; -1,
-            or 0 where the words are new; then the arguments of `_number`.
-    """
-    *pairs, words = tensors[: 2 * _ENCODED + 1]
-    shift, bits, keep = (constant.to(torch.int32) for constant in tensors[2 * _ENCODED + 1 : 2 * _ENCODED + 4])
-    encoder: Any = tensors[2 * _ENCODED + 4 :]
-    word = words.view(torch.int32) & keep
-    for i, (x, y) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
-        word = word | _codes(x, *encoder) << shift + bits * i
-        y.copy_(torch.relu(x))
-    words.copy_(word.view(torch.float32))
+def _has_kernel(*tensors: Tensor) -> bool:
+    return is_plain(*tensors) and (tensors[0].device.type != "cpu" or library(_SOURCE) is not None)
 
 
-def write_product(surrogate: Surrogate, *tensors: Tensor) -> None:
-    """Write parts of a gradient from 8-bit codes.
-
-    Args:
-        surrogate: The entry of the table.
-        tensors: A part of the upstream gradient and that of the result, the next two, ...; words; the first part's bit
-            in them; the last arguments of `_derivative`; alpha if the surrogate has one.
-    """
-    parts, constants = _decoded(tensors, 8)
-    alpha = constants.pop() if surrogate.alpha is not None else None
-    for grad, out, codes in parts:
-        wide = opmath(grad)
-        out.copy_(wide * _derivative((codes & 255).to(wide.dtype), surrogate, alpha, *constants))
+def _call(name: str, save: str, x: Tensor, out: Tensor, codes: Tensor, levels: tuple[float, ...]) -> None:
+    function = getattr(library(_SOURCE), f"{name}_{save}_{str(x.dtype).removeprefix('torch.')}")
+    memory = (c_void_p(tensor.data_ptr()) for tensor in (x, out, codes))
+    function(*memory, c_int64(x.numel()), _doubles(levels))
 
 
-def write_selected_product(_: None, *tensors: Tensor) -> None:
-    """Write parts of a gradient from 4-bit codes; as `write_product`, with a table of derivatives at the end."""
-    parts, table = _decoded(tensors, 4)
-    for grad, out, codes in parts:
-        left = table
-        for i in range(4):
-            bit = (codes & 1 << i) != 0
-            left = [torch.where(bit, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
-        out.copy_(opmath(grad) * left[0])
+@lru_cache(maxsize=256)
+def _doubles(values: tuple[float, ...]) -> Array[c_double]:
+    return (c_double * len(values))(*values)
 
 
-def _decoded(tensors: tuple[Tensor, ...], bits: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Any]]:
-    *pairs, words = tensors[: 2 * _DECODED + 1]
-    shift, *constants = tensors[2 * _DECODED + 1 :]
-    codes = [words.view(torch.int32) >> shift.to(torch.int32) + bits * i for i in range(_DECODED)]
-    return list(zip(pairs[::2], pairs[1::2], codes, strict=True)), constants
+def _parts(x: Tensor, save: str) -> tuple[Tensor, ...]:
+    """Return what of a 1-D tensor goes into one byte: the whole, or one half each."""
+    half = (x.shape[0] + 1) // 2
+    return (x,) if save == "uint8" else (x[:half], x[x.shape[0] - half :])
 
 
-def _parts(x: Tensor, save: str) -> list[Tensor]:
-    """Return parts of one length that cover a flat tensor."""
-    count, total = _PARTS[save], x.shape[0]
-    length = -(-total // count)
-    if length % 1024 == 0:  # a power of 2, say: shifted by a cache line, or all would compete for one set of the cache
-        length += 16 * (count - 1)
-    return [x[start : start + length] for start in ((total - length) * i // (count - 1) for i in range(count))]
+def _write_bytes(_: None, x: Tensor, y: Tensor, codes: Tensor, *encoder: Any) -> None:
+    codes.copy_(_codes(x, *encoder))
+    y.copy_(torch.relu(x))
+
+
+def _write_half_bytes(_: None, *tensors: Any) -> None:
+    low, high, y_low, y_high, codes, *encoder = tensors
+    codes.copy_(_codes(low, *encoder) + 16 * _codes(high, *encoder))
+    y_low.copy_(torch.relu(low))
+    y_high.copy_(torch.relu(high))
+
+
+def _write_product_of_bytes(_: None, grad: Tensor, out: Tensor, codes: Tensor, table: Tensor) -> None:
+    out.copy_(opmath(grad) * table[codes.to(torch.int64)])
+
+
+def _write_product_of_half_bytes(_: None, *tensors: Tensor) -> None:
+    low, high, out_low, out_high, codes, table = tensors
+    numbers = codes.to(torch.int64)
+    out_low.copy_(opmath(low) * table[numbers & 15])
+    out_high.copy_(opmath(high) * table[numbers >> 4])
+
+
+write_codes: dict[str, Callable[..., None]] = {"uint8": _write_bytes, "uint4": _write_half_bytes}
+write_product: dict[str, Callable[..., None]] = {
+    "uint8": _write_product_of_bytes,
+    "uint4": _write_product_of_half_bytes,
+}
 
 
 def _codes(x: Tensor, *encoder: float) -> Tensor:
@@ -294,13 +270,14 @@ def _codes(x: Tensor, *encoder: float) -> Tensor:
 
 
 def _pack(codes: Tensor, save: str) -> Tensor:
-    """Return codes as bytes; two of half a byte share one, from the two halves, which overlap where there is an odd."""
+    """Return codes as bytes."""
     if save == "uint8":
         return codes.to(torch.uint8)
-    codes = codes.reshape(-1)
-    half = (codes.shape[0] + 1) // 2
-    return (codes[:half] + 16 * codes[codes.shape[0] - half :]).to(torch.uint8)
+    low, high = _parts(codes.reshape(-1), save)
+    return (low + 16 * high).to(torch.uint8)
 
 
 def _unpack(codes: Tensor, save: str, count: int) -> Tensor:
+    """Return the codes that bytes hold, in one dimension."""
+    codes = codes.reshape(-1)
     return codes if save == "uint8" else torch.cat([codes & 15, codes[2 * codes.shape[0] - count :] >> 4])
