@@ -23,7 +23,7 @@ SAVES = ["exact", "uint8", "uint4"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Relative to the largest entry: a 16-bit gradient is rounded once, from float32.
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-12}
-CODE_ERRORS = {"exact": 0.0, "uint8": 0.022, "uint4": 0.12}  # the largest of any surrogate's derivative at any x
+CODE_ERRORS = {"exact": 0.0, "uint8": 0.01, "uint4": 0.12}  # the largest of any surrogate's derivative at any x
 
 
 @pytest.fixture(params=["compiled", "composed"], autouse=True)

@@ -22,7 +22,7 @@ def table(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize(("save", "bound"), [("uint8", 0.01), ("uint4", 0.04)])
+@pytest.mark.parametrize(("save", "bound"), [("uint8", 0.004), ("uint4", 0.04)])
 def test_relative_error_of_the_bsilu_gradient(save, bound, scale):
     generator = torch.Generator().manual_seed(0)
     x, upstream = torch.randn(2, 200_001, generator=generator)
@@ -117,13 +117,9 @@ def test_bodies_for_a_gpu_do_what_the_kernels_do(save, size):
     ].count(None) == 0
 
 
-# In a byte the intervals have one width: for a bump much narrower than its inputs they are coarse.
-@pytest.mark.parametrize(
-    ("save", "width", "bound"),
-    [("uint8", 0.1, 0.03), ("uint8", 0.3, 0.02), ("uint8", 1.0, 0.01), ("uint8", 5.0, 0.01)]
-    + [("uint4", width, 0.15) for width in (0.1, 0.3, 1.0, 5.0)],
-)
-def test_a_surrogate_of_ones_own(save, width, bound, table):
+@pytest.mark.parametrize("width", [0.03, 0.1, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize(("save", "bound"), [("uint8", 0.015), ("uint4", 0.15)])
+def test_a_surrogate_of_ones_own(save, bound, width, table):
     add_surrogate(Surrogate("bump", lambda x, alpha: 3 / (1 + (x / alpha) ** 2), alpha=width))
     x, upstream = torch.randn(2, 20_001, generator=torch.Generator().manual_seed(0))
     expected = 3 / (1 + (x / width) ** 2) * upstream

@@ -52,24 +52,21 @@ struct BFloat16 : Bits {
   }
 };
 
-// As _number in lean.py, without branches, so that it vectorises. bends: those of 4-bit codes.
-template <typename Op, bool bends> struct Encoder {
-  Op lowest, highest, fine, below = 0, less_below = 0, above = 0, less_above = 0;
+// As _number in lean.py, without branches, so that it vectorises.
+template <typename Op> struct Encoder {
+  Op lowest, highest, fine, below, less_below, above, less_above;
   int32_t offset, to_zero;
 
   explicit Encoder(const double* e)
-      : lowest(e[0]), highest(e[1]), fine(e[2]), offset(e[3]), to_zero(e[4] - e[3]) {
-    if (bends) below = e[5], less_below = e[6], above = e[7], less_above = e[8];
-  }
+      : lowest(e[0]), highest(e[1]), fine(e[2]), below(e[5]), less_below(e[6]), above(e[7]), less_above(e[8]),
+        offset(e[3]), to_zero(e[4] - e[3]) {}
 
   int32_t operator()(Op x) const {
     Op within = x > lowest ? x : lowest;  // NaN too
     within = within < highest ? within : highest;
-    Op steps = within * fine;
-    if (bends) {
-      const Op under = below - within, over = within - above;
-      steps += less_below * (under > 0 ? under : 0) - less_above * (over > 0 ? over : 0);
-    }
+    const Op under = below - within, over = within - above;
+    const Op bent = less_below * (under > 0 ? under : 0) - less_above * (over > 0 ? over : 0);
+    const Op steps = within * fine + bent;
     const int32_t code = static_cast<int32_t>(steps) + offset - (x < 0) + (-static_cast<int32_t>(x == 0) & to_zero);
     return code & -static_cast<int32_t>(x == x);
   }
@@ -79,7 +76,7 @@ template <typename Op, bool bends> struct Encoder {
 
 template <typename D, typename T = typename D::stored>
 void encode_uint8(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels) {
-  const Encoder<typename D::computed, false> encoder(levels);
+  const Encoder<typename D::computed> encoder(levels);
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
     const auto value = D::load(x[i]);
@@ -100,7 +97,7 @@ void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const do
 
 template <typename D, typename T = typename D::stored>
 void encode_uint4(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
-  const Encoder<typename D::computed, true> encoder(levels);
+  const Encoder<typename D::computed> encoder(levels);
   const T* x2 = x + second;
   T* y2 = y + second;
 #pragma omp simd

@@ -1,11 +1,11 @@
 """Lean saving: one byte or half a byte an element stands for the pre-activation.
 
 Every code is an interval of x and stands for the surrogate's derivative in the middle of it. The intervals are fitted
-to the surrogate: of one width in a byte; in half a byte narrow where the derivative bends, and wider by a factor on
-either side. The outermost are open. 0 has a code of its own and no interval crosses it, so that neither a step of the
-derivative at 0 nor its sign is lost. Code 0 means NaN and the largest code 0.0; those between number the intervals
-from the lowest up. The derivative is looked up in a table, whose error is that of its few entries and not of the
-arithmetic. Few-bit backward passes: Novikov et al., arXiv:2202.00441.
+to the surrogate: narrow where its derivative bends, and wider by a factor on either side. The outermost are open. 0 has
+a code of its own and no interval crosses it, so that neither a step of the derivative at 0 nor its sign is lost. Code 0
+means NaN and the largest code 0.0; those between number the intervals from the lowest up. The derivative is looked up
+in a table, whose error is that of its few entries and not of the arithmetic. Few-bit backward passes: Novikov et al.,
+arXiv:2202.00441.
 
 Two codes of half a byte share a byte: one from the first half of the flat tensor and one from the second, so that
 loads stay contiguous; where there is an odd number of elements, both hold the middle one. On the CPU the passes are
@@ -85,12 +85,12 @@ def _levels(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
                 "not; use save='exact'"
             )
         codes = _CODES[save]
-        grid = _fit(derivative, codes - 2, one_width=save == "uint8")
+        grid = _fit(derivative, codes - 2)
         encoder = tuple(float(value) for value in _encoder(grid, codes))
         at_zero = derivative(torch.zeros((), dtype=torch.float64)).item()
         middles = _middle(torch.arange(1, codes - 1, dtype=torch.float64), *_decoder(grid))
         table = (math.nan, *derivative(middles).tolist(), at_zero)
-        return Levels(encoder[:5] if save == "uint8" else encoder, table)  # with bends or without
+        return Levels(encoder, table)
 
 
 def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
@@ -99,7 +99,7 @@ def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
     return bool(found.max() <= 4 * found[:, magnitudes <= 1e3].max())
 
 
-def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, one_width: bool) -> Grid:
+def _fit(derivative: Callable[[Tensor], Tensor], intervals: int) -> Grid:
     """Search the grid with the least squared error of the derivative, relative to its square.
 
     The error is that for inputs from N(0, 1), plus a part of that for inputs from N(0, 9): what half a byte can tell
@@ -108,7 +108,7 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, one_width: bool
     normal = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400)
     x = torch.stack([normal, 3 * normal])
     exact = derivative(x)
-    weights = torch.tensor([1.0, 1.0 if one_width else 0.3]).double() / exact.square().sum(1).clamp(min=1e-30)
+    weights = torch.tensor([1.0, 0.3 if intervals == 14 else 1.0]).double() / exact.square().sum(1).clamp(min=1e-30)
 
     def errors(grids: Tensor) -> Tensor:
         columns = Grid(*grids.T[:, :, None, None])
@@ -116,9 +116,8 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, one_width: bool
         return ((found - exact).square().sum(2) * weights).sum(1)
 
     many = intervals / 14  # as many intervals for each that a 4-bit code has
-    coarse = 1.0 if one_width else 4.0
     starts = [
-        (step / many, negative, 0.8 * negative, 0.6 * (intervals - negative), coarse, coarse)
+        (step / many, negative, 0.8 * negative, 0.6 * (intervals - negative), 4.0, 4.0)
         for step in torch.logspace(-6, 2, 17, base=2).tolist()
         for negative in (round(many * i) for i in range(3, 12))
     ]
@@ -128,8 +127,7 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int, one_width: bool
     shift = torch.zeros(6, dtype=torch.float64)
     shift[1] = round(many)
     for _ in range(25):  # one value at a time up or down; by less where none of that helps
-        values = (0,) if one_width else (0, 2, 3, 4, 5)
-        scaled = [torch.where(torch.arange(6) == i, factor**sign, 1.0) for i in values for sign in (1, -1)]
+        scaled = [torch.where(torch.arange(6) == i, factor**sign, 1.0) for i in (0, 2, 3, 4, 5) for sign in (1, -1)]
         tried = torch.stack([grids, *(grids * scale for scale in scaled), grids + shift, grids - shift])
         tried[..., 1].clamp_(1, intervals - 1)
         tried[..., 4:].clamp_(min=1.0)
@@ -153,23 +151,32 @@ def _decoder(grid: Grid) -> tuple[Any, ...]:
     return grid.step, grid.negative + 0.5, -grid.below, grid.coarse_below - 1, grid.above, grid.coarse_above - 1
 
 
-def _number(x: Tensor, lowest: float, highest: float, fine: float, offset: float, zero: float, *bends: float) -> Tensor:
+def _number(
+    x: Tensor,
+    lowest: float,
+    highest: float,
+    fine: float,
+    offset: float,
+    zero: float,
+    below: float,
+    less_below: float,
+    above: float,
+    less_above: float,
+) -> Tensor:
     """Return the code of x, as a number of x's dtype; NaN has that of the lowest."""
     within = torch.where(x > lowest, x, lowest)
     within = torch.where(within < highest, within, highest)
-    steps = within * fine
-    if bends:
-        below, less_below, above, less_above = bends
-        steps = steps + less_below * torch.relu(below - within) - less_above * torch.relu(within - above)
+    bent = less_below * torch.relu(below - within) - less_above * torch.relu(within - above)
+    steps = within * fine + bent
     return torch.where(x == 0, zero, torch.trunc(steps) + torch.where(x < 0, offset - 1, offset))
 
 
-def _middle(codes: Tensor, step: float, offset: float, *bends: float) -> Tensor:
+def _middle(
+    codes: Tensor, step: float, offset: float, below: float, more_below: float, above: float, more_above: float
+) -> Tensor:
     """Return the middle of intervals by code, a number; of an open one, where it would be at the usual width."""
     steps = codes - offset
-    if bends:
-        below, more_below, above, more_above = bends
-        steps = steps - more_below * torch.relu(below - steps) + more_above * torch.relu(steps - above)
+    steps = steps - more_below * torch.relu(below - steps) + more_above * torch.relu(steps - above)
     return step * steps
 
 
