@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from timm_sugar.data import load_source
+from timm_sugar.terminal import Parser
 from timm_sugar.training import TrainConfig, load_config, train
 
 NETWORKS = {"ResNet-18": "digits", "16 narrow convolutions": "digits_dying"}
@@ -24,7 +25,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the four runs")
     output = parser.parse_args().output
 

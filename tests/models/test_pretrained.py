@@ -11,7 +11,7 @@ from torch import nn
 
 import timm_sugar
 from timm_sugar import Sugar
-from timm_sugar.models import build, is_own
+from timm_sugar.models import build, is_own, size_arguments
 from timm_sugar.models._weights import find_weights
 
 CASES = {
@@ -68,10 +68,10 @@ def test_weights_of_another_architecture(name, other, message):
     assert "\n" not in str(e.value)
 
 
-OWN_MODELS = [name for name in timm.list_models() if is_own(name)]
+UNPUBLISHED = [name for name in timm.list_models() if is_own(name) and not timm.list_pretrained(f"{name}.*")]
 
 
-@pytest.mark.parametrize("name", OWN_MODELS)
+@pytest.mark.parametrize("name", UNPUBLISHED)
 @pytest.mark.parametrize("direct", [False, True])
 def test_pretrained_without_published_weights(name, direct, monkeypatch):
     monkeypatch.delenv("TIMM_SUGAR_HUB", raising=False)
@@ -95,6 +95,17 @@ def test_a_default_cfg_with_weights_is_found_and_is_the_default(monkeypatch):
     assert find_weights("vgg16_sugar_bsilu", "two") == f"hf-hub:{hub_id}.two"
     with pytest.raises(RuntimeError, match=r"it has vgg16_sugar_bsilu\.one, vgg16_sugar_bsilu\.two"):
         find_weights("vgg16_sugar_bsilu", "three")
+
+
+def test_the_size_of_a_default_tag_is_not_that_of_the_network_by_itself(monkeypatch):
+    name = "swin_tiny_sugar_nelu"
+    tagged = PretrainedCfg(hf_hub_id="lab/net", tag="tin_64", input_size=(3, 64, 64), fixed_input_size=True)
+    monkeypatch.setitem(_registry._model_pretrained_cfgs, name, tagged)
+    for size, arguments in ((64, {"img_size": 64}), (224, {})):
+        assert size_arguments(name, size) == arguments
+        assert timm.create_model(name, device="meta", **arguments).patch_embed.img_size == (size, size)
+    assert size_arguments("vit_tiny_patch16_224", 64) == {"img_size": 64}
+    assert size_arguments("resnet18_sugar_bsilu", 32) == {}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "vgg11", "swin_tiny_patch4_window7_224"])

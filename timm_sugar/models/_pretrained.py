@@ -1,5 +1,6 @@
 """What every registered model shares: default_cfgs, construction, and the loading of published weights."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -217,6 +218,8 @@ def stock_architecture(architecture: str) -> str | None:
 
 def size_arguments(name: str, img_size: int) -> dict[str, int]:
     """Return what `timm.create_model` needs besides to build `name` for square images of `img_size` pixels."""
-    cfg = timm.get_pretrained_cfg(name)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    if is_own(name):  # the network by itself, whatever its default tag was trained on
+        cfg = sys.modules[model_entrypoint(name).__module__].default_cfgs[split_model_name_tag(name)[0]].cfgs[""]
     fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != img_size
     return {"img_size": img_size} if fixed else {}

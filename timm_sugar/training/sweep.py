@@ -19,6 +19,7 @@ import yaml
 
 from ..data import available_cpus
 from ..surrogates import unknown_name
+from ..terminal import Parser
 from .config import TrainConfig
 from .processes import on_cpu, stop_signals
 from .recipes import load_config, read_cells
@@ -80,7 +81,7 @@ def main(script: str, description: str, recipe: str) -> None:
 
 
 def _parser(prog: str, description: str, recipe: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
