@@ -36,6 +36,7 @@ def finished_run(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")], ids=lambda page: page.name)
 def test_snippets_run(page, finished_run, monkeypatch):
     monkeypatch.chdir(finished_run)
+    monkeypatch.setenv("TIMM_SUGAR_HUB", str(ROOT / "hub_cards"))
     monkeypatch.setattr(surrogates, "_SURROGATES", dict(surrogates._SURROGATES))
     namespace = {"torch": torch, "x": torch.randn(3, 4)}
     for block in _blocks(page, "python"):

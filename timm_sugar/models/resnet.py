@@ -48,6 +48,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        "resnet18_sugar_bsilu.cifar10": _cfg(
+            hf_hub_id="timm-sugar/resnet18_sugar_bsilu.cifar10", **CIFAR_INPUT, pool_size=(1, 1)
+        ),
         "resnet18_sugar_bsilu": _cfg(),
         "resnet34_sugar_bsilu": _cfg(),
         "resnet50_sugar_bsilu": _cfg(),
