@@ -29,7 +29,9 @@ def test_models_as_a_table(capsys, monkeypatch):
     assert main(["models"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["model", "parameters", "activation", "weights"]
-    assert any(line.split() == ["resnet18_sugar_bsilu", "11,689,512", "SUGAR", "bsilu", "1.67", "-"] for line in lines)
+    rows = [line.split() for line in lines]
+    assert ["resnet18_sugar_bsilu", "11,689,512", "SUGAR", "bsilu", "1.67", "cifar10"] in rows
+    assert ["vgg16_sugar_bsilu", "138,357,544", "SUGAR", "bsilu", "1.67", "-"] in rows
 
 
 def test_version(capsys):
