@@ -68,9 +68,8 @@ def without_kernel(x: torch.Tensor, save: str, levels) -> Code:
 @pytest.mark.parametrize("size", [1, 2, 7, 1000, 4096, 4097, 100_001])
 def test_kernels_do_what_the_operations_do_to_the_bit(save, size, dtype):
     x, upstream = torch.randn(2, size, generator=torch.Generator().manual_seed(size)).to(dtype)
-    x[: size // 2 : 5] = (
-        torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-7, -1e-7]).to(dtype).repeat(size)[: len(x[: size // 2 : 5])]
-    )
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-7, -1e-7], dtype=dtype)[: size // 2]
+    x[: len(special)] = special
     levels = levels_of("bsilu", "1.67", save)
     with torch.no_grad():
         y, code = encode(x, save, levels)
@@ -110,11 +109,9 @@ def test_bodies_for_a_gpu_do_what_the_kernels_do(save, size):
     assert torch.equal(y, expected)
     assert torch.equal(codes, code.codes)
     assert torch.equal(result, times_decoded(upstream, code))
-    assert [
-        kernel
-        for (body, *_), kernel in compiled._kernels.items()
-        if body in (lean.write_codes[save], lean.write_product[save])
-    ].count(None) == 0
+    made = {body: kernel for (body, *_), kernel in compiled._kernels.items()}
+    assert made[lean.write_codes[save]] is not None  # Inductor did make them
+    assert made[lean.write_product[save]] is not None
 
 
 @pytest.mark.parametrize("width", [0.03, 0.1, 0.3, 1.0, 5.0])

@@ -69,8 +69,8 @@ def run(
 
     Args:
         body: Writes the result of an elementwise computation into some of its tensors with `copy_` and returns
-            nothing. One kernel is compiled for each body, surrogate, list of dtypes, number of constants and device; it
-            serves any length and any constants.
+            nothing. One kernel is compiled for each body, surrogate, list of dtypes, number of constants, length of
+            the table and device; it serves any length and any constants.
         surrogate: The entry of the table that the body computes with, or None where it needs none.
         tensors: 1-D contiguous, all of one length, at least 1.
         constants: Numbers. The body receives each as a 1-D tensor in the `opmath` dtype of the first tensor.

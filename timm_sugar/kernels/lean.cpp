@@ -132,18 +132,22 @@ void in_blocks(Loop loop, const T* in, T* out, uint8_t* codes, int64_t count, co
 
 }  // namespace
 
-#define EXPORT(name, dtype, ...)                                                                         \
-  extern "C" void name##_uint8_##dtype(const __VA_ARGS__::stored* in, __VA_ARGS__::stored* out, uint8_t* codes, \
-                                       int64_t count, const double* levels) {                            \
-    in_blocks(name##_uint8<__VA_ARGS__>, in, out, codes, count, levels);                                 \
-  }                                                                                                      \
-  extern "C" void name##_uint4_##dtype(const __VA_ARGS__::stored* in, __VA_ARGS__::stored* out, uint8_t* codes, \
-                                       int64_t count, const double* levels) {                            \
-    in_blocks(name##_uint4<__VA_ARGS__>, in, out, codes, (count + 1) / 2, levels, count / 2);            \
+// A function for each save mode and dtype, which lean.py calls by name.
+#define EXPORT(name, dtype, D)                                                                                     \
+  extern "C" void name##_uint8_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
+                                       const double* levels) {                                                     \
+    in_blocks(name##_uint8<D>, in, out, codes, count, levels);                                                     \
+  }                                                                                                                \
+  extern "C" void name##_uint4_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
+                                       const double* levels) {                                                     \
+    in_blocks(name##_uint4<D>, in, out, codes, (count + 1) / 2, levels, count / 2);                                \
   }
-#define EXPORT_BOTH(...) EXPORT(encode, __VA_ARGS__) EXPORT(decode, __VA_ARGS__)
 
-EXPORT_BOTH(float16, Float16)
-EXPORT_BOTH(bfloat16, BFloat16)
-EXPORT_BOTH(float32, Plain<float>)
-EXPORT_BOTH(float64, Plain<double>)
+EXPORT(encode, float16, Float16)
+EXPORT(decode, float16, Float16)
+EXPORT(encode, bfloat16, BFloat16)
+EXPORT(decode, bfloat16, BFloat16)
+EXPORT(encode, float32, Plain<float>)
+EXPORT(decode, float32, Plain<float>)
+EXPORT(encode, float64, Plain<double>)
+EXPORT(decode, float64, Plain<double>)
