@@ -3,6 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include <c10/util/Half.h>
 
 // Inductor's flags leave it out.
@@ -12,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 4096;      // elements that a thread takes at once
+constexpr int64_t BLOCK = 16384;     // elements that a thread takes at once
 constexpr int64_t PARALLEL = 32768;  // elements from which on threads are worth their start
 
 // How a dtype is stored and computed in; relu takes a value both ways.
@@ -54,43 +58,111 @@ struct BFloat16 : Bits {
 
 // As _number in lean.py, without branches, so that it vectorises.
 template <typename Op> struct Encoder {
-  Op lowest, highest, fine, below, less_below, above, less_above;
+  Op lowest, highest, outer, below, above, inner;
   int32_t offset, to_zero;
 
   explicit Encoder(const double* e)
-      : lowest(e[0]), highest(e[1]), fine(e[2]), below(e[5]), less_below(e[6]), above(e[7]), less_above(e[8]),
-        offset(e[3]), to_zero(e[4] - e[3]) {}
+      : lowest(e[0]), highest(e[1]), outer(e[2]), below(e[3]), above(e[4]), inner(e[5]), offset(e[6]),
+        to_zero(e[7] - e[6]) {}
 
   int32_t operator()(Op x) const {
     Op within = x > lowest ? x : lowest;  // NaN too
     within = within < highest ? within : highest;
-    const Op under = below - within, over = within - above;
-    const Op bent = less_below * (under > 0 ? under : 0) - less_above * (over > 0 ? over : 0);
-    const Op steps = within * fine + bent;
+    Op near = x > below ? x : below;
+    near = near < above ? near : above;
+    const Op steps = within * outer + near * inner;
     const int32_t code = static_cast<int32_t>(steps) + offset - (x < 0) + (-static_cast<int32_t>(x == 0) & to_zero);
     return code & -static_cast<int32_t>(x == x);
   }
 };
 
-// Each loop below is a function of its own, whose arguments no store into a byte can be taken to change.
+// A pass goes by strips. In each, one loop leaves what is no byte yet, or no byte any more, to the next: with numbers and
+// bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap and the
+// memory of one is waited for while another computes.
+constexpr int64_t STRIP = 64;
+
+template <typename Pass> void by_strips(int64_t count, Pass pass) {
+  int64_t i = 0;
+  for (; i + STRIP <= count; i += STRIP) pass(i, STRIP);
+  if (i < count) pass(i, count - i);
+}
+
+template <typename D, typename T = typename D::stored>
+void encode(const T* x, T* y, int32_t* numbers, int64_t count, const Encoder<typename D::computed>& encoder) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) {
+    const auto value = D::load(x[i]);
+    numbers[i] = encoder(value);
+    y[i] = D::relu(x[i], value);
+  }
+}
+
+template <typename D, typename T = typename D::stored>
+void multiply(const T* grad, const typename D::computed* factors, T* out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) out[i] = D::store(D::load(grad[i]) * factors[i]);
+}
+
+template <typename Op> void look_up(const Op* table, const uint8_t* codes, Op* found, int64_t count) {
+  for (int64_t i = 0; i < count; i++) found[i] = table[codes[i]];
+}
+
+template <typename Op> void look_up_halves(const Op* table, const uint8_t* codes, Op* low, Op* high, int64_t count) {
+  for (int64_t i = 0; i < count; i++) low[i] = table[codes[i] & 15], high[i] = table[codes[i] >> 4];
+}
+
+#ifdef __AVX2__
+// Compilers make gathers of these, which take two to four times as long.
+
+void look_up(const float* table, const uint8_t* codes, float* found, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const uint8_t* c = codes + i;
+    _mm256_storeu_ps(found + i, _mm256_setr_ps(table[c[0]], table[c[1]], table[c[2]], table[c[3]], table[c[4]],
+                                               table[c[5]], table[c[6]], table[c[7]]));
+  }
+  look_up<float>(table, codes + i, found + i, count - i);
+}
+
+__m256 look_up(__m256 first, __m256 second, __m256i codes) {
+  const __m256 eight = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // as a sign
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, codes), _mm256_permutevar8x32_ps(second, codes), eight);
+}
+
+void look_up_halves(const float* table, const uint8_t* codes, float* low, float* high, int64_t count) {
+  const __m256 first = _mm256_loadu_ps(table), second = _mm256_loadu_ps(table + 8);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
+    _mm256_storeu_ps(low + i, look_up(first, second, both));
+    _mm256_storeu_ps(high + i, look_up(first, second, _mm256_srli_epi32(both, 4)));
+  }
+  look_up_halves<float>(table, codes + i, low + i, high + i, count - i);
+}
+#endif
+
+// What a thread does with a block. `levels` is Levels.encoder or Levels.table of lean.py.
 
 template <typename D, typename T = typename D::stored>
 void encode_uint8(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels) {
   const Encoder<typename D::computed> encoder(levels);
+  by_strips(count, [=](int64_t start, int64_t n) {
+    int32_t numbers[STRIP];
+    encode<D>(x + start, y + start, numbers, n, encoder);
 #pragma omp simd
-  for (int64_t i = 0; i < count; i++) {
-    const auto value = D::load(x[i]);
-    codes[i] = static_cast<uint8_t>(encoder(value));
-    y[i] = D::relu(x[i], value);
-  }
+    for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(numbers[i]);
+  });
 }
 
 template <typename D, typename T = typename D::stored>
 void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels) {
   typename D::computed table[256];
   std::copy(levels, levels + 256, table);
-#pragma omp simd
-  for (int64_t i = 0; i < count; i++) out[i] = D::store(D::load(grad[i]) * table[codes[i]]);
+  by_strips(count, [=, &table](int64_t start, int64_t n) {
+    typename D::computed found[STRIP];
+    look_up(table, codes + start, found, n);
+    multiply<D>(grad + start, found, out + start, n);
+  });
 }
 
 // Two elements a byte: one of the first half of the tensor, and the one that lies `second` elements after it.
@@ -98,28 +170,25 @@ void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const do
 template <typename D, typename T = typename D::stored>
 void encode_uint4(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
   const Encoder<typename D::computed> encoder(levels);
-  const T* x2 = x + second;
-  T* y2 = y + second;
+  by_strips(count, [=](int64_t start, int64_t n) {
+    int32_t low[STRIP], high[STRIP];
+    encode<D>(x + start, y + start, low, n, encoder);
+    encode<D>(x + start + second, y + start + second, high, n, encoder);
 #pragma omp simd
-  for (int64_t i = 0; i < count; i++) {
-    const auto low = D::load(x[i]), high = D::load(x2[i]);
-    codes[i] = static_cast<uint8_t>(encoder(low) + 16 * encoder(high));
-    y[i] = D::relu(x[i], low);
-    y2[i] = D::relu(x2[i], high);
-  }
+    for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(low[i] + 16 * high[i]);
+  });
 }
 
 template <typename D, typename T = typename D::stored>
 void decode_uint4(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
   typename D::computed table[16];
   std::copy(levels, levels + 16, table);
-  const T* grad2 = grad + second;
-  T* out2 = out + second;
-#pragma omp simd
-  for (int64_t i = 0; i < count; i++) {
-    out[i] = D::store(D::load(grad[i]) * table[codes[i] & 15]);
-    out2[i] = D::store(D::load(grad2[i]) * table[codes[i] >> 4]);
-  }
+  by_strips(count, [=, &table](int64_t start, int64_t n) {
+    typename D::computed low[STRIP], high[STRIP];
+    look_up_halves(table, codes + start, low, high, n);
+    multiply<D>(grad + start, low, out + start, n);
+    multiply<D>(grad + start + second, high, out + start + second, n);
+  });
 }
 
 template <typename T, typename Loop, typename... Last>

@@ -33,8 +33,7 @@ class Grid(NamedTuple):
     negative: Tensor  # how many intervals are below 0; an integer
     below: Tensor  # the narrow ones reach from -below * step ...
     above: Tensor  # ... to above * step, and need not end at the end of an interval
-    coarse_below: Tensor  # width, in steps, of the intervals below them
-    coarse_above: Tensor  # and above them
+    coarse: Tensor  # width, in steps, of the intervals below and above them
 
 
 class Levels(NamedTuple):
@@ -117,20 +116,20 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int) -> Grid:
 
     many = intervals / 14  # as many intervals for each that a 4-bit code has
     starts = [
-        (step / many, negative, 0.8 * negative, 0.6 * (intervals - negative), 4.0, 4.0)
+        (step / many, negative, 0.8 * negative, 0.6 * (intervals - negative), 4.0)
         for step in torch.logspace(-6, 2, 17, base=2).tolist()
         for negative in (round(many * i) for i in range(3, 12))
     ]
     grids = torch.tensor(starts, dtype=torch.float64)
     grids = grids[errors(grids).topk(3, largest=False).indices]
     factor = torch.full((len(grids), 1), 1.3, dtype=torch.float64)
-    shift = torch.zeros(6, dtype=torch.float64)
+    shift = torch.zeros(5, dtype=torch.float64)
     shift[1] = round(many)
     for _ in range(25):  # one value at a time up or down; by less where none of that helps
-        scaled = [torch.where(torch.arange(6) == i, factor**sign, 1.0) for i in (0, 2, 3, 4, 5) for sign in (1, -1)]
+        scaled = [torch.where(torch.arange(5) == i, factor**sign, 1.0) for i in (0, 2, 3, 4) for sign in (1, -1)]
         tried = torch.stack([grids, *(grids * scale for scale in scaled), grids + shift, grids - shift])
         tried[..., 1].clamp_(1, intervals - 1)
-        tried[..., 4:].clamp_(min=1.0)
+        tried[..., 4].clamp_(min=1.0)
         best = errors(tried.flatten(0, 1)).view(tried.shape[:2]).argmin(0)
         grids = tried[best, torch.arange(len(grids))]
         factor = torch.where(best[:, None] == 0, factor.sqrt(), factor)
@@ -139,44 +138,41 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int) -> Grid:
 
 def _encoder(grid: Grid, codes: int) -> tuple[Any, ...]:
     """Return what `_number` takes beside x; the ends are within the outermost intervals, so that these are open."""
-    fine = 1 / grid.step
-    below = -grid.below * grid.step, fine - fine / grid.coarse_below
-    above = grid.above * grid.step, fine - fine / grid.coarse_above
     lowest, highest = (_middle(torch.full_like(grid.step, code), *_decoder(grid)) for code in (1, codes - 2))
-    return lowest, highest, fine, grid.negative + 1, codes - 1, *below, *above
+    below, above = torch.maximum(-grid.below * grid.step, lowest), torch.minimum(grid.above * grid.step, highest)
+    outer = 1 / (grid.coarse * grid.step)
+    return lowest, highest, outer, below, above, 1 / grid.step - outer, grid.negative + 1, codes - 1
 
 
 def _decoder(grid: Grid) -> tuple[Any, ...]:
     """Return what `_middle` takes beside codes."""
-    return grid.step, grid.negative + 0.5, -grid.below, grid.coarse_below - 1, grid.above, grid.coarse_above - 1
+    return grid.step, grid.negative + 0.5, -grid.below, grid.above, grid.coarse - 1
 
 
 def _number(
     x: Tensor,
     lowest: float,
     highest: float,
-    fine: float,
+    outer: float,
+    below: float,
+    above: float,
+    inner: float,
     offset: float,
     zero: float,
-    below: float,
-    less_below: float,
-    above: float,
-    less_above: float,
 ) -> Tensor:
     """Return the code of x, as a number of x's dtype; NaN has that of the lowest."""
     within = torch.where(x > lowest, x, lowest)
     within = torch.where(within < highest, within, highest)
-    bent = less_below * torch.relu(below - within) - less_above * torch.relu(within - above)
-    steps = within * fine + bent
+    near = torch.where(x > below, x, below)
+    near = torch.where(near < above, near, above)
+    steps = within * outer + near * inner
     return torch.where(x == 0, zero, torch.trunc(steps) + torch.where(x < 0, offset - 1, offset))
 
 
-def _middle(
-    codes: Tensor, step: float, offset: float, below: float, more_below: float, above: float, more_above: float
-) -> Tensor:
+def _middle(codes: Tensor, step: float, offset: float, below: float, above: float, more: float) -> Tensor:
     """Return the middle of intervals by code, a number; of an open one, where it would be at the usual width."""
     steps = codes - offset
-    steps = steps - more_below * torch.relu(below - steps) + more_above * torch.relu(steps - above)
+    steps = steps + more * (torch.relu(steps - above) - torch.relu(below - steps))
     return step * steps
 
 
