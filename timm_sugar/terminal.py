@@ -26,12 +26,13 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Collec
 @contextmanager
 def progress_bars(*tasks: str) -> Iterator[list[Callable[[int, int], None]]]:
     """Show a bar for each task on a terminal; yield for each a function that takes the steps done and in all."""
+    if not sys.stderr.isatty():
+        yield [lambda done, total: None for _ in tasks]
+        return
     import rich.progress as bars  # comes with an extra
     from rich.console import Console
 
-    with bars.Progress(
-        *bars.Progress.get_default_columns(), console=Console(stderr=True), disable=not sys.stderr.isatty()
-    ) as progress:
+    with bars.Progress(*bars.Progress.get_default_columns(), console=Console(stderr=True)) as progress:
 
         def updater(task: bars.TaskID) -> Callable[[int, int], None]:
             return lambda done, total: progress.update(task, completed=done, total=total)

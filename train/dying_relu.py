@@ -15,7 +15,6 @@ from typing import Any
 
 try:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
     from timm_sugar.analysis import plots
@@ -30,7 +29,7 @@ from timm_sugar import list_surrogates
 from timm_sugar.analysis.collapse import COLLAPSED, paper_function, paper_shape, table_row
 from timm_sugar.analysis.dying_relu import TARGETS, Cell, run_cells
 from timm_sugar.files import write_file
-from timm_sugar.terminal import Parser
+from timm_sugar.terminal import Parser, progress_bars
 
 SWEEP_DEPTHS = (2, 3, 5, 7, 10, 15, 25, 40)
 EXAMPLE = """examples:
@@ -95,14 +94,11 @@ def plan(arguments: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
 
 def run(cells: list[Cell], folder: Path, jobs: int) -> dict[Cell, dict[str, Any]]:
     """Train what is not yet in the folder, behind a progress bar on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("cells", total=len(cells))
+    with progress_bars("cells") as (show,):
         for cell, result in run_cells(cells, folder, jobs):
             results[cell] = result
-            progress.update(task, advance=1, description=f"{cell.function} {cell.method}")
+            show(len(results), len(cells))
     return results
 
 
