@@ -7,8 +7,6 @@
 #include <immintrin.h>
 #endif
 
-#include <c10/util/Half.h>
-
 // Inductor's flags leave it out.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")
@@ -18,6 +16,13 @@ namespace {
 
 constexpr int64_t BLOCK = 16384;     // elements that a thread takes at once
 constexpr int64_t PARALLEL = 32768;  // elements from which on threads are worth their start
+
+template <typename To, typename From> To as(From bits) {
+  static_assert(sizeof(To) == sizeof(From));
+  To value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // How a dtype is stored and computed in; relu takes a value both ways.
 
@@ -35,24 +40,37 @@ struct Bits {
   static uint16_t relu(uint16_t x, float value) { return x & -static_cast<uint16_t>(!(value < 0)); }
 };
 
+// Conversions are by bits, since those of the processor do not vectorise in a loop.
+
 struct Float16 : Bits {
-  static float load(uint16_t x) { return c10::Half(x, c10::Half::from_bits()); }
-  static uint16_t store(float x) { return c10::Half(x).x; }
+  static float load(uint16_t x) {
+    const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
+    const uint32_t more = (112u << 23) & -static_cast<uint32_t>(magnitude >= 0x0f800000);  // for infinity and NaN
+    const uint32_t normal = magnitude + (112u << 23) + more;
+    const uint32_t tiny = as<uint32_t>(as<float>(magnitude + (113u << 23)) - as<float>(113u << 23));
+    const uint32_t is_tiny = -static_cast<uint32_t>(magnitude < 0x00800000);
+    return as<float>((tiny & is_tiny) | (normal & ~is_tiny) | static_cast<uint32_t>(x & 0x8000) << 16);
+  }
+  static uint16_t store(float x) {
+    const uint32_t bits = as<uint32_t>(x), magnitude = bits & 0x7fffffff;
+    // to the nearest, ties to even
+    const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    const uint32_t tiny = as<uint32_t>(as<float>(magnitude) + 0.5f) - (126u << 23);
+    const uint32_t is_tiny = -static_cast<uint32_t>(magnitude < (113u << 23));
+    const uint32_t is_large = -static_cast<uint32_t>(magnitude >= 0x477ff000);  // rounds to infinity
+    const uint32_t is_nan = -static_cast<uint32_t>(magnitude > 0x7f800000);
+    const uint32_t finite = (tiny & is_tiny) | (normal & ~is_tiny);
+    const uint32_t half = (finite & ~is_large) | (0x7c00 & is_large) | (0x0200 & is_nan);
+    return static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+  }
 };
 
 struct BFloat16 : Bits {
-  static float load(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
+  static float load(uint16_t x) { return as<float>(static_cast<uint32_t>(x) << 16); }
   static uint16_t store(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t nan = -static_cast<uint32_t>(x != x);
-    bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
-    return static_cast<uint16_t>((bits >> 16 & ~nan) | (0x7fc0 & nan));
+    const uint32_t bits = as<uint32_t>(x), nan = -static_cast<uint32_t>(x != x);
+    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
+    return static_cast<uint16_t>((rounded >> 16 & ~nan) | (0x7fc0 & nan));
   }
 };
 
@@ -76,9 +94,9 @@ template <typename Op> struct Encoder {
   }
 };
 
-// A pass goes by strips. In each, one loop leaves what is no byte yet, or no byte any more, to the next: with numbers and
-// bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap and the
-// memory of one is waited for while another computes.
+// A pass goes by strips. In each, one loop leaves what is no byte yet, or no byte any more, to the next: with numbers
+// and bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap and
+// the memory of one is waited for while another computes.
 constexpr int64_t STRIP = 64;
 
 template <typename Pass> void by_strips(int64_t count, Pass pass) {
