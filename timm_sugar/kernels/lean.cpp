@@ -95,8 +95,8 @@ template <typename Op> struct Encoder {
 };
 
 // A pass goes by strips. In each, one loop leaves what is no byte yet, or no byte any more, to the next: with numbers
-// and bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap and
-// the memory of one is waited for while another computes.
+// and bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap
+// and the memory of one is waited for while another computes.
 constexpr int64_t STRIP = 64;
 
 template <typename Pass> void by_strips(int64_t count, Pass pass) {
