@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from tests.conftest import image_folder
 from timm_sugar.training import TrainConfig, build, train, trials
 from timm_sugar.training.build import prepare
+from timm_sugar.training.checkpoints import latest_checkpoint, read_checkpoint
 from timm_sugar.training.loop import State, train_steps
 from timm_sugar.training.schedules import surrogate_at
 
@@ -139,10 +141,81 @@ def test_images_that_do_not_fit_into_memory_give_the_same_result(tmp_path):
 def test_the_moving_average_is_what_is_packaged(tmp_path):
     run = prepare(_config(tmp_path, ema_decay=0.5))
     assert run.evaluated is run.ema.module
-    train(_config(tmp_path / "average", ema_decay=0.99, val_fraction=0, limit_val=None))
-    train(_config(tmp_path / "last", val_fraction=0, limit_val=None))
-    average, last = (_weights(tmp_path / name) for name in ("average", "last"))
-    assert not torch.equal(average["conv1.weight"], last["conv1.weight"])
+    run = prepare(_config(tmp_path, ema_decay=0.9, lr=0.1, weight_decay=0.0))
+    expected = run.network.conv1.weight.detach().clone()
+    for _ in train_steps(run, State()):
+        expected.lerp_(run.network.conv1.weight.detach(), 0.1)
+    assert not torch.allclose(expected, run.network.conv1.weight, atol=1e-4)
+    torch.testing.assert_close(run.ema.module.conv1.weight, expected)
+    train(_config(tmp_path / "average", ema_decay=0.9, lr=0.1, val_fraction=0, limit_val=None))
+    kept = read_checkpoint(latest_checkpoint(tmp_path / "average" / "checkpoints"))["optimizer"]["ema"]
+    assert torch.equal(_weights(tmp_path / "average")["conv1.weight"], kept["conv1.weight"])
+
+
+def test_the_best_epoch_is_what_is_packaged(tmp_path):
+    """A learning rate that grows a hundredfold late wrecks the network: the last epoch is not the best one."""
+    late = dict(sched="multistep", milestones=[4], decay_rate=100.0)
+    summary = train(_config(tmp_path, epochs=5, lr=0.03, limit_train=320, limit_val=60, **late))
+    accuracies = [line["val_top1"] for line in _lines(tmp_path)]
+    assert summary["best_epoch"] == 1 + accuracies.index(max(accuracies)) < 5
+    assert max(accuracies) > accuracies[-1]
+    found = train(_config(tmp_path, limit_val=60, eval_only=True))
+    assert found["val_top1"] == summary["val_top1"] == max(accuracies)
+
+
+def test_learning_rates_change_at_the_step_they_should(tmp_path):
+    """A milestone is the first step of the epoch after it; warm-up is over after its share of the steps."""
+    settings = dict(epochs=3, lr=0.1, sched="multistep", milestones=[1, 2])
+    run = prepare(_config(tmp_path, **settings))
+    assert _rates(run) == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 4)
+    train(_config(tmp_path, **settings))
+    assert [line["lr"] for line in _lines(tmp_path)] == pytest.approx([0.1, 0.01, 0.001])
+    run = prepare(_config(tmp_path / "warm", epochs=2, lr=0.1, sched="cosine", warmup_epochs=0.5, warmup_lr=0.02))
+    assert _rates(run)[:3] == pytest.approx([0.02, 0.06, 0.1 * (1 + 0.5**0.5) / 2])  # the cosine began at step 0
+    assert _rates(run)[2:] == sorted(_rates(run)[2:], reverse=True)
+
+
+def _rates(run):
+    rates = []
+    for step in range(run.config.epochs * run.steps_per_epoch):
+        run.scheduler.step_update(step)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({name: value} for name, value in dict(
+            crop="resized", hflip=0.5, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.9, mixup=0.8,
+            cutmix=1.0, smoothing=0.1, alpha=1.0, surrogate="nelu", opt="adamw", lr=0.02, momentum=0.5,
+            weight_decay=0.5, clip_grad=0.01, seed=43, split_seed=1, interpolation="nearest", mixed_precision="bf16",
+            sched="cosine", grad_accum=2, batch_size=32, model_args=SMALL | {"drop_path_rate": 0.9},
+        ).items()),
+        dict(crop="padded"), dict(mixup=0.8, mixup_mode="elem"), dict(opt="adamw", opt_betas=[0.5, 0.9]),
+        dict(opt="adamw", opt_eps=1.0), dict(weight_decay=0.5, weight_decay_end=0.0), dict(lr_base_batch=64),
+        dict(re_prob=0.9, re_mode="const"), dict(mixup=0.8, mixup_prob=0.0, smoothing=0.3),
+    ],
+    ids=lambda settings: "-".join(settings),
+)  # fmt: skip
+def test_every_setting_changes_what_is_trained(settings, tmp_path, plain_weights):
+    assert not torch.equal(_trained(tmp_path, **settings), plain_weights)
+
+
+def _trained(output, **settings):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no instructions for bf16")
+        run = prepare(_config(output, **dict(lr=0.1, epochs=2, mean=[0.5] * 3, std=[0.3] * 3, workers=0) | settings))
+    for _ in train_steps(run, State(epoch=1)):
+        pass
+    return run.network.conv1.weight.detach()
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory):
+    weights = _trained(tmp_path_factory.mktemp("plain"))
+    assert torch.equal(weights, _trained(tmp_path_factory.mktemp("again"))), "nothing but the setting may matter"
+    return weights
 
 
 def test_a_precision_that_the_cpu_emulates_is_warned_of(tmp_path, monkeypatch):
@@ -158,7 +231,7 @@ def test_linear_scaling_counts_every_image_of_a_step(tmp_path):
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
     assert (run.step_images, run.steps_per_epoch) == (32, 2)
     train(config)
-    assert _lines(tmp_path)[-1]["lr"] == pytest.approx(0.02)
+    assert _lines(tmp_path)[-1]["lr"] == pytest.approx((0.2 + 0.02) / 2)  # of the second and last step
 
 
 def test_accumulation_is_one_larger_batch(tmp_path):

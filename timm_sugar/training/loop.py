@@ -133,6 +133,7 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
+                run.scheduler.step_update(step)
                 set_weight_decay(config, run.optimizer, step / total_steps)
                 if config.clip_grad is not None:
                     accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad)
@@ -141,7 +142,6 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
         loss_sum += loss.detach() / config.grad_accum
         pass_number += 1
         if pass_number % config.grad_accum == 0:
-            run.scheduler.step_update(step + 1)
             average_batch_norm(run.network)
             if run.ema is not None:
                 run.ema.update(run.network)
@@ -247,7 +247,6 @@ def _resume(run: Run) -> tuple[State, Weights | None]:
         run.accelerator.scaler.load_state_dict(extra["scaler"])
     if run.ema is not None:
         run.ema.module.load_state_dict(extra["ema"])
-    run.scheduler.step_update(state.epoch * run.steps_per_epoch + state.position)
     return state, checkpoint["best"]
 
 

@@ -15,7 +15,7 @@ from .config import TrainConfig
 def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int, scale: float) -> Any:
     """Return timm's scheduler, by step; `scale` multiplies every rate."""
     warmup: Any = config.warmup_epochs  # timm takes a fraction of an epoch too, unlike its annotation
-    return create_scheduler_v2(
+    scheduler: Any = create_scheduler_v2(
         optimizer,
         sched=config.sched,
         num_epochs=config.epochs,
@@ -27,6 +27,9 @@ def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )[0]
+    if config.sched == "multistep":  # timm decays one update before the milestone, meant for schedules by epoch
+        scheduler.decay_t = [update + 1 for update in scheduler.decay_t]
+    return scheduler
 
 
 def set_weight_decay(config: TrainConfig, optimizer: Any, progress: float) -> None:
