@@ -1,6 +1,7 @@
 """Landscapes and sharpness: exact on small networks, the same for SUGAR and ReLU, and resumed where they stopped."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -169,15 +170,33 @@ def test_refuses_what_it_was_not_begun_with(batches, tmp_path):
             sharpness(model, useless)
 
 
+class Cliff(nn.Module):
+    """A linear classifier whose logits are infinite where its weights add up to more than at the start."""
+
+    def __init__(self, batches):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(batches[0][0][0].numel(), 10)
+        self.sum = self.linear.weight.sum().item()
+
+    def forward(self, inputs):
+        return self.linear(inputs.flatten(1)) + (math.inf if self.linear.weight.sum() > self.sum + 1e-4 else 0.0)
+
+
 def test_what_is_not_finite_and_what_has_no_hessian(batches, tmp_path):
-    """A loss that overflows is null; a gate without a second derivative leaves the sharpness out, with the reason."""
+    """A loss that overflows is null, but not in the middle; a gate without a second derivative has no sharpness."""
     model = convnet(nn.Hardsigmoid)
     found = loss_landscape(model, batches, tmp_path / "gate.json", 3)
     assert "hardsigmoid_backward is not implemented" in found["sharpness"]["missing"]
     model[5].weight.data.fill_(3e38)
-    found = loss_landscape(model, batches, tmp_path / "overflow.json", 3)
-    assert found["loss"] == [[None] * 3] * 3
-    assert "NaN" not in (tmp_path / "overflow.json").read_text()
+    with pytest.raises(ValueError, match="loss of this model is not finite"):
+        loss_landscape(model, batches, tmp_path / "overflow.json", 3)
+    assert not (tmp_path / "overflow.json").exists()
+    found = loss_landscape(Cliff(batches), batches, tmp_path / "cliff.json", 3)
+    losses = [loss for row in found["loss"] for loss in row]
+    assert losses[4] is not None
+    assert losses.count(None) == 4  # the directions have both signs
+    assert "NaN" not in (tmp_path / "cliff.json").read_text()
 
 
 def test_command_line(runs, tmp_path, capsys):

@@ -73,9 +73,11 @@ def sharpness(
         on_step: Called with iterations done and `max_iterations`.
 
     Raises:
-        ValueError: `batches` can be gone through only once, or holds no images.
+        ValueError: `batches` can be gone through only once, or holds no images; `max_iterations` is less than 1.
         NotImplementedError: the network has an operation whose second derivative torch does not know.
     """
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
     network = _frozen_copy(model).requires_grad_()
     images = _count(batches)
     named = dict(network.named_parameters())
@@ -102,10 +104,8 @@ def sharpness(
         )
         largest = first
         if first < 0:
-            largest, residual, more, converged = _power_iteration(
-                product, start, tolerance, max_iterations, first, on_step
-            )
-            iterations += more
+            largest, residual, more, also = _power_iteration(product, start, tolerance, max_iterations, first, on_step)
+            iterations, converged = iterations + more, converged and also
     return Sharpness(largest, first, residual, tolerance, iterations, converged)
 
 
@@ -126,7 +126,7 @@ def _power_iteration(
         residual = _norm(list(torch._foreach_sub(image, torch._foreach_mul(vector, value))))
         if on_step is not None:
             on_step(iteration, max_iterations)
-        converged = residual <= tolerance * abs(value)
+        converged = residual <= tolerance * abs(value + shift)
         if converged or not residual < float("inf"):
             break
         vector = image
@@ -187,7 +187,7 @@ def loss_landscape(
 
     Raises:
         ValueError: the file holds a landscape with other settings, weights or images, or is none; `resolution` is not
-            odd; `batches` can be gone through only once, or holds no images.
+            odd; `batches` can be gone through only once, or holds no images; the model's own loss is not finite.
     """
     if resolution < 3 or resolution % 2 == 0:
         raise ValueError(f"resolution must be an odd number of at least 3, got {resolution}")
@@ -210,6 +210,8 @@ def loss_landscape(
         "seconds": 0.0,
         "sharpness": None,
     }
+    if state["done"] == 0 and _evaluate(network, batches)[0] is None:
+        raise ValueError("the loss of this model is not finite: there is no landscape around it")
     began, before = time.monotonic(), state["seconds"]
 
     def write() -> None:
@@ -264,14 +266,20 @@ def _points(
         row, column = divmod(point, len(axis))
         for name, (parameter, centre) in weights.items():
             parameter.copy_(centre + axis[column] * directions[0][name] + axis[row] * directions[1][name])
-        sums = torch.zeros(3, dtype=torch.float64)
-        for logits, labels in _forward(network, batches):
-            loss = F.cross_entropy(logits, labels, reduction="sum").double()
-            correct = (logits.argmax(1) == labels).sum().double()
-            sums += torch.stack([loss, correct, loss.new_tensor(len(labels))]).cpu()
-        loss, correct, images = sums.tolist()
-        finite = _finite(loss / images)
-        yield point, (row, column, finite, None if finite is None else correct / images)
+        yield point, (row, column, *_evaluate(network, batches))
+
+
+@torch.no_grad()
+def _evaluate(network: nn.Module, batches: Batches) -> tuple[float | None, float | None]:
+    """Return mean cross-entropy in nats and accuracy, both None where the loss is not finite."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for logits, labels in _forward(network, batches):
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        correct = (logits.argmax(1) == labels).sum().double()
+        sums += torch.stack([loss, correct, loss.new_tensor(len(labels))]).cpu()
+    loss, correct, images = sums.tolist()
+    finite = _finite(loss / images)
+    return finite, None if finite is None else correct / images
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:

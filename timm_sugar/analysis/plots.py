@@ -149,7 +149,8 @@ def activation_probability(results: list[dict[str, Any]]) -> Figure:
         ax.set_ylim(0, 1)
     if len(functions) % 2:
         axes[-1, 1].set_visible(False)
-        axes[-2, 1].tick_params(labelbottom=True)
+        if len(functions) > 1:
+            axes[-2, 1].tick_params(labelbottom=True)
     figure.supxlabel("epoch")
     figure.supylabel("active units")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)

@@ -22,6 +22,14 @@ from .landscape import summarise_landscape
 _TEMPLATE = Path(__file__).with_name("report.html")
 _NOT_OF_A_RECIPE = ("output", "resume", "tracker", "push_to_hub", "eval_only", "dry_run", "left_open", "processes")
 _SCRIPTS = {"digits": "digits", "tiny-imagenet": "tinyimagenet"}
+_KEYS = {  # without which a file of a run cannot be shown
+    "config.yaml": ("data", "model"),
+    "metrics.jsonl": ("epoch",),
+    "summary.json": (),
+    "profile.json": ("images", "layers", "dead_units"),
+    "landscape.json": ("settings", "axis", "loss", "done", "sharpness"),
+}
+_OF_THE_DATA = ("data", "label_column", "split_seed", "val_fraction", "limit_val")
 _WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
 _COLOURS = 8  # of runs, in the template
 
@@ -99,7 +107,7 @@ class RunRecord:
     @property
     def activation(self) -> str:
         """The activation in words, such as "SUGAR bsilu 1.67"."""
-        line = self.summary or (self.metrics[-1] if self.metrics else {})
+        line = self.summary or (self.metrics[-1] if self.metrics else self.settings)
         if line.get("surrogate"):
             alpha = line.get("alpha")
             return f"SUGAR {line['surrogate']}{'' if alpha is None else f' {alpha:g}'}"
@@ -107,9 +115,11 @@ class RunRecord:
 
     @property
     def landscape_is_complete(self) -> bool:
-        """Whether there is a landscape with all its points."""
+        """Whether there is a landscape with all its points, and finite losses among them."""
         found = self.landscape
-        return found is not None and found["done"] == len(found["axis"]) ** 2 and found["sharpness"] is not None
+        if found is None or found["done"] < len(found["axis"]) ** 2 or found["sharpness"] is None:
+            return False
+        return any(loss is not None for row in found["loss"] for loss in row)
 
 
 def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
@@ -127,6 +137,7 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         FileNotFoundError: a folder holds no run.
         ValueError: a file of a run is not what a run writes, the same run is given twice, or `output` is not .html.
+        OSError: the page or a picture cannot be written.
         ModuleNotFoundError: the extra "report" is not installed.
     """
     if output.suffix not in (".html", ".htm"):
@@ -163,10 +174,17 @@ def read_run(folder: Path, name: str) -> RunRecord:
             raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(content, kind):
             raise ValueError(f"{path} cannot be read: it is no {kind.__name__}")
+        lines: Any = content if kind is list else [content]
+        missing = [key for line in lines for key in _KEYS[file] if key not in line]
+        if missing:
+            raise ValueError(f"{path} cannot be read: it has no {missing[0]}")
         return content
 
     def parse_lines(text: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in text.splitlines()]
+        lines = [json.loads(line) for line in text.splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line of it is no dict")
+        return lines
 
     return RunRecord(
         name=name,
@@ -185,7 +203,7 @@ def unique_names(paths: Sequence[str | PurePath]) -> list[str]:
     Raises:
         ValueError: a path is there twice.
     """
-    parts = [PurePath(path).parts for path in paths]
+    parts = [Path(path).resolve().parts if Path(path).exists() else PurePath(path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
@@ -205,7 +223,7 @@ def render(records: Sequence[RunRecord]) -> str:
     complete = {i: r for i, r in enumerate(records) if r.landscape_is_complete}
     landscapes = {i: r.landscape for i, r in complete.items() if r.landscape is not None}
     sections = {
-        "curves": charts.curve_charts({r.name: [_json_numbers(line) for line in r.metrics] for r in records}),
+        "curves": charts.curve_charts({r.name: r.metrics for r in records}),
         "dead": list(filter(None, [charts.dead_unit_chart(profiles), charts.gradient_chart(profiles)]))
         if profiles
         else [],
@@ -241,7 +259,7 @@ def summary_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[tu
     A cell is its text, and whether it is the best of its column. None is marked where all are equal, where only one
     finished run has a value, or where values cannot be compared because the runs have other data.
     """
-    same_data = len({(r.settings.get("data"), r.settings.get("split_seed")) for r in records}) == 1
+    same_data = len({tuple(r.settings.get(name) for name in _OF_THE_DATA) for r in records}) == 1
     rows = [_summary_values(record) for record in records]
     if all(record.summary for record in records):
         rows = [{**row, "state": None} for row in rows]
@@ -347,10 +365,6 @@ def _landscape_charts(records: dict[int, RunRecord]) -> list[charts.Chart]:
     high = max(max(losses), 1e-6)
     low = min(max(min(losses), high * 1e-6), high / 1.1)
     return [charts.landscape_chart(i, records[i].name, f, low, high) for i, f in found.items()]
-
-
-def _json_numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: charts.finite(v) if isinstance(v, float) else v for k, v in line.items()}
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

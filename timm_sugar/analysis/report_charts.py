@@ -54,7 +54,6 @@ def dead_unit_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart
     Args:
         profiles: Number of a run -> its name and the content of its profile.json.
     """
-    order = list(dict.fromkeys(layer["name"] for _, found in profiles.values() for layer in found["layers"]))
     traces = []
     for run, (name, found) in profiles.items():
         layers = found["layers"]
@@ -63,23 +62,25 @@ def dead_unit_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart
                 "type": "bar",
                 "meta": run,
                 "name": html.escape(name),
-                "x": [order.index(layer["name"]) + 1 for layer in layers],
+                "x": [*range(1, len(layers) + 1)],
                 "y": [100 * layer["dead"] / layer["units"] for layer in layers],
                 "text": [f"{html.escape(layer['name'])}: {layer['dead']} of {layer['units']}" for layer in layers],
                 "textposition": "none",
                 "hovertemplate": "%{text} dead (%{y:.1f}%)",
             }
         )
-    worst = "; ".join(
+    totals = "; ".join(
         f"{name}: {sum(layer['dead'] for layer in found['layers'])} of "
         f"{sum(layer['units'] for layer in found['layers'])} units"
         for name, found in profiles.values()
     )
     layout = _axes("layer, in the order of the forward pass", "dead units (%)") | {"barmode": "group"}
     layout["yaxis"] |= {"rangemode": "tozero"}
-    if len(order) <= 10:
+    if max(len(found["layers"]) for _, found in profiles.values()) <= 10:
         layout["xaxis"] |= {"dtick": 1}
-    return _chart("dead-by-layer", "Dead units by layer", f"Bar chart of dead units by layer. {worst}.", traces, layout)
+    return _chart(
+        "dead-by-layer", "Dead units by layer", f"Bar chart of dead units by layer. {totals}.", traces, layout
+    )
 
 
 def gradient_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart | None:

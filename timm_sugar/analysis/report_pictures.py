@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import rc_context
 
 from .landscape_plots import highest_loss, landscape_contours, landscape_surfaces
-from .plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, Figure, new_figure, save
-from .run_plots import activation_ridges, dead_units_by_layer
+from .plots import Figure, new_figure, save
+from .run_plots import STYLES, activation_ridges, dead_units_by_layer
 
 if TYPE_CHECKING:
     from .report import RunRecord
 
-_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _INK, _PANE = "#e6e9ec", (1.0, 1.0, 1.0, 0.06)
 _ON_DARK: dict[Any, Any] = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
 )
 _ON_DARK |= dict.fromkeys((f"axes3d.{axis}axis.panecolor" for axis in "xyz"), _PANE) | {"grid.color": "#4a525b"}
-_MARKERS = "osD^Xp*v"
 _PANELS = (
     ("train_loss", "training loss (nats)", 1),
     ("val_loss", "validation loss (nats)", 1),
@@ -78,11 +76,11 @@ def _curves(records: Sequence["RunRecord"]) -> Figure:
     figure, axes = new_figure(2, 3, 11, 3)
     for ax, (key, label, scale) in zip(axes.flat, _PANELS, strict=True):
         for i, record in enumerate(records):
+            colour, dashes, marker, _ = STYLES[i % len(STYLES)]
             points = [(line["epoch"], scale * line[key]) for line in record.metrics if line.get(key) is not None]
             if points:
-                marker = _MARKERS[i % len(_MARKERS)] if len(points) <= 40 else ""
-                style = {"color": _COLOURS[i % len(_COLOURS)], "marker": marker, "markersize": 4}
-                ax.plot(*zip(*points, strict=True), label=record.name, **style)
+                style = {"color": colour, "linestyle": dashes, "marker": marker if len(points) <= 40 else ""}
+                ax.plot(*zip(*points, strict=True), label=record.name, markersize=4, **style)
         ax.set(title=label, xlabel="epoch")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 from .plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, Figure, new_figure, surrogate_style
 
 # Beside colour, dashes, markers and hatches tell them apart, in grey print too.
-_STYLES = [
+STYLES = [
     (BLACK, "-", "o", ""),
     (BLUE, "--", "s", "////"),
     (ORANGE, "-.", "^", "...."),
@@ -43,8 +43,11 @@ def seed_curves(
         label = LABELS.get(metric, metric)
         scale = 100 if label.endswith("(%)") else 1
         for place, (name, seeds) in enumerate(runs.items()):
-            colour, dashes, marker, _ = _STYLES[place % len(_STYLES)]
-            by_epoch = [{line["epoch"]: scale * line[metric] for line in lines} for lines in seeds]
+            colour, dashes, marker, _ = STYLES[place % len(STYLES)]
+            by_epoch = [
+                {line["epoch"]: scale * line[metric] for line in lines if line.get(metric) is not None}
+                for lines in seeds
+            ]
             epochs = sorted(set.intersection(*(set(values) for values in by_epoch)))
             points = [[values[epoch] for values in by_epoch] for epoch in epochs]
             centre = [mean(values) for values in points]
@@ -112,7 +115,7 @@ def activation_ridges(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:
     rows = max(len(found["layers"]) for found in profiles.values())
     figure, axes = new_figure(1, len(profiles), width=1 + 4.2 * len(profiles), height=max(2.6, 0.9 + 0.3 * rows))
     for place, (ax, (name, found)) in enumerate(zip(axes[0], profiles.items(), strict=True)):
-        colour = _STYLES[place % len(_STYLES)][0]
+        colour = STYLES[place % len(STYLES)][0]
         layers = found["layers"]
         ax.grid(False)
         for row, layer in enumerate(layers):
@@ -146,7 +149,7 @@ def dead_units_by_layer(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:
     ax = axes[0, 0]
     width = 0.8 / len(profiles)
     for place, (name, found) in enumerate(profiles.items()):
-        colour, _, _, hatch = _STYLES[place % len(_STYLES)]
+        colour, _, _, hatch = STYLES[place % len(STYLES)]
         x = [row + 1 + (place - (len(profiles) - 1) / 2) * width for row in range(len(found["layers"]))]
         shares = [100 * layer["dead"] / layer["units"] for layer in found["layers"]]
         label = f"{name}: {100 * found['dead_units']:.1f}% of all"
@@ -169,7 +172,7 @@ def gradient_norms_by_layer(norms: Sequence[Mapping[str, Any]]) -> Figure:
     ax = axes[0, 0]
     layers = range(1, len(norms) + 1)
     for place, (key, label) in enumerate((("relu", "ReLU"), ("sugar", "SUGAR"))):
-        colour, dashes, marker, _ = _STYLES[place]
+        colour, dashes, marker, _ = STYLES[place]
         values = [row[key] or math.nan for row in norms]  # no logarithm where nothing arrives
         ax.plot(layers, values, color=colour, linestyle=dashes, marker=marker, markersize=4, label=label)
     ax.set(xlabel="convolution or linear layer, from the input", ylabel="norm of the gradient", yscale="log")
