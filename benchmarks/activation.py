@@ -97,7 +97,7 @@ def main() -> None:
     for row in rows:
         for name in ("relu", "relu_inplace"):
             row[f"vs_{name}"] = row["us"] / baseline[row["allocator"], row["size"], name]
-    if not options.allocator:
+    if not (options.allocator and options.output):
         print_table(rows)
     if options.output:
         write_json(options.output, {"environment": environment(), "rows": rows})

@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import timm
 import torch
-from common import environment, print_table, time_shuffled
+from common import environment, print_table
 
 import timm_sugar  # noqa: F401  # registers the models
 from timm_sugar.analysis import count_units, profile
+from timm_sugar.analysis.speed import time_shuffled
 from timm_sugar.data import evaluate_batches, normalize
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3

@@ -4,7 +4,7 @@ One small model of each timm module, torchvision's classifiers and transformers 
 device: with an activation name, with an activation class, and plain, to be converted. Nothing is computed.
 """
 
-import os
+import argparse
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 
 from timm_sugar import Sugar, convert
 from timm_sugar.convert import NOT_RECORDED
+from timm_sugar.files import write_file
 
 ACT_CLASS = timm.layers.get_act_layer("sugar_bsilu")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "convert.md"
@@ -153,8 +154,9 @@ def render(rows: list[Row]) -> str:
         "the model is to be converted again after loading. torchvision keeps no configuration.",
         "",
         f"Of timm's {len(timm_rows)} model modules {name} take a name, {class_only} only a class, and "
-        f"{len(timm_rows) - name - class_only} neither; `convert` reaches {sum(bool(r.converted) for r in timm_rows)}",
-        "of the networks below as it is, and on request those that have nothing but ReLU6.",
+        f"{len(timm_rows) - name - class_only} neither; `convert` reaches the network below of "
+        f"{sum(bool(r.converted) for r in timm_rows)}",
+        "of them as it is, and on request those that have nothing but ReLU6.",
         "",
         f"Written by `python benchmarks/convert_reach.py` with timm {timm.__version__}, torchvision "
         f"{torchvision.__version__.partition('+')[0]} and transformers {transformers.__version__}.",
@@ -171,9 +173,9 @@ def render(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    temporary = PAGE.with_suffix(".tmp")
-    temporary.write_text(render(list(rows())), encoding="utf-8")
-    os.replace(temporary, PAGE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=PAGE, help="Markdown file (default docs/convert.md)")
+    write_file(parser.parse_args().output, render(list(rows())))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import environment, print_table, write_json
 
 from timm_sugar.functional import SAVE_MODES
-from timm_sugar.training import TrainConfig, train
+from timm_sugar.training import TrainConfig, one_line_errors, train
 
 
 def accuracy(save: str, seed: int, options: argparse.Namespace, folder: str) -> dict:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, one_line_errors(parser.prog):
         rows = [accuracy(save, seed, options, folder) for seed in options.seed for save in SAVE_MODES]
     exact = {row["seed"]: row["test_accuracy_percent"] for row in rows if row["save"] == "exact"}
     for row in rows:

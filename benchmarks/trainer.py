@@ -34,7 +34,8 @@ from timm_sugar.training.results import measure
 
 MODEL = "resnet18_sugar_bsilu"
 BATCH = 128
-REPEATS = 5
+REPEATS = 5  # of the 1,437 digits that are trained on
+STEPS = 56  # an epoch
 
 
 def build_run(output: str, epochs: int, precision: str, **settings: float) -> Run:
@@ -133,6 +134,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first is not counted")
+    if not 1 <= options.block <= STEPS:
+        parser.error(f"--block must be from 1 to {STEPS}, the steps of an epoch")
+    if options.memory_epochs < 1:
+        parser.error("--memory-epochs must be at least 1")
     precision = options.mixed_precision
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {MODEL}, batch {BATCH}, {precision}")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from timm_sugar.data import load_source
 from timm_sugar.terminal import Parser
-from timm_sugar.training import TrainConfig, load_config, train
+from timm_sugar.training import TrainConfig, load_config, one_line_errors, train
 
 NETWORKS = {"ResNet-18": "digits", "16 narrow convolutions": "digits_dying"}
 RECIPES = Path(__file__).parent / "recipes"
@@ -28,7 +28,12 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the four runs")
     output = parser.parse_args().output
+    with one_line_errors(parser.prog):
+        compare(output)
 
+
+def compare(output: Path) -> None:
+    """Train, load back and print the table."""
     console = Console(width=100 if not sys.stdout.isatty() else None)
     table = Table(title="scikit-learn digits, the same seed for both activations")
     table.add_column("network")

@@ -17,7 +17,7 @@ from typing import Any
 try:
     from timm_sugar.analysis import run_plots
     from timm_sugar.analysis.plots import save
-    from timm_sugar.training import TrainConfig, train
+    from timm_sugar.training import TrainConfig, one_line_errors, train
 except ModuleNotFoundError as error:
     sys.exit(f"reviving_units.py: {error.name} is missing: pip install 'timm-sugar[train,report]'")
 
@@ -30,12 +30,13 @@ from timm_sugar.terminal import Parser
 from timm_sugar.training.build import Run, prepare
 from timm_sugar.training.checkpoints import latest_checkpoint, read_checkpoint
 from timm_sugar.training.loop import fit
+from timm_sugar.training.processes import sole_use
 from timm_sugar.training.results import check_writable, finished_summary
 
 WIDTHS = [1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M"]  # VGG-16, in units of its first layer
 ARMS = {"relu": None, "sugar": "bsilu"}
 PROFILES = "profiles.json"
-COUNTS = ("dead_before", "revived", "died", "dead_after")
+COUNTS = ("dead_before", "revived", "died", "dead_after")  # columns of `revived_units`
 LABELS = {"relu": "ReLU", "sugar": "SUGAR B-SiLU"}
 EXAMPLE = """examples:
   python train/reviving_units.py --data cifar10                       three seeds, into output/reviving_units
@@ -61,16 +62,24 @@ def main() -> None:
     parser.add_argument("--limit-val", type=int, default=2000, help="images to count dead units on (default 2000)")
     parser.add_argument("--mixed-precision", default="bf16", help="of training: bf16 or no (default bf16)")
     arguments = parser.parse_args()
-    try:
-        records = [revive(arguments, seed) for seed in arguments.seeds]
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
-    except FloatingPointError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    write_file(arguments.output / "revival.json", json.dumps({"settings": settings, "seeds": records}, indent=1) + "\n")
+    with one_line_errors(parser.prog):
+        plans = [plan(arguments, seed) for seed in dict.fromkeys(arguments.seeds)]
+        records = [revive(*each) for each in plans]
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    write_file(arguments.output / "revival.json", json.dumps({"settings": given, "seeds": records}, indent=1) + "\n")
     draw(records, arguments.output)
     show(records)
+
+
+def plan(arguments: argparse.Namespace, seed: int) -> tuple[TrainConfig, dict[tuple[str, float], TrainConfig]]:
+    """Return the settings of a seed's first training, and of those that go on from it by arm and learning rate."""
+    folder = arguments.output / f"seed{seed}"
+    after = {
+        (arm, lr): settings(arguments, seed, arguments.more_epochs, lr, folder / f"{arm}-{lr:g}")
+        for lr in arguments.more_lr
+        for arm in ARMS
+    }
+    return settings(arguments, seed, arguments.epochs, arguments.lr, folder / "first"), after
 
 
 def settings(arguments: argparse.Namespace, seed: int, epochs: int, lr: float, output: Path) -> TrainConfig:
@@ -92,37 +101,34 @@ def settings(arguments: argparse.Namespace, seed: int, epochs: int, lr: float, o
     )
 
 
-def revive(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+def revive(first: TrainConfig, after: dict[tuple[str, float], TrainConfig]) -> dict[str, Any]:
     """Train a network with ReLU, go on with ReLU and with SUGAR, and compare the dead units before and after."""
-    folder = arguments.output / f"seed{seed}"
-    first = train(settings(arguments, seed, arguments.epochs, arguments.lr, folder / "first"))
-    start = last_weights(folder / "first")
-    record = {"seed": seed, "first": {"metrics": metrics(folder / "first"), "summary": first}, "after": []}
-    for lr in arguments.more_lr:
-        for arm, surrogate in ARMS.items():
-            output = folder / f"{arm}-{lr:g}"
-            config = settings(arguments, seed, arguments.more_epochs, lr, output)
-            summary = finished_summary(config)
-            if summary is None or not (output / PROFILES).is_file():
-                summary = go_on(config, start, surrogate)
-            found = {"arm": arm, "lr": lr, "metrics": metrics(output), "summary": summary}
-            record["after"].append(found | {"layers": revived_units(*profiles(output).values())})
+    summary = train(first)
+    start = last_weights(first.folder)
+    record = {"seed": first.seed, "first": {"metrics": metrics(first.folder), "summary": summary}, "after": []}
+    for (arm, lr), config in after.items():
+        summary = finished_summary(config)
+        if summary is None or not (config.folder / PROFILES).is_file():
+            summary = go_on(config, start, ARMS[arm])
+        found = {"arm": arm, "lr": lr, "metrics": metrics(config.folder), "summary": summary}
+        record["after"].append(found | {"layers": revived_units(*profiles(config.folder).values())})
     return record
 
 
 def go_on(config: TrainConfig, start: dict[str, Any], surrogate: str | None) -> dict[str, Any]:
     """Train from the weights `start`, converted where there is a surrogate, and profile the network on val."""
-    check_writable(Path(config.output))
-    run = prepare(config)
-    for network in (run.network, run.evaluated):
-        network.load_state_dict(start)
-        if surrogate:
-            convert(network, surrogate)
-    run.surrogate = surrogate_of(run.network)
-    summary = fit(run)
-    weights = {"before": start, "after": last_weights(run.output)}
-    found = {when: profile_on_val(run, tensors).to_dict() for when, tensors in weights.items()}
-    write_file(run.output / PROFILES, json.dumps(found) + "\n")
+    check_writable(config.folder)
+    with sole_use(config.folder):
+        run = prepare(config)
+        for network in (run.network, run.evaluated):
+            network.load_state_dict(start)
+            if surrogate:
+                convert(network, surrogate)
+        run.surrogate = surrogate_of(run.network)
+        summary = fit(run)
+        weights = {"before": start, "after": last_weights(run.output)}
+        found = {when: profile_on_val(run, tensors).to_dict() for when, tensors in weights.items()}
+        write_file(run.output / PROFILES, json.dumps(found) + "\n")
     return summary
 
 
@@ -188,7 +194,7 @@ def show(records: list[dict[str, Any]]) -> None:
         sums = [
             {key: sum(row[key] for row in run["layers"]) for key in run["layers"][0] if key != "name"} for run in runs
         ]
-        cells = [spread([row[key] for row in sums]) for key in ("dead_before", "revived", "died", "dead_after")]
+        cells = [spread([row[key] for row in sums]) for key in COUNTS]
         cells.append(spread([100 * run["metrics"][-1]["val_top1"] for run in runs]))
         cells.append(spread([100 * run["summary"]["test_top1"] for run in runs]))
         print(f"| {LABELS[found['arm']]} | {found['lr']:g} | {' | '.join(cells)} |")

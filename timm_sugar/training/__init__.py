@@ -3,10 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..hub import check_destination, check_weights, files_of_run, publish
 from .build import prepare
@@ -17,7 +17,7 @@ from .recipes import load_config
 from .results import check_writable, finished_summary, use_recorded_statistics
 from .trials import dry_run, evaluate_only
 
-__all__ = ["Stopped", "TrainConfig", "load_config", "main", "train"]
+__all__ = ["Stopped", "TrainConfig", "load_config", "main", "one_line_errors", "train"]
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -81,31 +81,39 @@ def main(script: str, description: str, recipe: str) -> None:
     """
     path = Path(script)
     with ExitStack() as held:
-        try:
+        with one_line_errors(path.name, before_training=True):
             config = load_config(sys.argv[1:], path.name, description, path.parent / "recipes", recipe)
             held.enter_context(_hold(config))
             action, argument = _plan(config)
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            _exit(path.name, error, 2)
-        except KeyboardInterrupt:  # there is nothing yet to save
-            raise SystemExit(130) from None
-        try:
+        with one_line_errors(path.name):
             summary = action(argument)
             _push(config)
-        except Stopped as stopped:
-            if _is_main():
-                print(f"{path.name}: {stopped}; saved, go on with: {resume_command()}", file=sys.stderr)
-            raise SystemExit(128 + stopped.signum) from None
-        except (ValueError, OSError, FloatingPointError) as error:
-            _exit(path.name, error, 2 if type(error) is ValueError else 1)  # a checkpoint that is not one, say
     if _is_main():
         print(json.dumps(summary, indent=2))
     process_state().destroy_process_group()
 
 
-def _exit(name: str, error: Exception, status: int) -> None:
+@contextmanager
+def one_line_errors(prog: str, before_training: bool = False) -> Iterator[None]:
+    """End the command `prog` with one line on standard error and an exit status where `train` raises.
+
+    The status is 2 where settings, data or a checkpoint are not right or not there; 1 where the loss is not finite, or
+    a file cannot be read or written, which is 2 too `before_training`; 143 or 130 where SIGTERM or Ctrl-C stopped it.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        _exit(f"{prog}: {stopped}; saved, go on with: {resume_command()}", 128 + stopped.signum)
+    except KeyboardInterrupt:  # outside of training there is nothing to save
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        wrong_input = before_training or type(error) in (ValueError, ModuleNotFoundError, FileNotFoundError)
+        _exit(f"{prog}: error: {' '.join(str(error).split())}", 2 if wrong_input else 1)
+
+
+def _exit(line: str, status: int) -> NoReturn:
     if _is_main():
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(line, file=sys.stderr)
     raise SystemExit(status) from None
 
 
