@@ -16,22 +16,20 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 from timm_sugar import Sugar, to_relu
 
 SWIN = dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), img_size=56)
+RESNET = dict(channels=(16, 16, 24, 24))
 CONV2NEXT = dict(depths=(1, 1, 2, 1), dims=(16, 16, 24, 24))
-MODELS = {  # every registered model: its structure, in small where the family lets one choose
-    "resnet18_sugar_bsilu": {},
-    "resnet34_sugar_bsilu": {},
-    "resnet50_sugar_bsilu": {},
-    "resnet18_cifar_sugar_bsilu": {},
-    "vgg16_sugar_bsilu": dict(mlp_ratio=1 / 64),
-    "vgg16_bn_sugar_bsilu": dict(mlp_ratio=1 / 64),
-    "vgg16_cifar_sugar_bsilu": {},
+VGG16 = [8, 8, "M", 8, 8, "M", *([16, 16, 16, "M"] * 3)]
+MODELS = {  # every structure among the registered models, in small
+    "resnet18_sugar_bsilu": RESNET,
+    "resnet34_sugar_bsilu": RESNET,
+    "resnet50_sugar_bsilu": RESNET,
+    "resnet18_cifar_sugar_bsilu": RESNET,
+    "vgg16_sugar_bsilu": dict(mlp_ratio=1 / 512, cfg=VGG16),
+    "vgg16_bn_sugar_bsilu": dict(mlp_ratio=1 / 512, cfg=VGG16),
+    "vgg16_cifar_sugar_bsilu": dict(cfg=VGG16),
     "swin_tiny_sugar_nelu": SWIN,
-    "swin_small_sugar_nelu": SWIN,
-    "swin_base_sugar_nelu": SWIN,
     "conv2next_sugar": CONV2NEXT,
     "conv2next_tiny": dict(CONV2NEXT, surrogate="nelu"),
-    "conv2next_base": dict(CONV2NEXT, surrogate="nelu"),
-    "conv2next_large": dict(CONV2NEXT, surrogate="nelu"),
 }
 all_models = pytest.mark.parametrize("name", MODELS)
 each_class = pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_onnx(name):
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
-        np.testing.assert_allclose(logits, model(x).numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits, model(x).numpy(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -148,7 +146,7 @@ def test_int8_quantisation_fuses_as_for_the_stock_network():
 
     x = images("resnet18")
     model = network("resnet18_sugar_bsilu")
-    stock = timm.create_model("resnet18", num_classes=10).eval()
+    stock = timm.create_model("resnet18", num_classes=10, **RESNET).eval()
     stock.load_state_dict(model.state_dict())
     with torch.no_grad():
         logits = model(x)

@@ -30,12 +30,13 @@ MODELS = {  # default surrogate and alpha
     "conv2next_large": None,
 }
 # Arguments that keep the structure and make it quick to compute.
+VGG16 = [8, 8, "M", 8, 8, "M", *([16, 16, 16, "M"] * 3)]
 SMALL = {
-    "vgg": dict(mlp_ratio=1 / 64),
-    "vgg16_cifar": {},
+    "vgg": dict(mlp_ratio=1 / 512, cfg=VGG16),
+    "vgg16_cifar": dict(cfg=VGG16),
     "swin": dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), img_size=56, drop_path_rate=0.0),
     "conv2next": dict(depths=(1, 1, 2, 1), dims=(16, 16, 24, 24)),
-    "resnet": {},
+    "resnet": dict(channels=(16, 16, 24, 24)),
 }
 all_models = pytest.mark.parametrize("name", MODELS)
 # One of each class, which is what depends on the code and not on the sizes.

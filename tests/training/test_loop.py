@@ -91,21 +91,6 @@ def test_loading_back_with_the_surrogate(finished, parquet_folder):
     assert (other.act1.surrogate, other.act1.alpha, other.num_classes) == ("nelu", 0.01, 7)
 
 
-def test_loading_back_in_stock_timm_without_this_package(finished):
-    output, _ = finished
-    code = (
-        "import sys, timm, torch\n"
-        f"model = timm.create_model('local-dir:{output}/model', pretrained=True).eval()\n"
-        "assert not [name for name in sys.modules if name.startswith('timm_sugar')]\n"
-        "print(model(torch.ones(1, 3, 32, 32)).tolist()[0])\n"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
-    ours = timm_sugar.create_model(f"local-dir:{output}/model", pretrained=True).eval()
-    with torch.no_grad():
-        expected = ours(torch.ones(1, 3, 32, 32))[0]
-    torch.testing.assert_close(torch.tensor(json.loads(shown)), expected)
-
-
 def test_starting_a_finished_run_again_returns_its_summary(finished, parquet_folder):
     output, summary = finished
     before = (output / "model" / "model.safetensors").stat().st_mtime_ns
