@@ -34,6 +34,21 @@ def test_models_as_a_table(capsys, monkeypatch):
     assert ["vgg16_sugar_bsilu", "138,357,544", "SUGAR", "bsilu", "1.67", "-"] in rows
 
 
+def test_bench_as_json_and_as_a_table(capsys):
+    argv = ["bench", "resnet18_sugar_bsilu", "--img-size", "16", "--batch-size", "2", "--rounds", "1"]
+    assert main([*argv, "--only", "gelu", "sugar_uint4", "--json"]) == 0
+    rows = {row.pop("activation"): row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["relu", "gelu", "sugar_uint4"]
+    kept = {name: row["saved_vs_relu"] for name, row in rows.items()}
+    assert kept["relu"] < kept["sugar_uint4"] < kept["gelu"]
+    assert main([*argv, "--only", "sugar"]) == 0
+    head, relu, sugar = capsys.readouterr().out.splitlines()
+    assert (head.split()[0], relu.split()[0], sugar.split()[0]) == ("activation", "relu", "sugar")
+    assert float(relu.split()[3]) == 1
+    assert main(["bench", "resnet18_sugar_bsilu", "--rounds", "0"]) == 1
+    assert "rounds must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

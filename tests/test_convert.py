@@ -67,6 +67,16 @@ def sugars(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, Sugar)}
 
 
+@pytest.mark.parametrize(("save", "ratio"), [("exact", 1), ("uint8", 4), ("uint4", 8)])
+def test_save_mode_is_that_of_what_is_kept(save, ratio):
+    model = convert(nn.Sequential(nn.Linear(64, 32), nn.GELU()), save=save)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        model(torch.randn(8, 64))
+    assert model[1].save == save
+    assert 4 * 8 * 32 / ratio in kept
+
+
 def test_reaches_modules_and_attributes_that_hold_functions():
     model = Net()
     state = {k: v.clone() for k, v in model.state_dict().items()}

@@ -116,6 +116,29 @@ def _check_gradient(name, dtype, shape, layouts, seed, save):
         assert ((result.double() - expected).abs() <= bound + 1e-12).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("save", SAVES)
+def test_infinities_and_nan_of_each_dtype(save, dtype):
+    x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 6e4, -6e4] * 5, dtype=dtype, requires_grad=True)
+    y = sugar(x, "bsilu", save=save)
+    torch.testing.assert_close(y, torch.relu(x), equal_nan=True, rtol=0, atol=0)
+    result = gradient(x, torch.ones_like(y), "bsilu", save)
+    expected = get_surrogate("bsilu").derivative(x.detach().double(), 1.67).to(dtype)
+    tolerance = TOLERANCES[dtype] + CODE_ERRORS[save]
+    torch.testing.assert_close(result, expected, equal_nan=True, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_an_input_without_gradients_saves_nothing(save):
+    packed = []
+    frozen, weight = torch.randn(3, 4), torch.randn(4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        sugar(frozen, save=save)
+        assert packed == []
+        sugar(frozen * weight, save=save)
+    assert packed
+
+
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("name", NAMES)
 def test_infinities_and_nan(name, save):

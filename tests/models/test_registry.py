@@ -198,12 +198,35 @@ def test_grad_checkpointing(name):
     except AssertionError:
         assert name.startswith("vgg")  # timm's VGG supports none
         return
+    passes = []
+    for module in model.modules():
+        if isinstance(module, Sugar):
+            module.register_forward_hook(lambda *_: passes.append(1))
     out = model(x)
     (expected,) = torch.autograd.grad(out.square().sum(), x)
+    once = len(passes)
     model.set_grad_checkpointing()
     again = model(x)
     torch.testing.assert_close(again, out)
     torch.testing.assert_close(torch.autograd.grad(again.square().sum(), x)[0], expected)
+    assert once < len(passes) - once <= 2 * once  # the backward goes through the blocks once more
+
+
+@all_models
+def test_no_branch_starts_at_zero(name):
+    """With a last normalisation of each block at zero, the paper's learning rate barely moves a network."""
+    norms = [m for m in small(name).modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
+    assert all((norm.weight == 1).all() for norm in norms)
+    assert norms or name == "vgg16_sugar_bsilu"
+
+
+def test_the_vgg_for_cifar_has_the_papers_layers():
+    model = timm.create_model("vgg16_cifar_sugar_bsilu", device="meta")
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.MaxPool2d))]
+    widths = [m.out_channels if isinstance(m, nn.Conv2d) else type(m).__name__ for m in layers]
+    pool = "MaxPool2d"
+    first = [64, 64, pool, 128, 128, pool, 256, 256, 256, pool]
+    assert widths == [*first, 512, 512, 512, pool, 512, 512, 512, pool, "Linear"]
 
 
 @each_class

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import runpy
+import sys
 import warnings
 from pathlib import Path
 
@@ -252,3 +254,23 @@ def test_weight_decay_goes_down_a_cosine_and_leaves_the_rest_at_zero(tmp_path):
     for progress, expected in ((0.0, 0.1), (0.5, 0.06), (1.0, 0.02)):
         set_weight_decay(run.config, run.optimizer, progress)
         assert sorted({group["weight_decay"] for group in run.optimizer.param_groups}) == pytest.approx([0, expected])
+
+
+@pytest.mark.parametrize(
+    ("script", "network"),
+    [
+        ("cifar", ["channels=[8, 8, 8, 8]"]),
+        ("conv2next", ["depths=[1, 1, 1, 1]", "dims=[8, 8, 16, 16]"]),
+        ("tinyimagenet", ["embed_dim=12", "depths=[1, 1, 1, 1]", "num_heads=[1, 2, 2, 4]"]),
+    ],
+)
+def test_the_script_of_each_experiment_trains_with_its_recipe(script, network, tmp_path, monkeypatch, capsys):
+    flags = "--data digits --batch-size 16 --epochs 1 --limit-train 64 --workers 0 --mixed-precision no"
+    flags += " --no-compile" if script == "conv2next" else ""
+    path = Path(__file__).parents[2] / "train" / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *flags.split(), "--output", str(tmp_path), "--model-args", *network])
+    runpy.run_path(str(path), run_name="__main__")
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["data"], summary["epochs"], summary["train_images"]) == ("digits", 1, 64)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert len(_lines(tmp_path)) == 1
