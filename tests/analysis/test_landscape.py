@@ -232,3 +232,11 @@ def test_command_line(runs, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert (out, len(err.splitlines())) == ("", 1)
         assert message in err
+
+
+def test_token_numbers_stay_integers(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3))
+    batches = [(torch.randint(0, 10, (8, 3)), torch.randint(0, 3, (8,)))]
+    found = loss_landscape(model, batches, tmp_path / "new" / "folder" / "landscape.json", 3)
+    assert found["loss"][1][1] == pytest.approx(nn.functional.cross_entropy(model(batches[0][0]), batches[0][1]).item())

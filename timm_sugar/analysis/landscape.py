@@ -212,6 +212,7 @@ def loss_landscape(
     }
     if state["done"] == 0 and _evaluate(network, batches)[0] is None:
         raise ValueError("the loss of this model is not finite: there is no landscape around it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     began, before = time.monotonic(), state["seconds"]
 
     def write() -> None:
@@ -294,7 +295,8 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 def _forward(network: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     parameter = next(network.parameters())
     for inputs, labels in batches:
-        yield network(inputs.to(parameter)), labels.to(parameter.device)
+        inputs = inputs.to(parameter) if inputs.is_floating_point() else inputs.to(parameter.device)  # token numbers
+        yield network(inputs), labels.to(parameter.device)
 
 
 def _count(batches: Batches) -> int:
