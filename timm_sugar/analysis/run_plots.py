@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from .plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, Figure, new_figure, surrogate_style
+from .plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, Figure, new_figure, surrogate_style
 
 # Beside colour, dashes, markers and hatches tell them apart, in grey print too.
 STYLES = [
@@ -15,6 +15,8 @@ STYLES = [
     (GREEN, ":", "D", "xxxx"),
     (PURPLE, (0, (5, 1, 1, 1, 1, 1)), "v", "\\\\\\\\"),
     (SKY, (0, (1, 1)), "P", "++++"),
+    (RED, (0, (8, 2)), "X", "oooo"),
+    ("#8c6d00", (0, (3, 1, 1, 1)), "*", "****"),
 ]
 LABELS = {
     "train_loss": "training loss",
