@@ -164,9 +164,8 @@ def render(rows: list[Row]) -> str:
         "the model is to be converted again after loading. torchvision keeps no configuration.",
         "",
         f"Of timm's {len(timm_rows)} model modules {name} take a name, {class_only} only a class, and "
-        f"{len(timm_rows) - name - class_only} neither; `convert` reaches the network below of "
-        f"{sum(bool(r.converted) for r in timm_rows)}",
-        "of them as it is, and on request those that have nothing but ReLU6.",
+        f"{len(timm_rows) - name - class_only} neither. `convert` reaches {sum(bool(r.converted) for r in timm_rows)}",
+        "of them, by the network that stands for each below, and on request those that have nothing but ReLU6.",
         "",
         f"Written by `python benchmarks/convert_reach.py` with timm {timm.__version__}, torchvision "
         f"{torchvision.__version__.partition('+')[0]} and transformers {transformers.__version__}.",

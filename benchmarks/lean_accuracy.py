@@ -12,7 +12,7 @@ from pathlib import Path
 from common import environment, print_table, write_json
 
 from timm_sugar.functional import SAVE_MODES
-from timm_sugar.training import TrainConfig, one_line_errors, train
+from timm_sugar.training import Stopped, TrainConfig, one_line_errors, train
 
 
 def accuracy(save: str, seed: int, options: argparse.Namespace, folder: str) -> dict:
@@ -47,7 +47,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, one_line_errors(parser.prog):
-        rows = [accuracy(save, seed, options, folder) for seed in options.seed for save in SAVE_MODES]
+        try:
+            rows = [accuracy(save, seed, options, folder) for seed in options.seed for save in SAVE_MODES]
+        except Stopped:  # the folder goes with this process: there is nothing to go on with
+            raise KeyboardInterrupt from None
     exact = {row["seed"]: row["test_accuracy_percent"] for row in rows if row["save"] == "exact"}
     for row in rows:
         row["vs_exact_points"] = row["test_accuracy_percent"] - exact[row["seed"]]
