@@ -22,7 +22,7 @@ VGG16 = [8, 8, "M", 8, 8, "M", *([16, 16, 16, "M"] * 3)]
 MODELS = {  # every structure among the registered models, in small
     "resnet18_sugar_bsilu": RESNET,
     "resnet34_sugar_bsilu": RESNET,
-    "resnet50_sugar_bsilu": RESNET,
+    "resnet50_sugar_bsilu": {},  # whose logits would be too large for the tolerances in small
     "resnet18_cifar_sugar_bsilu": RESNET,
     "vgg16_sugar_bsilu": dict(mlp_ratio=1 / 512, cfg=VGG16),
     "vgg16_bn_sugar_bsilu": dict(mlp_ratio=1 / 512, cfg=VGG16),
@@ -103,7 +103,7 @@ def test_onnx(name):
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
-        np.testing.assert_allclose(logits, model(x).numpy(), rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(logits, model(x).numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

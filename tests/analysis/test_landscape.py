@@ -68,6 +68,7 @@ def test_sharpness_is_the_exact_largest_eigenvalue(build):
     found = sharpness(model, [(x[:5], labels[:5]), (x[5:], labels[5:])], tolerance=1e-4, max_iterations=3000)
     exact = exact_eigenvalues(model, x, labels)
     assert found.converged
+    assert found.residual <= 1e-4 * found.largest
     assert found.largest == pytest.approx(exact[-1].item(), rel=1e-3)
     assert found.largest_magnitude == pytest.approx(exact[exact.abs().argmax()].item(), rel=1e-3)
     assert (found.largest_magnitude < 0) == (build is Squares)
@@ -75,6 +76,8 @@ def test_sharpness_is_the_exact_largest_eigenvalue(build):
 
 
 def test_sharpness_says_when_it_has_not_converged(batches):
+    with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
+        sharpness(convnet(nn.ReLU), batches, max_iterations=0)
     found = sharpness(convnet(nn.ReLU), batches, tolerance=1e-9, max_iterations=2)
     assert not found.converged
     assert found.iterations == 2

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from timm_sugar.analysis import gradient_norms, profile
-from timm_sugar.analysis.report import unique_names, write_report
+from timm_sugar.analysis.report import read_run, unique_names, write_report
 from timm_sugar.cli import main
 from timm_sugar.hub import find_model, image_batches
 from timm_sugar.training import load_config
@@ -235,6 +235,28 @@ def test_names_are_as_long_as_they_must_be():
     assert unique_names(["seed1/relu", "seed2/relu", "seed2/sugar"]) == ["seed1/relu", "seed2/relu", "seed2/sugar"]
     with pytest.raises(ValueError, match="twice"):
         unique_names(["a/x", "a/x"])
+    here = Path.cwd()
+    assert unique_names(["."]) == [here.name]
+    with pytest.raises(ValueError, match="twice"):
+        unique_names([".", here])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.yaml", "data: digits\n", "it has no model"),
+        ("metrics.jsonl", '{"epoch": 1}\n{"train_loss": 0.1}\n', "it has no epoch"),
+        ("metrics.jsonl", "[1]\n", "a line of it is no dict"),
+        ("profile.json", '{"images": 1, "layers": []}', "it has no dead_units"),
+        ("landscape.json", '{"settings": {}, "axis": [], "loss": []}', "it has no done"),
+    ],
+)
+def test_a_file_without_what_is_shown_is_named(file, content, message, tmp_path):
+    (tmp_path / "config.yaml").write_text("data: digits\nmodel: resnet18\n")
+    assert read_run(tmp_path, "run").metrics == []
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=f"{file} cannot be read: {message}"):
+        read_run(tmp_path, "run")
 
 
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

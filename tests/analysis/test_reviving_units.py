@@ -68,6 +68,14 @@ def test_the_script(script, tmp_path, capsys):
     assert capsys.readouterr().out == table
 
 
+def test_every_arm_is_checked_before_the_first_is_trained(script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(*FLAGS.split(), "--more-lr", "0.01", "-1", "--output", str(tmp_path / "out"))
+    assert stop.value.code == 2
+    assert "lr must be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_settings_are_one_line(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         script("--data", str(tmp_path / "nothing"), "--mixed-precision", "no", "--output", str(tmp_path / "out"))

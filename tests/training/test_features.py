@@ -186,22 +186,26 @@ def _rates(run):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "change"),
     [
-        *({name: value} for name, value in dict(
+        *(({}, {name: value}) for name, value in dict(
             crop="resized", hflip=0.5, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.9, mixup=0.8,
             cutmix=1.0, smoothing=0.1, alpha=1.0, surrogate="nelu", opt="adamw", lr=0.02, momentum=0.5,
             weight_decay=0.5, clip_grad=0.01, seed=43, split_seed=1, interpolation="nearest", mixed_precision="bf16",
             sched="cosine", grad_accum=2, batch_size=32, model_args=SMALL | {"drop_path_rate": 0.9},
         ).items()),
-        dict(crop="padded"), dict(mixup=0.8, mixup_mode="elem"), dict(opt="adamw", opt_betas=[0.5, 0.9]),
-        dict(opt="adamw", opt_eps=1.0), dict(weight_decay=0.5, weight_decay_end=0.0), dict(lr_base_batch=64),
-        dict(re_prob=0.9, re_mode="const"), dict(mixup=0.8, mixup_prob=0.0, smoothing=0.3),
+        ({}, dict(lr_base_batch=64)), ({}, dict(crop="padded")), (dict(crop="resized"), dict(crop="padded")),
+        (dict(mixup=0.8), dict(mixup_mode="elem")), (dict(mixup=0.8), dict(mixup_prob=0.0)),
+        (dict(mixup=0.8), dict(smoothing=0.3)), (dict(mixup=0.8, cutmix=1.0), dict(mixup_switch_prob=1.0)),
+        (dict(opt="adamw"), dict(opt_betas=[0.5, 0.5])), (dict(opt="adamw"), dict(opt_eps=1.0)),
+        (dict(weight_decay=0.5), dict(weight_decay_end=0.0)), (dict(re_prob=0.9), dict(re_mode="const")),
+        (dict(re_prob=0.9), dict(re_count=3)),
     ],
-    ids=lambda settings: "-".join(settings),
+    ids=lambda settings: "-".join(settings) or "plain",
 )  # fmt: skip
-def test_every_setting_changes_what_is_trained(settings, tmp_path, plain_weights):
-    assert not torch.equal(_trained(tmp_path, **settings), plain_weights)
+def test_every_setting_changes_what_is_trained(settings, change, tmp_path, plain_weights):
+    before = _trained(tmp_path, **settings) if settings else plain_weights
+    assert not torch.equal(_trained(tmp_path, **settings | change), before)
 
 
 def _trained(output, **settings):

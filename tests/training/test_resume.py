@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_ctrl_c_saves_after_the_step_under_way(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("digits.py: stopped by SIGINT at step 1; saved, go on with: ")
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-000000001"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_demo_stops_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "step", lambda self, *arguments, **more: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train/demo.py"), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "train/demo.py"), run_name="__main__")
+    assert stopped.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("demo.py: stopped by SIGINT at step 1; saved, go on with: ")
+    assert line.endswith(f"train/demo.py --output {tmp_path}")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
