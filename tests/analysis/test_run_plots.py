@@ -36,6 +36,9 @@ def test_bars_stand_on_the_baseline(tmp_path):
     bars = [patch for patch in rectangles if patch.get_width() == pytest.approx(0.4)]
     assert sorted((bar.get_y(), bar.get_height()) for bar in bars) == [(70.0, -1.0), (70.0, 5.0), (70.0, 10.0)]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["NeLU\n0.01", "ELU"]
+    # The ends of the error bars: of ELU's 75 and of NeLU's 69, none of the bar without a deviation.
+    caps = {float(y) for line in ax.lines if line.get_marker() == "_" for y in line.get_ydata() if y == y}
+    assert caps == {74.5, 75.5, 67.0, 71.0}
     plots.save(figure, tmp_path / "bars")
     with pytest.raises(ValueError, match="no row has the activation relu"):
         run_plots.accuracy_bars(rows[1:])

@@ -72,13 +72,13 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
 
     Args:
         rows: Of one network and data set: `activation` ("relu", "elu", "sugar_elu", "sugar_nelu_0.01", ...),
-            `top1_percent`, and `std_percent`, its standard deviation over seeds, which may be None.
+            `top1_percent`, and `std_percent`, its standard deviation over seeds, or None: no error bar then.
         title: Above the picture.
 
     Raises:
         ValueError: there is no row of "relu".
     """
-    found = {row["activation"]: (float(row["top1_percent"]), float(row["std_percent"] or 0)) for row in rows}
+    found = {row["activation"]: (float(row["top1_percent"]), float(row["std_percent"] or "nan")) for row in rows}
     if "relu" not in found:
         raise ValueError(f"no row has the activation relu, the baseline; there are {', '.join(found)}")
     functions = [n for n in dict.fromkeys(name.removeprefix("sugar_") for name in found) if n != "relu"]
@@ -86,7 +86,8 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     figure, axes = new_figure(1, 1, width=max(6.0, 1.2 + 0.85 * len(functions)), height=3.8)
     ax = axes[0, 0]
     baseline, spread = found["relu"]
-    ax.axhspan(baseline - spread, baseline + spread, color="0.8", linewidth=0)
+    if spread == spread:
+        ax.axhspan(baseline - spread, baseline + spread, color="0.8", linewidth=0)
     ax.axhline(baseline, color=BLACK, linewidth=1.4, label=f"ReLU, the baseline: {baseline:.1f}%")
     for prefix, shift, colour, hatch, label in (
         ("", -0.2, ORANGE, "", "the function itself"),

@@ -114,7 +114,14 @@ def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -
     if importlib.util.find_spec("matplotlib") and any(row["activation"] == "relu" for row in rows):
         from ..analysis import plots, run_plots
 
-        plots.save(run_plots.accuracy_bars(rows, table["recipe"]), folder / "bars")
+        plots.save(run_plots.accuracy_bars(rows, _title(table)), folder / "bars")
+
+
+def _title(table: dict[str, Any]) -> str:
+    parts = [table["data"]] if "data" in table else []
+    parts += [f"{table['epochs']} epochs"] if "epochs" in table else []
+    parts += [f"seed{'s' if len(table['seeds']) > 1 else ''} {', '.join(map(str, table['seeds']))}"]
+    return f"{table['recipe']}: {', '.join(parts)}"
 
 
 def _percentages(cell: dict[str, Any]) -> dict[str, Any]:
