@@ -200,6 +200,14 @@ def test_table(tmp_path):
         assert note in shown
 
 
+@pytest.mark.parametrize("seeds", [[1], [1, 2]])
+def test_the_picture_of_a_table_says_what_it_shows(seeds, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("timm_sugar.analysis.plots.save", lambda figure, path: drawn.append(figure.get_suptitle()))
+    write_table(make_table("small", [("relu", seed, _summary(0.5)) for seed in seeds], PAPER, ""), tmp_path)
+    assert drawn == [f"small: cifar10, 10 epochs, {'seed 1' if seeds == [1] else 'seeds 1, 2'}"]
+
+
 def test_rank_correlation_has_the_sign_of_the_order():
     backwards = [(name, 1, _summary(1 - PAPER[name][0])) for name in PAPER]
     assert make_table("small", backwards, PAPER, "")["spearman"] == -1.0

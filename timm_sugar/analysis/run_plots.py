@@ -86,7 +86,7 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     figure, axes = new_figure(1, 1, width=max(6.0, 1.2 + 0.85 * len(functions)), height=3.8)
     ax = axes[0, 0]
     baseline, spread = found["relu"]
-    if spread == spread:
+    if not math.isnan(spread):
         ax.axhspan(baseline - spread, baseline + spread, color="0.8", linewidth=0)
     ax.axhline(baseline, color=BLACK, linewidth=1.4, label=f"ReLU, the baseline: {baseline:.1f}%")
     for prefix, shift, colour, hatch, label in (

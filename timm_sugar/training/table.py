@@ -118,10 +118,9 @@ def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -
 
 
 def _title(table: dict[str, Any]) -> str:
-    parts = [table["data"]] if "data" in table else []
-    parts += [f"{table['epochs']} epochs"] if "epochs" in table else []
-    parts += [f"seed{'s' if len(table['seeds']) > 1 else ''} {', '.join(map(str, table['seeds']))}"]
-    return f"{table['recipe']}: {', '.join(parts)}"
+    epochs = f"{table['epochs']} epochs" if "epochs" in table else ""
+    seeds = f"seed{'s' if len(table['seeds']) > 1 else ''} {', '.join(map(str, table['seeds']))}"
+    return f"{table['recipe']}: {', '.join(filter(None, (table.get('data'), epochs, seeds)))}"
 
 
 def _percentages(cell: dict[str, Any]) -> dict[str, Any]:
