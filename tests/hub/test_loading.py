@@ -273,7 +273,12 @@ def test_missing_tags(cli, full_size, name, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "arguments"), [("swin_tiny_sugar_nelu", 64, {"img_size": 64}), ("conv2next_sugar", 32, {})]
+    ("name", "size", "arguments"),
+    [
+        ("swin_tiny_sugar_nelu", 64, {"img_size": 64, "drop_path_rate": 0.2}),
+        ("conv2next_sugar", 32, {"drop_path_rate": 0.1, "ls_init_value": 1.0}),
+        ("resnet18_sugar_bsilu", 32, {"zero_init_last": False}),
+    ],
 )
 def test_a_folder_loads_into_its_entrypoint_without_arguments(tmp_path, monkeypatch, name, size, arguments):
     model = build(name, num_classes=3, **arguments).eval()
@@ -288,7 +293,7 @@ def test_a_folder_loads_into_its_entrypoint_without_arguments(tmp_path, monkeypa
     other = timm.create_model(name, pretrained=True, num_classes=5)
     stem = next(iter(model.state_dict()))
     assert torch.equal(other.state_dict()[stem], model.state_dict()[stem])
-    assert other(images).shape == (1, 5)
+    assert other.eval()(images).shape == (1, 5)
 
 
 def test_neither_folder_nor_organisation(cli):

@@ -25,8 +25,9 @@ _NOT_MODEL_ARGUMENTS = {
     *("model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
     *("scriptable", "exportable", "no_jit", "pretrained_model_args", "pretrained_strict", "pretrained_filter_fn"),
 }
-# Arguments that every entrypoint takes from its pretrained_cfg, or whose effect is over once weights are loaded.
-_OF_ANY_ENTRYPOINT = {"num_classes", "in_chans", "global_pool", "img_size", "zero_init_last", "save"}
+# Arguments that every entrypoint takes from its pretrained_cfg, or whose effect is over once weights are loaded. Drop
+# rates, which have none at inference, are not recorded by timm.
+_OF_ANY_ENTRYPOINT = {"num_classes", "in_chans", "global_pool", "img_size", "zero_init_last", "ls_init_value", "save"}
 _ACTIVATION = ("surrogate", "alpha", "act_layer")
 
 
