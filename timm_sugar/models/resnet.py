@@ -54,6 +54,9 @@ default_cfgs = generate_default_cfgs(
         "resnet18_sugar_bsilu": _cfg(),
         "resnet34_sugar_bsilu": _cfg(),
         "resnet50_sugar_bsilu": _cfg(),
+        "resnet18_cifar_sugar_bsilu.cifar10": _cfg(
+            hf_hub_id="timm-sugar/resnet18_cifar_sugar_bsilu.cifar10", **CIFAR_INPUT, pool_size=(4, 4)
+        ),
         "resnet18_cifar_sugar_bsilu": _cfg(**CIFAR_INPUT, pool_size=(4, 4)),
     }
 )
