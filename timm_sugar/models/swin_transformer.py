@@ -47,6 +47,15 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        "swin_tiny_sugar_nelu.tin_64": _cfg(
+            hf_hub_id="timm-sugar/swin_tiny_sugar_nelu.tin_64",
+            num_classes=200,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            mean=(0.4799, 0.4479, 0.3972),
+            std=(0.2771, 0.2693, 0.2816),
+        ),
         "swin_tiny_sugar_nelu": _cfg(),
         "swin_small_sugar_nelu": _cfg(),
         "swin_base_sugar_nelu": _cfg(),
