@@ -96,9 +96,12 @@ def test_every_folder_of_hub_cards(monkeypatch):
     tags = {name for name in timm.list_pretrained() if is_own(name) and "." in name}
     assert tags == {folder.name for folder in folders}
     for folder in folders:
-        check_tag(
-            folder, default=timm.get_pretrained_cfg(folder.name.split(".")[0]).tag == folder.name.split(".", 1)[1]
-        )
+        cfg = timm.get_pretrained_cfg(folder.name)
+        check_tag(folder, default=timm.get_pretrained_cfg(folder.name.split(".")[0]).tag == cfg.tag)
+        trained_with = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+        for key in ("mean", "std", "interpolation", "crop_pct"):
+            expected = tuple(trained_with[key]) if isinstance(trained_with[key], list) else trained_with[key]
+            assert getattr(cfg, key) == expected, (folder.name, key)
 
 
 FACTS = "dataset: lab/colours\nlimits: Three colours.\npaper: {top1: 0.8642, where: table 4}\nbaseline: relu.json\n"

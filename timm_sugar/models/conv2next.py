@@ -317,6 +317,12 @@ default_cfgs = generate_default_cfgs(
         "conv2next_tiny": _cfg(**_CONV2NEXT),
         "conv2next_base": _cfg(**_CONV2NEXT),
         "conv2next_large": _cfg(**_CONV2NEXT),
+        "conv2next_sugar.cifar10": _cfg(
+            hf_hub_id="timm-sugar/conv2next_sugar.cifar10",
+            num_classes=10,
+            mean=(0.4924, 0.4833, 0.4475),
+            std=(0.2446, 0.2423, 0.2604),
+        ),
         "conv2next_sugar": _cfg(),
     }
 )

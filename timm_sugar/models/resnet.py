@@ -46,16 +46,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return cfg(**IMAGENET_INPUT | dict(first_conv="conv1", classifier="fc") | kwargs)
 
 
+# With the statistics that the published weights were trained with, those of the JPEG re-encoding.
+_CIFAR10_INPUT = CIFAR_INPUT | dict(mean=(0.4914, 0.4822, 0.4466), std=(0.2452, 0.2429, 0.2607))
+
 default_cfgs = generate_default_cfgs(
     {
         "resnet18_sugar_bsilu.cifar10": _cfg(
-            hf_hub_id="timm-sugar/resnet18_sugar_bsilu.cifar10", **CIFAR_INPUT, pool_size=(1, 1)
+            hf_hub_id="timm-sugar/resnet18_sugar_bsilu.cifar10", **_CIFAR10_INPUT, pool_size=(1, 1)
         ),
         "resnet18_sugar_bsilu": _cfg(),
         "resnet34_sugar_bsilu": _cfg(),
         "resnet50_sugar_bsilu": _cfg(),
         "resnet18_cifar_sugar_bsilu.cifar10": _cfg(
-            hf_hub_id="timm-sugar/resnet18_cifar_sugar_bsilu.cifar10", **CIFAR_INPUT, pool_size=(4, 4)
+            hf_hub_id="timm-sugar/resnet18_cifar_sugar_bsilu.cifar10", **_CIFAR10_INPUT, pool_size=(4, 4)
         ),
         "resnet18_cifar_sugar_bsilu": _cfg(**CIFAR_INPUT, pool_size=(4, 4)),
     }
