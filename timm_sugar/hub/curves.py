@@ -30,6 +30,7 @@ def training_curves(metrics: list[dict[str, Any]]) -> bytes | None:
         axes[1].plot(epochs, [100 * line["val_top1"] for line in metrics], label="validation")
         axes[1].set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
         axis.grid(alpha=0.3)
     buffer = io.BytesIO()
