@@ -99,9 +99,8 @@ def test_every_folder_of_hub_cards(monkeypatch):
         cfg = timm.get_pretrained_cfg(folder.name)
         check_tag(folder, default=timm.get_pretrained_cfg(folder.name.split(".")[0]).tag == cfg.tag)
         trained_with = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-        for key in ("mean", "std", "interpolation", "crop_pct"):
-            expected = tuple(trained_with[key]) if isinstance(trained_with[key], list) else trained_with[key]
-            assert getattr(cfg, key) == expected, (folder.name, key)
+        input_of_tag = dict(mean=[*cfg.mean], std=[*cfg.std], interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
+        assert input_of_tag == {key: trained_with[key] for key in input_of_tag}, folder.name
 
 
 FACTS = "dataset: lab/colours\nlimits: Three colours.\npaper: {top1: 0.8642, where: table 4}\nbaseline: relu.json\n"
