@@ -48,7 +48,9 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     library = (path for path in (ROOT / "timm_sugar").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     info = f"timm_sugar-{timm_sugar.__version__}.dist-info"
     added = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
-    assert names == {path.relative_to(ROOT).as_posix() for path in library} | added
+    recipes = {f"timm_sugar/recipes/{path.name}" for path in (ROOT / "train/recipes").glob("*.yaml")}
+    assert len(recipes) > 8
+    assert names == {path.relative_to(ROOT).as_posix() for path in library} | recipes | added
     assert wheel.stat().st_size < 300_000
 
 
@@ -70,6 +72,18 @@ def test_the_oldest_versions_are_those_that_the_package_claims():
     assert len(claimed) == 11
     for name, version in claimed.items():
         assert Version(oldest[name]) == Version(version), name
+
+
+def test_the_installed_wheel_trains_by_a_recipe(wheel, tmp_path):
+    done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "lib", wheel)
+    assert done.returncode == 0, done.stderr
+    flags = "--data digits --img-size 32 --batch-size 16 --limit-train 64 --workers 0 --mixed-precision no --dry-run"
+    network = ["embed_dim=12", "depths=[1, 1, 1, 1]", "num_heads=[1, 2, 2, 4]"]
+    command = ["-m", "timm_sugar.training", "--recipe", "swin_tiny_tinyimagenet", *flags.split()]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib"), "CUDA_VISIBLE_DEVICES": ""}
+    done = run(sys.executable, *command, "--model-args", *network, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (json.loads(done.stdout)["epochs"], json.loads(done.stdout)["steps_per_epoch"]) == (300, 4)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_command_lines_parse(line):
     assert (ROOT / words[script]).exists()
     if "TrainConfig" in (ROOT / words[script]).read_text() or "main(__file__" in (ROOT / words[script]).read_text():
         recipe = re.search(r'recipe="(\w+)"', (ROOT / words[script]).read_text())[1]
-        load_config(words[script + 1 :], "prog", "text", ROOT / "train" / "recipes", recipe)
+        load_config(words[script + 1 :], "prog", "text", recipe)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

@@ -235,8 +235,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     folder = args.output or (Path(args.model) if Path(args.model, "config.yaml").is_file() else None)
     if folder:
-        from .analysis import run_plots  # before the work, lest matplotlib be missing after it
-        from .analysis.plots import save
+        from .analysis import plots  # before the work: matplotlib may be missing
     model = find_model(args.model)
     network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
     source = model.load_any_data(args.data, args.label_column)
@@ -256,10 +255,10 @@ def _profile(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "profile.json", json.dumps(result) + "\n")
         named = {Path(args.model).name: result}
-        save(run_plots.activation_ridges(named), folder / "activation_profile")
-        save(run_plots.dead_units_by_layer(named), folder / "dead_units")
+        plots.save(plots.activation_ridges(named), folder / "activation_profile")
+        plots.save(plots.dead_units_by_layer(named), folder / "dead_units")
         if gradients:
-            save(run_plots.gradient_norms_by_layer(gradients), folder / "gradient_norms")
+            plots.save(plots.gradient_norms_by_layer(gradients), folder / "gradient_norms")
     if args.json:
         print(json.dumps(result, indent=2))
         return 0

@@ -21,7 +21,6 @@ from timm_sugar.terminal import Parser
 from timm_sugar.training import TrainConfig, load_config, one_line_errors, train
 
 NETWORKS = {"ResNet-18": "digits", "16 narrow convolutions": "digits_dying"}
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def compare(output: Path) -> None:
     for network, recipe in NETWORKS.items():
         for activation, arguments in (("SUGAR B-SiLU", []), ("ReLU", ["--act-layer", "relu"])):
             folder = output / f"{recipe}-{'relu' if arguments else 'sugar'}"
-            config = load_config([*arguments, "--output", str(folder)], "demo", "", RECIPES, recipe)
+            config = load_config([*arguments, "--output", str(folder)], "demo", "", recipe)
             console.print(f"training {network} with {activation} ...")
             summary = train(config)
             check_loaded_back(config, summary)

@@ -17,7 +17,8 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from timm_sugar.analysis import plots
+    from paper import figures as paper_figures
+    from timm_sugar.analysis.plots import save
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
     if package not in ("rich", "matplotlib"):
@@ -25,9 +26,9 @@ except ModuleNotFoundError as error:
     extra = {"rich": "train", "matplotlib": "report"}[package]
     sys.exit(f"dying_relu.py: {package} is missing: pip install 'timm-sugar[{extra}]'")
 
+from paper.collapse import COLLAPSED, paper_function, paper_shape, table_row
+from paper.dying_relu import TARGETS, Cell, run_cells
 from timm_sugar import list_surrogates
-from timm_sugar.analysis.collapse import COLLAPSED, paper_function, paper_shape, table_row
-from timm_sugar.analysis.dying_relu import TARGETS, Cell, run_cells
 from timm_sugar.files import write_file
 from timm_sugar.terminal import Parser, progress_bars
 
@@ -114,19 +115,19 @@ def draw(results: list[dict[str, Any]], swept: list[dict[str, Any]], arguments: 
     methods = ("he", "rai", f"sugar_{combined}", f"rai_sugar_{combined}")
     main_results = [r for r in results if shape.items() <= r.items() and r["method"] in methods]
     figures = {
-        "figure1_gradients": plots.sugar_gradients(),
-        "figure8_surrogates": plots.surrogate_functions(),
-        "figure7_activation": plots.activation_probability(main_results),
-        "losses": plots.loss_histograms(main_results),
+        "figure1_gradients": paper_figures.sugar_gradients(),
+        "figure8_surrogates": paper_figures.surrogate_functions(),
+        "figure7_activation": paper_figures.activation_probability(main_results),
+        "losses": paper_figures.loss_histograms(main_results),
     }
     relu, sugar = (next(r for r in main_results if r["method"] == m) for m in (methods[0], methods[2]))  # both f1
     run = typical_collapse(relu, sugar)
     if run is not None:
-        figures["figure6_prediction"] = plots.predictions(relu, sugar, run)
+        figures["figure6_prediction"] = paper_figures.predictions(relu, sugar, run)
     if swept:
-        figures["depth"] = plots.collapse_by_depth(swept)
+        figures["depth"] = paper_figures.collapse_by_depth(swept)
     for name, figure in figures.items():
-        plots.save(figure, arguments.output / name)
+        save(figure, arguments.output / name)
 
 
 def typical_collapse(relu: dict[str, Any], sugar: dict[str, Any]) -> int | None:

@@ -15,8 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 try:
-    from timm_sugar.analysis import run_plots
-    from timm_sugar.analysis.plots import save
+    from paper.figures import seed_curves
+    from timm_sugar.analysis.plots import activation_ridges, dead_units_by_layer, save
     from timm_sugar.training import TrainConfig, one_line_errors, train
 except ModuleNotFoundError as error:
     sys.exit(f"reviving_units.py: {error.name} is missing: pip install 'timm-sugar[train,report]'")
@@ -167,13 +167,13 @@ def draw(records: list[dict[str, Any]], output: Path) -> None:
             of_seeds = [profiles(output / f"seed{record['seed']}" / f"{arm}-{lr:g}") for record in records]
             found |= {"before": [each["before"] for each in of_seeds]}
             found |= {f"after {label}": [each["after"] for each in of_seeds]}
-        figure = run_plots.seed_curves(curves, ("dead_units", "val_top1"))
+        figure = seed_curves(curves, ("dead_units", "val_top1"))
         for ax in figure.axes:
             ax.axvline(begun, color="0.5", linestyle=":", linewidth=1)
         save(figure, output / f"epochs_{lr:g}")
         layers = {label: pooled(of_seeds) for label, of_seeds in found.items()}
-        save(run_plots.dead_units_by_layer(layers), output / f"layers_{lr:g}")
-        save(run_plots.activation_ridges({label: each[0] for label, each in found.items()}), output / f"profile_{lr:g}")
+        save(dead_units_by_layer(layers), output / f"layers_{lr:g}")
+        save(activation_ridges({label: each[0] for label, each in found.items()}), output / f"profile_{lr:g}")
 
 
 def pooled(profiles: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Stop it whenever you like: the same command goes on, and a finished cell is not 
 table.json and bars.png; `--table-only` writes them from what is finished.
 """
 
-from timm_sugar.training.sweep import main
+from paper.sweep import main
 
 if __name__ == "__main__":
     main(__file__, __doc__, recipe="table4_small")

@@ -187,7 +187,7 @@ def test_differences_and_commands(page, folders, tmp_path):
     assert rest.startswith("accelerate launch train/digits.py --recipe relu.yaml --output output/relu\n")
     (tmp_path / "relu.yaml").write_text(recipe)
     argv = ["--recipe", str(tmp_path / "relu.yaml"), "--output", "output/relu"]
-    config = vars(load_config(argv, "digits", "", tmp_path, "digits"))
+    config = vars(load_config(argv, "digits", "", "digits"))
     wanted = yaml.safe_load((folders[1] / "config.yaml").read_text())
     assert config == {name: wanted[name] for name in config} | {"output": "output/relu"}
 

@@ -1,24 +1,21 @@
 """Settings: defaults, recipes, command line, and what is refused."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
 from timm_sugar.training.config import TrainConfig
-from timm_sugar.training.recipes import load_config, read_recipe
-
-RECIPES = Path(__file__).parents[2] / "train" / "recipes"
+from timm_sugar.training.recipes import RECIPES, load_config, read_recipe
 
 
-def _load(*argv, recipe="digits", recipes=RECIPES):
-    return load_config(argv, "prog", "text", recipes, recipe)
+def _load(*argv, recipe="digits"):
+    return load_config([*map(str, argv)], "prog", "text", recipe)
 
 
 def test_recipe_over_defaults_and_flags_over_recipe(tmp_path):
     (tmp_path / "small.yaml").write_text("epochs: 3\nlr: 1e-2\nmodel_args: {drop_rate: 0.1, global_pool: avg}\n")
-    config = _load("--recipe", "small", "--epochs", "7", "--model-args", "drop_rate=0.5", "x=[1, 2]", recipes=tmp_path)
+    config = _load("--recipe", tmp_path / "small.yaml", "--epochs", "7", "--model-args", "drop_rate=0.5", "x=[1, 2]")
     assert (config.epochs, config.lr, config.batch_size) == (7, 0.01, 128)
     assert config.model_args == {"drop_rate": 0.5, "global_pool": "avg", "x": [1, 2]}
     assert config.output == "output/small-resnet18_sugar_bsilu-seed42"
@@ -33,10 +30,10 @@ def test_recipe_by_path(tmp_path):
 
 def test_activation_on_the_command_line_replaces_the_recipes(tmp_path):
     (tmp_path / "r.yaml").write_text("surrogate: nelu\nalpha: 0.1\n")
-    assert _load("--recipe", "r", recipes=tmp_path).alpha == 0.1
-    config = _load("--recipe", "r", "--act-layer", "relu", recipes=tmp_path)
+    assert _load("--recipe", tmp_path / "r.yaml").alpha == 0.1
+    config = _load("--recipe", tmp_path / "r.yaml", "--act-layer", "relu")
     assert (config.surrogate, config.alpha, config.act_layer) == (None, None, "relu")
-    config = _load("--recipe", "r", "--surrogate", "bsilu", recipes=tmp_path)
+    config = _load("--recipe", tmp_path / "r.yaml", "--surrogate", "bsilu")
     assert (config.surrogate, config.alpha) == ("bsilu", None)
 
 
@@ -77,13 +74,13 @@ def test_bad_command_line(argv, message):
 def test_unknown_field_of_a_recipe(tmp_path):
     (tmp_path / "typo.yaml").write_text("learning_rat: 1\nlr: 2\n")
     with pytest.raises(ValueError, match="unknown field 'learning_rat'"):
-        _load("--recipe", "typo", recipes=tmp_path)
+        _load("--recipe", tmp_path / "typo.yaml")
     (tmp_path / "broken.yaml").write_text("mean: [0.5\n")
     with pytest.raises(ValueError, match=r"recipe .*broken.yaml is not valid YAML"):
-        _load("--recipe", "broken", recipes=tmp_path)
+        _load("--recipe", tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- lr\n")
     with pytest.raises(ValueError, match="must be a mapping"):
-        _load("--recipe", "list", recipes=tmp_path)
+        _load("--recipe", tmp_path / "list.yaml")
 
 
 def test_numbers_in_model_args():
@@ -102,7 +99,7 @@ def test_help_names_every_setting(capsys):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_recipes_are_valid_and_say_where_numbers_come_from(path):
-    TrainConfig(**read_recipe(path.stem, RECIPES))
+    TrainConfig(**read_recipe(path.stem))
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert any(re.search(r"train/\w+\.py", line) for line in lines if line.startswith("#"))
@@ -114,7 +111,7 @@ def test_committed_recipes_are_valid_and_say_where_numbers_come_from(path):
 
 
 def _recipe(name):
-    return TrainConfig(**read_recipe(name, RECIPES))
+    return TrainConfig(**read_recipe(name))
 
 
 @pytest.mark.parametrize(("network", "model"), [("resnet18", "resnet18_cifar"), ("vgg16", "vgg16_cifar")])

@@ -1,43 +1,32 @@
-"""Figures: a style that survives colour blindness and grey print, and the pictures of the paper's appendix A."""
+"""Pictures of what a network does, in a style that survives colour blindness and grey print."""
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..files import write_file
-from ..surrogates import get_surrogate, list_surrogates
-from .collapse import COLLAPSED, born_dead_bound, learned_below, relative_ranges
-from .dying_relu import GRID, TARGETS
 
 try:
     from matplotlib.figure import Figure as Figure
-    from matplotlib.ticker import PercentFormatter
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("plots need matplotlib: pip install 'timm-sugar[report]'", name="matplotlib") from error
 
 # Okabe and Ito's palette, safe for the common colour deficiencies; the dashes tell curves apart without colour.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#e69f00", "#56b4e9", "#009e73"
 BLUE, RED, PURPLE = "#0072b2", "#d55e00", "#cc79a7"
-METHOD_STYLE = {
-    "he": ("ReLU, He", BLACK, "o", "-"),
-    "rai": ("ReLU, RAI", ORANGE, "s", "--"),
-    "sugar": ("SUGAR, He", BLUE, "^", "-"),
-    "rai_sugar": ("SUGAR, RAI", GREEN, "D", "-."),
-}
-SURROGATE_STYLE = {
-    "bsilu": ("B-SiLU", BLUE, "-"),
-    "nelu": ("NeLU", RED, "-"),
-    "elu": ("ELU", GREEN, "--"),
-    "selu": ("SELU", ORANGE, "--"),
-    "gelu": ("GELU", PURPLE, "-."),
-    "silu": ("SiLU", SKY, "-."),
-    "mish": ("Mish", "#8c6d00", ":"),
-    "leaky_relu": ("LeakyReLU", "#888888", ":"),
-}
-DRAWN_ALPHA = {"nelu": 0.1, "leaky_relu": 0.2}  # larger than the defaults, at which a picture cannot show them
+# Beside colour, dashes, markers and hatches tell them apart, in grey print too.
+STYLES = [
+    (BLACK, "-", "o", ""),
+    (BLUE, "--", "s", "////"),
+    (ORANGE, "-.", "^", "...."),
+    (GREEN, ":", "D", "xxxx"),
+    (PURPLE, (0, (5, 1, 1, 1, 1, 1)), "v", "\\\\\\\\"),
+    (SKY, (0, (1, 1)), "P", "++++"),
+    (RED, (0, (8, 2)), "X", "oooo"),
+    ("#8c6d00", (0, (3, 1, 1, 1)), "*", "****"),
+]
 
 
 def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 3.2, **kwargs: Any) -> tuple[Figure, Any]:
@@ -59,169 +48,78 @@ def save(figure: Figure, path: Path) -> None:
         write_file(path.with_name(path.name + suffix), content.getvalue())
 
 
-def method_style(method: str) -> tuple[str, str, str, str]:
-    """Label, colour, marker and dashes of a method of appendix A."""
-    head, found, surrogate = method.partition("sugar_")
-    label, colour, marker, dashes = METHOD_STYLE[f"{head}sugar" if found else method]
-    if found:
-        label = label.replace("SUGAR", f"SUGAR {surrogate_style(surrogate)[0]}")
-    return label, colour, marker, dashes
+def activation_ridges(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Figures 4 and 10: for each layer, how many of its elements are active for which share of the images.
 
-
-def surrogate_style(name: str) -> tuple[str, str, str]:
-    """Label, colour and dashes of a surrogate; registered ones share a grey."""
-    return SURROGATE_STYLE.get(name, (name, "0.4", "--"))
-
-
-def sugar_gradients() -> Figure:
-    """Figure 1: ReLU and its derivative, then ReLU with the derivative of B-SiLU and of NeLU in its place."""
-    figure, axes = new_figure(1, 3, sharey=True)
-    x = torch.linspace(-4, 4, 801)
-    for ax, name in zip(axes[0], (None, "bsilu", "nelu"), strict=True):
-        label, colour, derivative = "ReLU", BLACK, (x > 0).float()
-        if name is not None:
-            entry, alpha = get_surrogate(name), DRAWN_ALPHA.get(name)
-            derivative = entry.derivative(x, entry.resolve_alpha(alpha))
-            label, colour = f"SUGAR with {_label_with_alpha(name)}", surrogate_style(name)[1]
-        ax.plot(x, torch.relu(x), "--", color="0.45")
-        ax.plot(x, derivative, color=colour, linewidth=2)
-        ax.text(2.3, 1.75, "forward", color="0.35", ha="left")
-        ax.text(3.9, 1.33 if name == "bsilu" else 1.06, "backward", color=colour, ha="right")
-        ax.set(title=label, xlabel="pre-activation x", ylim=(-0.4, 2.2), xlim=(-4, 4))
-    return figure
-
-
-def surrogate_functions() -> Figure:
-    """Figure 8: functions (where known) and derivatives of all surrogates, in front of those of ReLU."""
-    figure, axes = new_figure(1, 2, height=4.4)
-    x = torch.linspace(-5, 3, 801)
-    left, right = axes[0]
-    left.set(title="function s(x)", xlabel="x", xlim=(-5, 3), ylim=(-2, 3.6))
-    right.set(title="derivative s'(x)", xlabel="x", xlim=(-5, 3))
-    left.plot(x, torch.relu(x), color=BLACK, linewidth=2.4)
-    right.plot(x, (x > 0).float(), color=BLACK, linewidth=2.4, label="ReLU")
-    for name in list_surrogates():
-        entry = get_surrogate(name)
-        alpha = entry.resolve_alpha(DRAWN_ALPHA.get(name))
-        _, colour, dashes = surrogate_style(name)
-        style = {"color": colour, "linestyle": dashes, "linewidth": 2.6 if name == "bsilu" else 1.6}
-        if entry.function is not None:
-            left.plot(x, entry.function(x, alpha), **style)
-        right.plot(x, entry.derivative(x, alpha), label=_label_with_alpha(name), **style)
-    right.legend(loc="upper left", frameon=False)
-    return figure
-
-
-def predictions(relu: dict[str, Any], sugar: dict[str, Any], run: int) -> Figure:
-    """Figure 6: what one run predicts after training with ReLU (left) and with SUGAR (right), beside the target.
+    All ridges have one scale: their height goes with the square root of the share of the elements, without which a
+    bin that holds nearly all of them would hide the others. At the right stands the share of the units that are dead.
 
     Args:
-        relu: Result of `train` for a cell of scalar input, without a surrogate.
-        sugar: The same cell with one.
-        run: Number of the run.
+        profiles: Label of each panel -> content of a profile.json, or `Profile.to_dict()`.
     """
-    figure, axes = new_figure(1, 2, sharey=True)
-    target = TARGETS[relu["function"]]
-    for ax, result in zip(axes[0], (relu, sugar), strict=True):
-        label, colour, _, _ = method_style(result["method"])
-        ax.plot(GRID, target.function(GRID), color="0.6", linewidth=4, label=f"target {target.label}")
-        ax.plot(GRID, result["prediction"][run], color=colour, linewidth=2, label="prediction")
-        loss = result["loss"][run] / result["variance"][run]
-        ax.set(title=f"{label}: loss {loss:.2g} of the variance", xlabel="x")
-        ax.legend(frameon=False)
+    rows = max(len(found["layers"]) for found in profiles.values())
+    figure, axes = new_figure(1, len(profiles), width=1 + 4.2 * len(profiles), height=max(2.6, 0.9 + 0.3 * rows))
+    for place, (ax, (name, found)) in enumerate(zip(axes[0], profiles.items(), strict=True)):
+        colour = STYLES[place % len(STYLES)][0]
+        layers = found["layers"]
+        ax.grid(False)
+        for row, layer in enumerate(layers):
+            counts, bins = layer["histogram"], len(layer["histogram"])
+            edges = [100 * i / bins for i in range(bins + 1)]
+            heights = [row - 2 * math.sqrt(count / sum(counts)) for count in counts]
+            style = {"step": "post", "zorder": row}
+            ax.fill_between(edges, row, [*heights, heights[-1]], facecolor="white", **style)
+            ax.fill_between(edges, row, [*heights, heights[-1]], facecolor=colour, alpha=0.35, **style)
+            ax.step(edges, [*heights, heights[-1]], where="post", color=colour, linewidth=0.9, zorder=row)
+            ax.text(102, row, f"{100 * layer['dead'] / layer['units']:.0f}%", va="bottom", fontsize=7)
+        ax.text(102, -1.9, "dead", fontsize=8, va="bottom")
+        ax.set(title=name, xlim=(0, 100), ylim=(len(layers) - 0.9, -1.9))
+        step = math.ceil(len(layers) / 20)
+        ax.set_yticks(range(0, len(layers), step), [str(i + 1) for i in range(0, len(layers), step)])
+        ax.spines["left"].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].set_ylabel("layer, input at the top")
+    figure.supxlabel("images for which an element is active (%)", fontsize=10)
     return figure
 
 
-def activation_probability(results: list[dict[str, Any]]) -> Figure:
-    """Figure 7: fraction of positive pre-activations over the epochs, mean of the runs with their quartiles."""
-    functions = _functions(results)
-    figure, axes = new_figure(math.ceil(len(functions) / 2), 2, height=2.9, sharex=True, sharey=True)
-    for ax, function in zip(axes.flat, functions, strict=False):
-        ax.set_title(f"{function}: {TARGETS[function].label}")
-        for result in _of(results, function):
-            label, colour, _, dashes = method_style(result["method"])
-            values = torch.tensor(result["activation"])
-            low, high = values.quantile(torch.tensor([0.25, 0.75]), dim=1)
-            epochs = range(len(values))
-            ax.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-            ax.plot(epochs, values.mean(1), color=colour, linestyle=dashes, label=label)
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
-        ax.set_ylim(0, 1)
-    if len(functions) % 2:
-        axes[-1, 1].set_visible(False)
-        if len(functions) > 1:
-            axes[-2, 1].tick_params(labelbottom=True)
-    figure.supxlabel("epoch")
-    figure.supylabel("active units")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return figure
-
-
-def loss_histograms(results: list[dict[str, Any]]) -> Figure:
-    """Final losses relative to the target's variance, a row a function and a column a method.
-
-    The axis is logarithmic, losses below it count as its end; table 3's ranges are grey, our borders dotted.
-    """
-    functions = _functions(results)
-    methods = list(dict.fromkeys(result["method"] for result in results))
-    figure, axes = new_figure(len(functions), len(methods), height=1.45, sharex=True, sharey=True)
-    bins = torch.logspace(-5, math.log10(2), 54).tolist()
-    for row, function in zip(axes, functions, strict=True):
-        row[0].set_ylabel(f"{function}\nruns")
-        for ax, result in zip(row, _of(results, function), strict=True):
-            for category, (low, high) in relative_ranges(function).items():
-                ax.axvspan(low, high, color="0.85", linewidth=0, zorder=0)
-                place = {"A": 1.35, "B": 0.62}.get(category, math.sqrt(low * high))
-                ax.text(place, 0.97, category, transform=ax.get_xaxis_transform(), ha="center", va="top", color="0.3")
-            for border in (COLLAPSED, learned_below(function)):
-                if border is not None:
-                    ax.axvline(border, color="0.4", linestyle=":", linewidth=1)
-            losses = [a / b for a, b in zip(result["loss"], result["variance"], strict=True)]
-            clipped = [min(max(loss, bins[0]), bins[-1]) for loss in losses]
-            ax.hist(clipped, bins, color=method_style(result["method"])[1])
-            ax.set_xscale("log")
-            ax.set_ylim(0, 1.25 * len(losses))  # the letters stand above the bars
-    for ax, method in zip(axes[0], methods, strict=True):
-        ax.set_title(method_style(method)[0])
-    figure.supxlabel("final loss / variance of the target")
-    return figure
-
-
-def collapse_by_depth(rows: list[dict[str, Any]]) -> Figure:
-    """Percent of collapsed runs against depth with Wilson 95% intervals, and theory's lower bound for He's start.
+def dead_units_by_layer(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Share of dead units of each layer, a bar for each profile.
 
     Args:
-        rows: Rows of `table_row` of one function and width.
+        profiles: As for `activation_ridges`; layers are matched by their place in the forward pass.
     """
-    figure, axes = new_figure(1, 1, width=7, height=4.2)
+    rows = max(len(found["layers"]) for found in profiles.values())
+    figure, axes = new_figure(1, 1, width=max(5.5, 1.5 + 0.16 * rows * (1 + len(profiles))), height=3.6)
     ax = axes[0, 0]
-    width = rows[0]["width"]
-    depths = range(1, max(row["depth"] for row in rows) + 1)
-    bound = [100 * born_dead_bound(depth, width) for depth in depths]
-    ax.plot(depths, bound, color="0.45", linestyle=":", linewidth=2, label="He, born dead: lower bound (theory)")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        label, colour, marker, dashes = method_style(method)
-        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["depth"])
-        shares = [row["A"] for row in own]
-        ends = [row["interval"]["A"] for row in own]
-        errors = [[share - low for share, (low, _) in zip(shares, ends, strict=True)]]
-        errors.append([high - share for share, (_, high) in zip(shares, ends, strict=True)])
-        style = {"color": colour, "marker": marker, "linestyle": dashes, "capsize": 3, "label": label}
-        ax.errorbar([row["depth"] for row in own], shares, errors, **style)
-    ax.set(xlabel=f"hidden layers of width {width}", ylabel="collapsed runs", ylim=(-2, 102))
-    ax.yaxis.set_major_formatter(PercentFormatter(100))
-    ax.legend(frameon=False, loc="lower right")
+    width = 0.8 / len(profiles)
+    for place, (name, found) in enumerate(profiles.items()):
+        colour, _, _, hatch = STYLES[place % len(STYLES)]
+        x = [row + 1 + (place - (len(profiles) - 1) / 2) * width for row in range(len(found["layers"]))]
+        shares = [100 * layer["dead"] / layer["units"] for layer in found["layers"]]
+        label = f"{name}: {100 * found['dead_units']:.1f}% of all"
+        ax.bar(x, shares, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5, label=label)
+    ax.set(xlabel="layer, in the order of the forward pass", ylabel="dead units (%)", xlim=(0.4, rows + 0.6))
+    ax.set_ylim(0, max(1.0, ax.get_ylim()[1]))
+    step = math.ceil(rows / 20)
+    ax.set_xticks(range(1, rows + 1, step))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(profiles), frameon=False)
     return figure
 
 
-def _label_with_alpha(name: str) -> str:
-    alpha = DRAWN_ALPHA.get(name)
-    return surrogate_style(name)[0] + ("" if alpha is None else f" ({alpha:g})")
+def gradient_norms_by_layer(norms: Sequence[Mapping[str, Any]]) -> Figure:
+    """Gradient norm of each layer's weights with SUGAR and with ReLU, on a logarithmic axis.
 
-
-def _functions(results: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(result["function"] for result in results))
-
-
-def _of(results: list[dict[str, Any]], function: str) -> list[dict[str, Any]]:
-    return [result for result in results if result["function"] == function]
+    Args:
+        norms: What `gradient_norms` returns.
+    """
+    figure, axes = new_figure(1, 1, width=max(5.5, 1.5 + 0.3 * len(norms)), height=3.4)
+    ax = axes[0, 0]
+    layers = range(1, len(norms) + 1)
+    for place, (key, label) in enumerate((("relu", "ReLU"), ("sugar", "SUGAR"))):
+        colour, dashes, marker, _ = STYLES[place]
+        values = [row[key] or math.nan for row in norms]  # no logarithm where nothing arrives
+        ax.plot(layers, values, color=colour, linestyle=dashes, marker=marker, markersize=4, label=label)
+    ax.set(xlabel="convolution or linear layer, from the input", ylabel="norm of the gradient", yscale="log")
+    ax.legend(frameon=False)
+    return figure

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import rc_context
 
 from .landscape_plots import highest_loss, landscape_contours, landscape_surfaces
-from .plots import Figure, new_figure, save
-from .run_plots import STYLES, activation_ridges, dead_units_by_layer
+from .plots import STYLES, Figure, activation_ridges, dead_units_by_layer, new_figure, save
 
 if TYPE_CHECKING:
     from .report import RunRecord

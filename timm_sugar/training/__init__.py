@@ -71,7 +71,7 @@ def main(script: str, description: str, recipe: str) -> None:
     """Run a training script: read the command line, train, print the summary as JSON.
 
     Args:
-        script: The script's ``__file__``; its recipes are in the folder ``recipes`` beside it.
+        script: The script's ``__file__``.
         description: Its docstring, for --help.
         recipe: Its default recipe.
 
@@ -79,13 +79,13 @@ def main(script: str, description: str, recipe: str) -> None:
     with 1 where the loss is not finite or a checkpoint cannot be written, and with 143 or 130 where SIGTERM or Ctrl-C
     stopped it, after saving.
     """
-    path = Path(script)
+    prog = Path(script).name
     with ExitStack() as held:
-        with one_line_errors(path.name, before_training=True):
-            config = load_config(sys.argv[1:], path.name, description, path.parent / "recipes", recipe)
+        with one_line_errors(prog, before_training=True):
+            config = load_config(sys.argv[1:], prog, description, recipe)
             held.enter_context(_hold(config))
             action, argument = _plan(config)
-        with one_line_errors(path.name):
+        with one_line_errors(prog):
             summary = action(argument)
             _push(config)
     if _is_main():

@@ -145,6 +145,8 @@ def average_batch_norm(network: nn.Module) -> None:
 def resume_command() -> str:
     """Return the command line that goes on with this run."""
     arguments = list(sys.argv)
+    if Path(arguments[0]).name == "__main__.py":  # started as a module
+        arguments[:1] = ["-m", __package__]
     if "never" in arguments and arguments[arguments.index("never") - 1] == "--resume":
         index = arguments.index("never")
         del arguments[index - 1 : index + 1]

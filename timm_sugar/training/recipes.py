@@ -13,15 +13,18 @@ import yaml
 from ..surrogates import unknown_name
 from .config import TrainConfig, setting_types, without_none
 
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel the recipes are beside the package's modules; in a checkout they are where the scripts are.
+RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "train" / "recipes"
 
-def load_config(argv: Sequence[str], prog: str, description: str, recipes: Path, recipe: str) -> TrainConfig:
+
+def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -> TrainConfig:
     """Read the command line: defaults, then the recipe, then the flags.
 
     Args:
         argv: Arguments after the program's name.
         prog: The program's name for --help.
         description: What it trains, for --help.
-        recipes: Folder of the recipes, each a YAML file.
         recipe: The default one.
 
     Raises:
@@ -32,7 +35,7 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipes: Path,
     )
     parser.error = _raise  # type: ignore[method-assign]  # one line, as every other error here
     parser.add_argument(
-        "--recipe", default=recipe, help=f"one of {', '.join(_names(recipes))}, or a YAML file (default {recipe})"
+        "--recipe", default=recipe, help=f"one of {', '.join(_names())}, or a YAML file (default {recipe})"
     )
     for spec in dataclasses.fields(TrainConfig):
         _add_argument(parser, spec)
@@ -42,7 +45,7 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipes: Path,
         raise ValueError(unknown_name("argument", unknown[0].split("=")[0], flags))
 
     given = {k: v for k, v in vars(parsed).items() if v is not None and k != "recipe"}
-    settings = read_recipe(parsed.recipe, recipes)
+    settings = read_recipe(parsed.recipe)
     for name in ("act_layer", "surrogate"):  # an activation on the command line replaces the recipe's
         if name in given:
             settings = {k: v for k, v in settings.items() if k not in ("act_layer", "surrogate", "alpha")}
@@ -58,51 +61,36 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipes: Path,
     return config
 
 
-def read_recipe(recipe: str, recipes: Path) -> dict[str, Any]:
+def read_recipe(recipe: str) -> dict[str, Any]:
     """Return the settings of a recipe, by name or path, checked for unknown fields."""
-    settings = _read(recipe, recipes)
+    settings = read_fields(recipe)
     settings.pop("cells", None)
     return settings
 
 
-def read_cells(recipe: str, recipes: Path) -> dict[str, dict[str, Any]]:
-    """Return the cells of a recipe: settings in place of its own, and the paper's figure, by the name of each.
-
-    Raises:
-        ValueError: it has none, or one of them has an unknown field.
-    """
-    cells = _read(recipe, recipes).get("cells")
-    if not isinstance(cells, dict) or not all(isinstance(cell, dict) for cell in cells.values()):
-        raise ValueError(f"recipe {recipe} has no cells: a mapping of names to settings")
-    for name, cell in cells.items():
-        _refuse_unknown(f"recipe {recipe}, cell {name}", cell, "paper")
-        paper = cell.get("paper", [1.0, 0.0])
-        if not isinstance(paper, list) or len(paper) != 2 or not 0 < paper[0] <= 1:
-            raise ValueError(f"recipe {recipe}, cell {name}: paper must be accuracy and its std as fractions of 1")
-    return {str(name): cell for name, cell in cells.items()}
-
-
-def _read(recipe: str, recipes: Path) -> dict[str, Any]:
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes / f"{recipe}.yaml"
+def read_fields(recipe: str) -> dict[str, Any]:
+    """Return what the YAML file of a recipe holds: settings, and ``cells`` where it is for a sweep."""
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        if path.parent != recipes:
+        if path.parent != RECIPES:
             raise ValueError(f"recipe file {recipe} does not exist")
-        raise ValueError(unknown_name("recipe", recipe, _names(recipes)))
+        raise ValueError(unknown_name("recipe", recipe, _names()))
     settings = _parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path}") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} must be a mapping of settings")
-    _refuse_unknown(f"recipe {path}", settings, "cells")
+    check_fields(f"recipe {path}", settings, "cells")
     return settings
 
 
-def _refuse_unknown(where: str, settings: dict[str, Any], besides: str) -> None:
+def check_fields(where: str, settings: dict[str, Any], besides: str) -> None:
+    """Raise ValueError, with the nearest valid name, where a key is neither a setting nor `besides`."""
     for name in settings:
         if name not in setting_types() and name != besides:
             raise ValueError(f"{where}: " + unknown_name("field", name, list(setting_types())))
 
 
-def _names(recipes: Path) -> list[str]:
-    return sorted(path.stem for path in recipes.glob("*.yaml"))
+def _names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def _add_argument(parser: argparse.ArgumentParser, spec: dataclasses.Field[Any]) -> None:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import write_file
-from ..init import randomized_asymmetric_
-from ..layers import Sugar
-from ..surrogates import get_surrogate, list_surrogates, unknown_name
+from timm_sugar.files import write_file
+from timm_sugar.init import randomized_asymmetric_
+from timm_sugar.layers import Sugar
+from timm_sugar.surrogates import get_surrogate, list_surrogates, unknown_name
 
 SAMPLES = 3000
 BATCH_SIZE = 64

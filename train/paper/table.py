@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from ..files import write_file
+from timm_sugar.files import write_file
 
 _SUGAR = "sugar_"
 
@@ -112,9 +112,11 @@ def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -
     write_file(folder / "table.md", shown)
     rows = [_percentages(cell) for cell in table["cells"] if cell["mean"] is not None]
     if importlib.util.find_spec("matplotlib") and any(row["activation"] == "relu" for row in rows):
-        from ..analysis import plots, run_plots
+        from timm_sugar.analysis.plots import save
 
-        plots.save(run_plots.accuracy_bars(rows, _title(table)), folder / "bars")
+        from .figures import accuracy_bars
+
+        save(accuracy_bars(rows, _title(table)), folder / "bars")
 
 
 def _title(table: dict[str, Any]) -> str:

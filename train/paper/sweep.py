@@ -17,13 +17,14 @@ from typing import Any
 
 import yaml
 
-from ..data import available_cpus
-from ..surrogates import unknown_name
-from ..terminal import Parser
-from .config import TrainConfig
-from .processes import on_cpu, stop_signals
-from .recipes import load_config, read_cells
-from .results import read_finished
+from timm_sugar.data import available_cpus
+from timm_sugar.surrogates import unknown_name
+from timm_sugar.terminal import Parser
+from timm_sugar.training.config import TrainConfig
+from timm_sugar.training.processes import on_cpu, stop_signals
+from timm_sugar.training.recipes import check_fields, load_config, read_fields
+from timm_sugar.training.results import read_finished
+
 from .table import make_table, write_table
 
 _NOT_FOR_CELLS = {"--seed": "--seeds", "--resume": None, "--push-to-hub": None, "--eval-only": None, "--dry-run": None}
@@ -55,7 +56,7 @@ def main(script: str, description: str, recipe: str) -> None:
     Args:
         script: The ``__file__`` of train/sweep.py; cells are trained by cifar.py beside it.
         description: Its docstring, for --help.
-        recipe: The default recipe, in ``recipes`` beside it.
+        recipe: The default recipe.
 
     Exits with status 2 where the arguments are wrong, 1 where a cell failed, 143 or 130 after SIGTERM or Ctrl-C.
     """
@@ -69,7 +70,7 @@ def main(script: str, description: str, recipe: str) -> None:
             raise ValueError(f"jobs must be at least 1, got {args.jobs}")
         failures = {} if args.table_only else run(cells, args.jobs)
         summaries = [(cell.name, cell.seed, _summary(cell)) for cell in cells]
-        paper = {name: cell.get("paper") for name, cell in read_cells(args.recipe, path.parent / "recipes").items()}
+        paper = {name: cell.get("paper") for name, cell in read_cells(args.recipe).items()}
         table = make_table(Path(args.recipe).stem, summaries, paper, _command(args, others))
         write_table(table, folder, args.into)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -125,7 +126,7 @@ def plan(
     """Return the cells of a sweep, all of the first seed first.
 
     Args:
-        script: train/sweep.py; cifar.py and recipes/ are beside it.
+        script: train/sweep.py; cifar.py is beside it.
         recipe: Name or file of a recipe that has cells.
         folder: A cell's folder is ``folder/seedN/NAME``.
         seeds: None for the recipe's.
@@ -139,21 +140,37 @@ def plan(
         if flag in _NOT_FOR_CELLS:
             instead = _NOT_FOR_CELLS[flag]
             raise ValueError(f"a sweep takes {instead}, not {flag}" if instead else f"{flag} is not for a sweep")
-    recipes = script.parent / "recipes"
-    settings = read_cells(recipe, recipes)
+    settings = read_cells(recipe)
     for name in names or ():
         if name not in settings:
             raise ValueError(unknown_name("cell", name, list(settings)))
     base = ["--recipe", recipe, *others]
     cells = []
-    for seed in dict.fromkeys(seeds or [load_config(base, script.name, "", recipes, recipe).seed]):
+    for seed in dict.fromkeys(seeds or [load_config(base, script.name, "", recipe).seed]):
         for name in dict.fromkeys(names or settings):
             own = {"seed": seed, "output": folder / f"seed{seed}" / name} | settings[name]
             flags = (("--" + key.replace("_", "-"), str(value)) for key, value in own.items() if key != "paper")
             argv = [*base, *(part for flag in flags for part in flag)]
-            config = load_config(argv, script.name, "", recipes, recipe)
+            config = load_config(argv, script.name, "", recipe)
             cells.append(Cell(name, seed, config, (str(script.with_name("cifar.py")), *argv)))
     return cells
+
+
+def read_cells(recipe: str) -> dict[str, dict[str, Any]]:
+    """Return the cells of a recipe: settings in place of its own, and the paper's figure, by the name of each.
+
+    Raises:
+        ValueError: it has none, or one of them has an unknown field.
+    """
+    cells = read_fields(recipe).get("cells")
+    if not isinstance(cells, dict) or not all(isinstance(cell, dict) for cell in cells.values()):
+        raise ValueError(f"recipe {recipe} has no cells: a mapping of names to settings")
+    for name, cell in cells.items():
+        check_fields(f"recipe {recipe}, cell {name}", cell, "paper")
+        paper = cell.get("paper", [1.0, 0.0])
+        if not isinstance(paper, list) or len(paper) != 2 or not 0 < paper[0] <= 1:
+            raise ValueError(f"recipe {recipe}, cell {name}: paper must be accuracy and its std as fractions of 1")
+    return {str(name): cell for name, cell in cells.items()}
 
 
 def run(cells: Sequence[Cell], jobs: int | None = None) -> dict[Cell, str]:

@@ -12,17 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from timm_sugar import analysis, list_surrogates, register_surrogate, sugar, surrogates
-from timm_sugar.analysis import dying_relu
-from timm_sugar.analysis.collapse import (
-    PAPER,
-    born_dead_bound,
-    categorise,
-    relative_ranges,
-    table_row,
-    wilson_interval,
-)
-from timm_sugar.analysis.dying_relu import BatchedNetwork, Cell, run_cells, train, train_alone
+import paper
+from paper import dying_relu
+from paper.collapse import PAPER, born_dead_bound, categorise, relative_ranges, table_row, wilson_interval
+from paper.dying_relu import BatchedNetwork, Cell, run_cells, train, train_alone
+from timm_sugar import list_surrogates, register_surrogate, sugar, surrogates
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "dying-relu"
@@ -294,9 +288,11 @@ def test_script_help_has_an_example(script, capsys):
 @pytest.mark.parametrize(("package", "extra"), [("rich", "train"), ("matplotlib", "report")])
 def test_script_names_the_missing_extra(monkeypatch, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    for name in [name for name in sys.modules if name.startswith(f"{package}.") or name.endswith("analysis.plots")]:
+    for name in [
+        name for name in sys.modules if name.startswith(f"{package}.") or name.endswith((".plots", ".figures"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(analysis, "plots", raising=False)
+    monkeypatch.delattr(paper, "figures", raising=False)
     with pytest.raises(SystemExit, match=re.escape(f"{package} is missing: pip install 'timm-sugar[{extra}]'")):
         load_script()
 

@@ -1,11 +1,10 @@
-"""Pictures: what is drawn, by the data of the lines and bars, and that they are written as PNG and PDF."""
+"""The paper's figures: what is drawn, by the data of the lines and bars, and that they are written."""
 
 import pytest
-import torch
 from matplotlib.patches import Rectangle
-from torch import nn
 
-from timm_sugar.analysis import plots, profile, run_plots
+from paper.figures import accuracy_bars, seed_curves
+from timm_sugar.analysis.plots import save
 
 
 def _runs(*losses):
@@ -14,7 +13,7 @@ def _runs(*losses):
 
 def test_curves_are_means_with_a_band_of_one_standard_deviation(tmp_path):
     runs = {"ReLU": _runs((1.0, 3.0, 9.0), (3.0, 5.0)), "SUGAR": _runs((1.0, 2.0))}
-    figure = run_plots.seed_curves(runs, ("val_loss", "val_top1"), log_scale=True)
+    figure = seed_curves(runs, ("val_loss", "val_top1"), log_scale=True)
     loss, accuracy = figure.axes
     assert [line.get_ydata().tolist() for line in loss.lines] == [[2.0, 4.0], [1.0, 2.0]]  # 2 epochs are in both
     band = loss.collections[0].get_paths()[0].vertices
@@ -22,7 +21,7 @@ def test_curves_are_means_with_a_band_of_one_standard_deviation(tmp_path):
     assert [line.get_ydata().tolist() for line in accuracy.lines] == [[20.0, 40.0], [10.0, 20.0]]
     assert (loss.get_yscale(), accuracy.get_yscale()) == ("log", "linear")
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in loss.lines}) == 2
-    plots.save(figure, tmp_path / "curves")
+    save(figure, tmp_path / "curves")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
 
@@ -30,7 +29,7 @@ def test_curves_are_means_with_a_band_of_one_standard_deviation(tmp_path):
 def test_bars_stand_on_the_baseline(tmp_path):
     rows = [("relu", "70", "1"), ("elu", 75, 0.5), ("sugar_elu", 80, None), ("sugar_nelu_0.01", 69, 2.0)]
     rows = [dict(zip(("activation", "top1_percent", "std_percent"), row, strict=True)) for row in rows]
-    figure = run_plots.accuracy_bars(rows, "ResNet-18")
+    figure = accuracy_bars(rows, "ResNet-18")
     (ax,) = figure.axes
     rectangles = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     bars = [patch for patch in rectangles if patch.get_width() == pytest.approx(0.4)]
@@ -39,32 +38,6 @@ def test_bars_stand_on_the_baseline(tmp_path):
     # The ends of the error bars: of ELU's 75 and of NeLU's 69, none of the bar without a deviation.
     caps = {float(y) for line in ax.lines if line.get_marker() == "_" for y in line.get_ydata() if y == y}
     assert caps == {74.5, 75.5, 67.0, 71.0}
-    plots.save(figure, tmp_path / "bars")
+    save(figure, tmp_path / "bars")
     with pytest.raises(ValueError, match="no row has the activation relu"):
-        run_plots.accuracy_bars(rows[1:])
-
-
-def test_profiles_by_layer(tmp_path):
-    torch.manual_seed(0)
-    found = profile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()), [torch.randn(50, 4)])
-    dead = found.to_dict()
-    dead["layers"][1]["dead"] = 4
-    profiles = {"before": dead, "after": found.to_dict()}
-    figure = run_plots.dead_units_by_layer(profiles)
-    assert [bar.get_height() for bar in figure.axes[0].patches] == [0, 80, 0, found.layers[1].dead * 20]
-    plots.save(figure, tmp_path / "dead")
-    figure = run_plots.activation_ridges(profiles)
-    assert [ax.get_title() for ax in figure.axes] == ["before", "after"]
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == ["0%", "80%", "dead"]
-    lines = [path.vertices[:, 1] for path in figure.axes[0].collections[0].get_paths()]
-    assert min(lines[0]) == pytest.approx(-2 * (max(found.layers[0].histogram) / 8) ** 0.5)
-    plots.save(figure, tmp_path / "ridges")
-
-
-def test_gradient_norms(tmp_path):
-    norms = [{"name": "a", "sugar": 0.5, "relu": 0.0}, {"name": "b", "sugar": 1.0, "relu": 1.0}]
-    figure = run_plots.gradient_norms_by_layer(norms)
-    relu, sugar = (line.get_ydata().tolist() for line in figure.axes[0].lines)
-    assert (str(relu[0]), relu[1], sugar) == ("nan", 1.0, [0.5, 1.0])
-    plots.save(figure, tmp_path / "norms")
+        accuracy_bars(rows[1:])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from paper.sweep import main, plan, run
+from paper.table import make_table, markdown, write_table
 from timm_sugar.training import train
-from timm_sugar.training.sweep import main, plan, run
-from timm_sugar.training.table import make_table, markdown, write_table
 
 SCRIPT = Path(__file__).parents[2] / "train" / "sweep.py"
 RECIPE = """
