@@ -11,8 +11,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for name in ("tests", "train", "benchmarks") for path in (ROOT / name).rglob("*.py"))
 # A part imports from those before it, and from itself. "timm_sugar" is the package's own file: the public names.
 ORDER = [
-    "files", "terminal", "surrogates", "kernels", "functional", "layers", "activations", "transformers", "convert",
-    "init", "models", "timm_sugar", "data", "analysis", "hub", "training", "cli", "__main__",
+    "_timm", "files", "terminal", "surrogates", "kernels", "functional", "layers", "activations", "transformers",
+    "convert", "init", "models", "timm_sugar", "data", "analysis", "hub", "training", "cli", "__main__",
 ]  # fmt: skip
 
 

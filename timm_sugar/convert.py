@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ._timm import model_args, set_model_args
 from .activations import (
     KINDS,
     LEARNED,
@@ -232,7 +233,7 @@ def _record(model: nn.Module, new: Sugar | None) -> bool | None:
 
     Whether it does is tried out, by building the network once more on the meta device.
     """
-    if isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(model, "_model_args"):
+    if isinstance(getattr(model, "pretrained_cfg", None), dict) and model_args(model) is not None:
         return _record_in_timm(model, new)
     if hasattr(model, "from_pretrained") and hasattr(getattr(model, "config", None), "to_dict"):
         return _record_in_transformers(model, new)
@@ -241,7 +242,7 @@ def _record(model: nn.Module, new: Sugar | None) -> bool | None:
 
 def _record_in_timm(model: Any, new: Sugar | None) -> bool:
     own = ("surrogate", "alpha", "save", "act_layer")
-    kept = {k: v for k, v in model._model_args.items() if k not in own}
+    kept = {k: v for k, v in (model_args(model) or {}).items() if k not in own}
     if new is None:
         candidates: list[dict[str, Any]] = [{}, {"act_layer": "relu"}]
     else:
@@ -256,7 +257,7 @@ def _record_in_timm(model: Any, new: Sugar | None) -> bool:
     for candidate in candidates:
         args = kept | candidate
         if _builds(model, partial(timm.create_model, model.pretrained_cfg["architecture"], **args)):
-            model._model_args = args
+            set_model_args(model, args)
             return True
     return False
 

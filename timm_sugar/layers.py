@@ -1,6 +1,6 @@
 """SUGAR as modules, and their registration in timm's activation factory."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, create_act, register_notrace_module
 from torch import Tensor, nn
 
+from ._timm import ACT_FUNCTIONS, ACT_LAYERS
 from .functional import check_save, sugar, surrogate_activation
 from .surrogates import (
     Surrogate,
@@ -167,7 +168,7 @@ def sugar_act_layer(
         try:
             layer = create_act.get_act_layer(act_layer)
         except KeyError:
-            raise ValueError(unknown_name("activation", act_layer, [*create_act._ACT_LAYER_DEFAULT])) from None
+            raise ValueError(unknown_name("activation", act_layer, [*ACT_LAYERS])) from None
     if given == ["alpha"] and layer in (BSiLU, NeLU):
         return partial(layer, alpha=layer(alpha=alpha).alpha)
     if given:
@@ -206,15 +207,10 @@ def apply_sugar(surrogate: str, x: Tensor, inplace: bool = False) -> Tensor:
     return sugar(x, surrogate)
 
 
-# timm has no public way to add an activation; its factory falls back to these two tables.
-_LAYERS: MutableMapping[str, Any] = create_act._ACT_LAYER_DEFAULT
-_FUNCTIONS: MutableMapping[str, Any] = create_act._ACT_FN_DEFAULT
-
-
 def _register_with_timm(surrogate: str) -> None:
     # timm calls a layer with inplace as the first positional or as a keyword argument, hence not partial(Sugar, ...).
-    _LAYERS[f"sugar_{surrogate}"] = partial(_create_sugar, surrogate)
-    _FUNCTIONS[f"sugar_{surrogate}"] = partial(apply_sugar, surrogate)
+    ACT_LAYERS[f"sugar_{surrogate}"] = partial(_create_sugar, surrogate)
+    ACT_FUNCTIONS[f"sugar_{surrogate}"] = partial(apply_sugar, surrogate)
 
 
 # What else keeps activations by name adds itself here.
@@ -222,5 +218,5 @@ activation_registries: list[Callable[[str], None]] = [_register_with_timm]
 
 for _name in [*list_surrogates(), "swish"]:
     _register_with_timm(_name)
-_LAYERS.update(bsilu=BSiLU, nelu=NeLU)
-_FUNCTIONS.update({name: partial(surrogate_activation, surrogate=name) for name in ("bsilu", "nelu")})
+ACT_LAYERS.update(bsilu=BSiLU, nelu=NeLU)
+ACT_FUNCTIONS.update({name: partial(surrogate_activation, surrogate=name) for name in ("bsilu", "nelu")})

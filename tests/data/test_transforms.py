@@ -116,10 +116,10 @@ def test_every_posterize_keeps_a_bit(policy):
     from timm.data import auto_augment
     from timm.data.auto_augment import AugmentOp
 
-    from timm_sugar.data.transforms import _augment_ops
+    from timm_sugar._timm import augment_ops
 
     transform = train_transform(_data_config(8), auto_augment=policy)
-    found = [op for op in _augment_ops(transform.transforms) if isinstance(op, AugmentOp)]
+    found = [op for op in augment_ops(transform.transforms) if isinstance(op, AugmentOp)]
     assert policy == "3a" or found
     image = Image.fromarray(np.full((8, 8, 3), 200, np.uint8))
     for op in found:

@@ -1,6 +1,6 @@
 """From images to tensors: timm's transforms for training and evaluation, and normalisation."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,6 +9,8 @@ from timm.data import auto_augment as policies
 from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
+
+from .._timm import replace_augmentation
 
 ImageTransform = Callable[[Image.Image], Any]
 
@@ -64,25 +66,13 @@ def train_transform(
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment {auto_augment!r} is not a policy that timm knows") from error
-    for op in _augment_ops(compose.transforms):
-        if op.aug_fn is policies.posterize:
-            op.aug_fn = _posterize
+    replace_augmentation(compose.transforms, policies.posterize, _posterize)
     if crop != "resized":
         # The evaluation transform without its conversion to an array: resize, crop to size.
         resize = eval_transform(data_config if crop == "none" else data_config | {"crop_pct": 1.0}).transforms[:-1]
         side = data_config["input_size"][-1]
         compose.transforms[:1] = resize if crop == "none" else [*resize, transforms.RandomCrop(side, padding=4)]
     return compose
-
-
-def _augment_ops(parts: Iterable[Any]) -> Iterator[policies.AugmentOp]:
-    for part in parts:
-        if isinstance(part, policies.AugmentOp):
-            yield part
-        elif isinstance(part, (list, tuple)):
-            yield from _augment_ops(part)
-        else:  # RandAugment and AugMixAugment have ops, AutoAugment a policy: lists of lists of them
-            yield from _augment_ops([getattr(part, name) for name in ("ops", "policy") if hasattr(part, name)])
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:

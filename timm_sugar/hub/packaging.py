@@ -10,9 +10,10 @@ from typing import Any
 import timm
 from safetensors.torch import save_file
 from timm.layers import get_act_layer
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from .._timm import model_args as timm_arguments
+from .._timm import save_config_for_hf
 from ..layers import BSiLU, NeLU, Sugar
 from ..models import stock_architecture
 from ..models._weights import WEIGHTS
@@ -68,7 +69,7 @@ def write_model_folder(
     surrogate, alpha = surrogate_of(model)
     stock, model_args = _as_stock(model, architecture)
     record = dict(architecture=architecture, surrogate=surrogate, alpha=alpha)
-    if surrogate is None and stock and not model_args and getattr(model, "_model_args", {}).get("act_layer"):
+    if surrogate is None and stock and not model_args and (timm_arguments(model) or {}).get("act_layer"):
         record["act_layer"] = "relu"  # which the architecture of the record does not have by itself
     save_config_for_hf(
         model,
@@ -101,7 +102,7 @@ def _as_stock(model: nn.Module, architecture: str) -> tuple[str | None, dict[str
 
     timm alone has neither B-SiLU nor NeLU, so a network that has them in both passes is one of ours.
     """
-    stock, given = stock_architecture(architecture), getattr(model, "_model_args", {}).get("act_layer")
+    stock, given = stock_architecture(architecture), (timm_arguments(model) or {}).get("act_layer")
     if given is None:
         return stock, {}
     if not isinstance(given, str) or (stock and given.startswith("sugar_")):

@@ -19,6 +19,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from .._timm import set_model_args
 from ..convert import NOT_RECORDED, convert
 from ..layers import sugar_act_layer
 from ._weights import WEIGHTS, read_config, read_published
@@ -109,7 +110,7 @@ def build_variant(
 
     model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
     if recorded:
-        model._model_args = recorded  # as timm keeps what a caller gives, so that a saved model comes back with it
+        set_model_args(model, recorded)  # a saved model comes back with it
     built: ModelT = model
     return built
 

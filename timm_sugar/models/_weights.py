@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
-from timm.models._hub import _parse_model_cfg
 
+from .._timm import parse_model_config
 from ._download import download, refuse_bad_token
 
 ORGANISATION = "timm-sugar"
@@ -189,7 +189,7 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
     try:
         config = json.loads(paths[0].read_text(encoding="utf-8"))
         record = config.get("timm_sugar")
-        cfg, architecture, model_args = _parse_model_cfg(config, {})
+        cfg, architecture, model_args = parse_model_config(config)
         architecture, activation = _read_record(record, architecture, model_args)
         if not is_model(architecture):
             raise ValueError(f"it names {architecture!r}, which is no model of timm's registry")

@@ -21,9 +21,9 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .._timm import feature_take_indices
 from ._pretrained import CIFAR_INPUT, build_variant, cfg
 
 __all__ = ["Conv2NeXt"]

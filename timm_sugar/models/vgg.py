@@ -7,9 +7,10 @@ from typing import Any
 
 from timm.layers import ClassifierHead, LayerType, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
-from timm.models.vgg import VGG, _filter_fn, cfgs
+from timm.models.vgg import VGG, cfgs
 from torch import nn
 
+from .._timm import convert_vgg_checkpoint
 from ._pretrained import CIFAR_INPUT, IMAGENET_INPUT, build_variant, cfg
 
 __all__ = ["CifarVGG"]
@@ -60,7 +61,7 @@ def _create_vgg(variant: str, pretrained: bool, model_cls: type[VGG] = VGG, **kw
         pretrained,
         default_cfgs[variant],
         "bsilu",
-        filter_fn=lambda state_dict, model: _filter_fn(state_dict),
+        filter_fn=lambda state_dict, model: convert_vgg_checkpoint(state_dict),
         model_cfg=kwargs.pop("cfg", cfgs["vgg16"]),
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **kwargs,

@@ -6,6 +6,7 @@ from typing import Any
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from .._timm import shift_milestones
 from ..hub import surrogate_of
 from ..layers import Sugar
 from ..surrogates import get_surrogate
@@ -27,8 +28,8 @@ def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )[0]
-    if config.sched == "multistep":  # timm decays one update before the milestone, meant for schedules by epoch
-        scheduler.decay_t = [update + 1 for update in scheduler.decay_t]
+    if config.sched == "multistep":
+        shift_milestones(scheduler)
     return scheduler
 
 
