@@ -9,7 +9,7 @@ import torch
 
 from timm_sugar import cli, surrogates
 from timm_sugar.training import TrainConfig, train
-from timm_sugar.training.recipes import load_config
+from timm_sugar.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

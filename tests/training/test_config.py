@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from timm_sugar.training.config import TrainConfig
-from timm_sugar.training.recipes import RECIPES, load_config, read_recipe
+from timm_sugar.settings import TrainConfig
+from timm_sugar.training.config import RECIPES, load_config, read_recipe
 
 
 def _load(*argv, recipe="digits"):
@@ -59,7 +59,7 @@ def test_activation_on_the_command_line_replaces_the_recipes(tmp_path):
         (["--switch-epoch", "2"], "switch_epoch and switch_surrogate need each other"),
         (["--switch-epoch", "9", "--switch-surrogate", "nelu", "--epochs", "5"], "from 2 to the number of epochs, 5"),
         (["--weight-decay-end", "0.1"], "weight_decay_end needs a weight_decay above 0"),
-        (["--re-prob", "1.5"], "re_prob must be from 0 to 1"),
+        (["--re-prob", "1.5"], "re_prob must be at least 0 and at most 1, got 1.5"),
         (["--recipe", "no/such.yaml"], "recipe file no/such.yaml does not exist"),
         (["--model-args", "channels=[8"], "model_args channels is not valid YAML"),
         (["--dry-run", "--eval-only"], "dry_run and eval_only contradict each other"),

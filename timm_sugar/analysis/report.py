@@ -16,11 +16,11 @@ from markupsafe import Markup
 import timm_sugar
 
 from ..files import to_yaml, write_file
+from ..settings import names_of
 from . import report_charts as charts
 from .landscape import summarise_landscape
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_NOT_OF_A_RECIPE = ("output", "resume", "tracker", "push_to_hub", "eval_only", "dry_run", "left_open", "processes")
 _SCRIPTS = {"digits": "digits", "tiny-imagenet": "tinyimagenet"}
 _KEYS = {  # without which a file of a run cannot be shown
     "config.yaml": ("data", "model"),
@@ -29,7 +29,6 @@ _KEYS = {  # without which a file of a run cannot be shown
     "profile.json": ("images", "layers", "dead_units"),
     "landscape.json": ("settings", "axis", "loss", "done", "sharpness"),
 }
-_OF_THE_DATA = ("data", "label_column", "split_seed", "val_fraction", "limit_val")
 _WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
 _COLOURS = 8  # of runs, in the template
 
@@ -259,7 +258,7 @@ def summary_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[tu
     A cell is its text, and whether it is the best of its column. None is marked where all are equal, where only one
     finished run has a value, or where values cannot be compared because the runs have other data.
     """
-    same_data = len({tuple(r.settings.get(name) for name in _OF_THE_DATA) for r in records}) == 1
+    same_data = len({tuple(r.settings.get(name) for name in names_of("data")) for r in records}) == 1
     rows = [_summary_values(record) for record in records]
     if all(record.summary for record in records):
         rows = [{**row, "state": None} for row in rows]
@@ -321,7 +320,8 @@ def reproduce_commands(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
 
 def _commands(record: RunRecord) -> str:
     settings = record.settings
-    recipe = {k: v for k, v in settings.items() if k not in (*_NOT_OF_A_RECIPE, "versions") and v not in (None, [], {})}
+    names = names_of("data", "result", "free")
+    recipe = {name: settings[name] for name in names if settings.get(name) not in (None, [], {})}
     name = record.name.replace("/", "-")
     file, folder, data = shlex.quote(f"{name}.yaml"), shlex.quote(f"output/{name}"), shlex.quote(str(settings["data"]))
     label = settings.get("label_column")

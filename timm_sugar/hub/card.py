@@ -10,10 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import NAMES
 from ..models import is_own
+from ..settings import names_of
 from ..surrogates import unknown_name
 
 _TEMPLATE = Path(__file__).with_name("card.md")
-_OF_A_MACHINE = ("output", "resume", "push_to_hub")
 _FACTS = ("license", "dataset", "dataset_note", "limits", "paper", "baseline")
 
 
@@ -126,7 +126,7 @@ def dataset_of(data: str) -> tuple[str | None, str]:
 
 def public_settings(settings: dict[str, Any], dataset_id: str | None) -> dict[str, Any]:
     """Return training settings without what only says something of the machine: its paths become file names."""
-    kept = {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
+    kept = {key: value for key, value in settings.items() if key not in names_of("start")}
     if "data" in kept:
         kept["data"] = public_data(kept["data"], dataset_id)
     public: dict[str, Any] = _without_paths(kept)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..hub import check_destination, check_weights, files_of_run, publish
+from ..settings import TrainConfig
 from .build import prepare
-from .config import TrainConfig
+from .config import load_config
 from .loop import fit
 from .processes import Stopped, process_state, resume_command, sole_use
-from .recipes import load_config
 from .results import check_writable, finished_summary, use_recorded_statistics
 from .trials import dry_run, evaluate_only
 

@@ -34,8 +34,8 @@ from ..data import (
     train_transform,
 )
 from ..models import build, size_arguments
+from ..settings import TrainConfig
 from ..surrogates import unknown_name
-from .config import TrainConfig
 from .processes import Agreement, on_cpu
 from .schedules import check_surrogates, create_lr_schedule
 

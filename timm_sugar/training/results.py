@@ -23,8 +23,8 @@ from ..analysis import count_units
 from ..data import Split, evaluate_batches
 from ..files import to_yaml, write_file
 from ..hub import write_model_folder
+from ..settings import TrainConfig, names_of
 from .build import Run
-from .config import FREE_SETTINGS, TrainConfig
 from .processes import from_main_process, process_state
 from .schedules import set_surrogate
 
@@ -100,7 +100,7 @@ def refuse_changed_settings(where: str, before: dict[str, Any], now: dict[str, A
     Raises:
         ValueError: one that changes the result differs; the message names it.
     """
-    for name in now.keys() - FREE_SETTINGS - {"left_open"}:
+    for name in (*names_of("data", "result"), "processes"):
         if name not in before:
             continue
         both_open = name in before.get("left_open", ()) and (now[name] is None or name in now.get("left_open", ()))
@@ -181,7 +181,7 @@ def finish(run: Run, state: Any, best: dict[str, Tensor], after_batch: Callable[
         versions=_versions(),
     )
     if run.accelerator.is_main_process:
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
+        settings = {name: getattr(config, name) for name in names_of("data", "result")}
         write_model_folder(
             run.output / "model",
             run.evaluated,

@@ -9,8 +9,8 @@ from torch import nn
 from .._timm import shift_milestones
 from ..hub import surrogate_of
 from ..layers import Sugar
+from ..settings import TrainConfig
 from ..surrogates import get_surrogate
-from .config import TrainConfig
 
 
 def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int, scale: float) -> Any:

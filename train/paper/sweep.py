@@ -18,16 +18,14 @@ from typing import Any
 import yaml
 
 from timm_sugar.data import available_cpus
+from timm_sugar.settings import TrainConfig, names_of
 from timm_sugar.surrogates import unknown_name
 from timm_sugar.terminal import Parser
-from timm_sugar.training.config import TrainConfig
+from timm_sugar.training.config import check_fields, load_config, read_fields
 from timm_sugar.training.processes import on_cpu, stop_signals
-from timm_sugar.training.recipes import check_fields, load_config, read_fields
 from timm_sugar.training.results import read_finished
 
 from .table import make_table, write_table
-
-_NOT_FOR_CELLS = {"--seed": "--seeds", "--resume": None, "--push-to-hub": None, "--eval-only": None, "--dry-run": None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +135,10 @@ def plan(
         ValueError: an unknown recipe, cell or flag, or a wrong value.
     """
     for flag in (flag.split("=")[0] for flag in others):
-        if flag in _NOT_FOR_CELLS:
-            instead = _NOT_FOR_CELLS[flag]
-            raise ValueError(f"a sweep takes {instead}, not {flag}" if instead else f"{flag} is not for a sweep")
+        if flag == "--seed":
+            raise ValueError("a sweep takes --seeds, not --seed")
+        if flag.removeprefix("--").replace("-", "_") in names_of("start"):
+            raise ValueError(f"{flag} is not for a sweep")
     settings = read_cells(recipe)
     for name in names or ():
         if name not in settings:

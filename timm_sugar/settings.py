@@ -1,0 +1,290 @@
+"""Settings of a training run: one field each, which says what it is, its range and its place in --help."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from .surrogates import unknown_name
+
+# What a setting decides:
+#   data    which images are trained on, validated and tested, so that only runs that agree in it can be compared
+#   result  the weights besides; like data it may not change between two starts of a run
+#   free    how the run is computed: it may change between two starts
+#   start   one start alone: where it writes, and what it is to do
+Kind = Literal["data", "result", "free", "start"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting besides its name, type and default.
+
+    Attributes:
+        help: For --help.
+        group: Heading under which it stands there.
+        kind: What it decides, see `Kind`.
+        range: Where the value lies, or each of a list, as an interval such as "[0, 1)"; None for anywhere.
+        length: Values of a list; None for any number.
+        metavar: What --help shows in place of the value.
+    """
+
+    help: str
+    group: str
+    kind: Kind = "result"
+    range: str | None = None
+    length: int | None = None
+    metavar: str | None = None
+
+
+def setting(default: Any, help: str, range: str | None = None, **more: Any) -> Any:
+    """Return the dataclass field of a setting; the arguments are those of `Setting`."""
+    metadata = {"setting": Setting(help, range=range, **more)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_data = partial(setting, group="data")
+_images = partial(setting, group="augmentation")
+_network = partial(setting, group="network")
+_optimizer = partial(setting, group="optimization")
+_run = partial(setting, group="run")
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a run; a recipe may hold any of them, and the command line any of them again."""
+
+    data: str = _data(
+        "digits", "digits, cifar10, cifar100, tiny-imagenet, a Hub data set id, or a local folder", kind="data"
+    )
+    label_column: str | None = _data(
+        None, "column of the class labels, where it is not label, labels or fine_label", kind="data"
+    )
+    img_size: int = _data(32, "side of the square input images, pixels", "[1, inf)")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = _data("bicubic", "how images are resized")
+    crop_pct: float = _data(1.0, "evaluation resizes to img_size / crop_pct and crops the centre", "(0, 1]")
+    mean: list[float] | None = _data(
+        None, "normalisation, of pixels in [0, 1]; default: of the training images", "[0, 1]", length=3
+    )
+    std: list[float] | None = _data(None, "likewise", "(0, 1]", length=3)
+    val_fraction: float = _data(
+        0.1, "share of the training images split off for validation; 0 for none", "[0, 1)", kind="data"
+    )
+    split_seed: int = _data(
+        0, "seed of that split and of --limit-train and --limit-val, apart from --seed", "[0, inf)", kind="data"
+    )
+    limit_train: int | None = _data(None, "train on a stratified sample of so many images", "[1, inf)")
+    limit_val: int | None = _data(None, "validate on a stratified sample of so many images", "[1, inf)", kind="data")
+    streaming: bool = _data(False, "read the data once into memory, without a copy on disk", kind="free")
+    skip_bad_images: bool = _data(False, "leave out images that cannot be decoded, and count them")
+    memory_limit: float = _data(
+        4.0, "GiB; images that take more when decoded are decoded as they are needed", "[0, inf)", kind="free"
+    )
+    workers: int = _data(
+        2, "processes, for each training process, that decode and augment images", "[0, inf)", kind="free"
+    )
+
+    crop: Literal["none", "resized", "padded"] = _images(
+        "none", "crops in training: none, timm's random resized crop, or random after padding by 4 pixels"
+    )
+    hflip: float = _images(0.0, "probability of a horizontal flip", "[0, 1]")
+    color_jitter: float | None = _images(
+        None, "strength of colour jitter; as in timm, none beside auto_augment", "[0, inf)"
+    )
+    auto_augment: str | None = _images(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
+    re_prob: float = _images(0.0, "probability of random erasing", "[0, 1]")
+    re_mode: Literal["const", "rand", "pixel"] = _images("pixel", "what random erasing fills in")
+    re_count: int = _images(1, "areas erased at most", "[1, inf)")
+    mixup: float = _images(0.0, "alpha of Mixup; 0 for none", "[0, inf)")
+    cutmix: float = _images(0.0, "alpha of CutMix; 0 for none", "[0, inf)")
+    mixup_prob: float = _images(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
+    mixup_switch_prob: float = _images(0.5, "probability of CutMix where both are on", "[0, 1]")
+    mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "what is mixed alike: a batch, a pair, an image")
+    smoothing: float = _images(0.0, "label smoothing", "[0, 1)")
+
+    model: str = _network("resnet18_sugar_bsilu", "a model of timm's registry, ours included")
+    model_args: dict[str, Any] = _network({}, "further arguments of the model", metavar="KEY=VALUE")
+    surrogate: str | None = _network(None, "surrogate in place of the model's own")
+    alpha: float | None = _network(None, "shape parameter of the surrogate")
+    act_layer: str | None = _network(None, "an activation by timm's name in place of SUGAR: relu, gelu, nelu, ...")
+    alpha_schedule: Literal["constant", "linear", "cosine"] = _network(
+        "constant", "how alpha goes from its first value to alpha_end, epoch by epoch"
+    )
+    alpha_end: float | None = _network(None, "alpha in the last epoch, or the last before switch_epoch")
+    switch_epoch: int | None = _network(None, "first epoch, counted from 1, that is trained with switch_surrogate")
+    switch_surrogate: str | None = _network(None, "surrogate from that epoch on")
+    switch_alpha: float | None = _network(None, "its alpha; default: its own")
+
+    epochs: int = _optimizer(10, "passes over the training images", "[1, inf)")
+    batch_size: int = _optimizer(128, "images in a forward pass in each process", "[1, inf)")
+    grad_accum: int = _optimizer(1, "forward passes in a step of the optimizer", "[1, inf)")
+    opt: str = _optimizer("sgd", "optimizer, by timm's name: sgd, adamw, ...")
+    opt_betas: list[float] | None = _optimizer(None, "its betas, where it has them", "[0, 1)", length=2)
+    opt_eps: float | None = _optimizer(None, "its epsilon, where it has one", "(0, inf)")
+    lr: float = _optimizer(0.001, "learning rate", "[0, inf)")
+    lr_base_batch: int | None = _optimizer(
+        None,
+        "lr, warmup_lr and min_lr are for a step of so many images, and scaled linearly to the real number",
+        "[1, inf)",
+    )
+    momentum: float = _optimizer(0.9, "momentum of SGD", "[0, inf)")
+    weight_decay: float = _optimizer(0.0, "weight decay; normalisation and biases are left out", "[0, inf)")
+    weight_decay_end: float | None = _optimizer(
+        None, "weight decay at the end, reached on a cosine; default: constant", "[0, inf)"
+    )
+    clip_grad: float | None = _optimizer(None, "largest norm of the gradients", "(0, inf)")
+    sched: Literal["constant", "multistep", "cosine"] = _optimizer("constant", "learning-rate schedule")
+    milestones: list[int] = _optimizer([], "epochs at which a multistep schedule decays", "[1, inf)")
+    decay_rate: float = _optimizer(0.1, "factor of each of those decays", "[0, inf)")
+    warmup_epochs: float | None = _optimizer(None, "epochs of warm-up; default: none, or 10% for cosine", "[0, inf)")
+    warmup_lr: float = _optimizer(0.0, "learning rate at the start of warm-up", "[0, inf)")
+    min_lr: float = _optimizer(0.0, "learning rate at the end of a cosine", "[0, inf)")
+    ema_decay: float | None = _optimizer(
+        None, "evaluate and package an exponential moving average of the weights", "[0, 1)"
+    )
+    sync_bn: bool = _optimizer(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
+
+    seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, inf)")
+    output: str | None = _run(None, "folder of the run; default: output/RECIPE-MODEL-SEED", kind="start", metavar="DIR")
+    resume: str = _run(
+        "auto", "auto: go on where the run in OUTPUT stopped; never; or a checkpoint's folder", kind="start"
+    )
+    checkpoint_minutes: float = _run(10.0, "minutes between checkpoints within an epoch", "[0, inf)", kind="free")
+    checkpoint_steps: int | None = _run(
+        None, "steps between checkpoints within an epoch, besides", "[1, inf)", kind="free"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = _run("no", "precision of training; evaluation is float32")
+    compile: bool = _run(False, "train through torch.compile")
+    channels_last: bool = _run(False, "train with images and weights in channels-last order, often faster")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _run(
+        "none", "where metrics are sent besides", kind="free"
+    )
+    push_to_hub: str | None = _run(
+        None, "publish the finished run as this repository", kind="start", metavar="ORG/NAME"
+    )
+    eval_only: bool = _run(
+        False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop", kind="start"
+    )
+    dry_run: bool = _run(False, "build everything, run two steps, and say what the run will take", kind="start")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run.
+
+        Raises:
+            ValueError: there is none; only the command line has a default.
+        """
+        if self.output is None:
+            raise ValueError("output must be given: the folder of the run")
+        return Path(self.output)
+
+    def __post_init__(self) -> None:
+        kinds = setting_types()
+        for name, known in all_settings().items():
+            value = _coerce(name, getattr(self, name), kinds[name])
+            object.__setattr__(self, name, value)
+            _check_value(name, value, known)
+        _check_together(self)
+
+
+def all_settings() -> dict[str, Setting]:
+    """Return what is known of each setting, by name."""
+    return {spec.name: spec.metadata["setting"] for spec in dataclasses.fields(TrainConfig)}
+
+
+def setting_types() -> dict[str, Any]:
+    """Return the type of each setting by name."""
+    return typing.get_type_hints(TrainConfig)
+
+
+def names_of(*kinds: Kind) -> list[str]:
+    """Return the names of the settings of these kinds."""
+    return [name for name, known in all_settings().items() if known.kind in kinds]
+
+
+def without_none(kind: Any) -> Any:
+    """Return the type itself of a type that None may stand in for."""
+    if isinstance(kind, types.UnionType):
+        return next(k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """Return `value` as `kind`, from YAML or from the command line's text."""
+    if value is None or (value == "none" and isinstance(kind, types.UnionType)):  # as the command line says it
+        if isinstance(kind, types.UnionType):
+            return None
+        raise ValueError(f"{name} must not be empty")
+    kind = without_none(kind)
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        value = {False: "no"}.get(value, value) if isinstance(value, bool) else value  # YAML reads no as false
+        if value not in typing.get_args(kind):
+            raise ValueError(unknown_name(name, value, list(typing.get_args(kind))))
+        return value
+    if origin is dict and isinstance(value, dict):
+        return value
+    if origin is list and isinstance(value, (list, tuple)):
+        return [_coerce(name, item, typing.get_args(kind)[0]) for item in value]
+    try:
+        if kind is str and isinstance(value, (str, Path)):
+            return str(value)
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind in (int, float) and not isinstance(value, bool):
+            number = kind(value)
+            if number == float(value) and math.isfinite(number):
+                return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be {_describe(kind)}, got {value!r}")
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    return names.get(kind) or ("a list" if typing.get_origin(kind) is list else "KEY=VALUE pairs")
+
+
+def _check_value(name: str, value: Any, known: Setting) -> None:
+    """Raise ValueError where a value, or one of a list, is outside of its range, or a list has another length."""
+    if value is None:
+        return
+    values = value if isinstance(value, list) else [value]
+    if known.length is not None and len(values) != known.length:
+        raise ValueError(f"{name} must have {known.length} values, got {value}")
+    if known.range is None:
+        return
+    low, high = (float(bound) for bound in known.range[1:-1].split(","))
+    closed_low, closed_high = known.range[0] == "[", known.range[-1] == "]"
+    for item in values:
+        if not ((item >= low if closed_low else item > low) and (item <= high if closed_high else item < high)):
+            wanted = f"at least {low:g}" if closed_low else f"above {low:g}"
+            if math.isfinite(high):
+                wanted += f" and {'at most' if closed_high else 'below'} {high:g}"
+            raise ValueError(f"{name} must be {wanted}, got {item}")
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Raise ValueError where settings contradict or need each other."""
+    if config.switch_epoch is not None and not 2 <= config.switch_epoch <= config.epochs:
+        wanted = f"from 2 to the number of epochs, {config.epochs}"
+        raise ValueError(f"switch_epoch must be {wanted}, got {config.switch_epoch}")
+    if config.sched == "multistep" and not config.milestones:
+        raise ValueError("sched multistep needs milestones, the epochs at which it decays")
+    if (config.alpha_schedule == "constant") != (config.alpha_end is None):
+        raise ValueError("alpha_schedule linear or cosine and alpha_end need each other")
+    if (config.switch_epoch is None) != (config.switch_surrogate is None):
+        raise ValueError("switch_epoch and switch_surrogate need each other")
+    if config.switch_alpha is not None and config.switch_surrogate is None:
+        raise ValueError("switch_alpha needs switch_epoch and switch_surrogate")
+    if config.dry_run and config.eval_only:
+        raise ValueError("dry_run and eval_only contradict each other; give one of them")
+    if config.weight_decay_end is not None and not config.weight_decay:
+        raise ValueError("weight_decay_end needs a weight_decay above 0 to start from")
+    if (config.mixup or config.cutmix) and config.batch_size % 2:
+        raise ValueError(f"Mixup and CutMix need an even batch_size, got {config.batch_size}")
