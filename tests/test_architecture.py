@@ -12,7 +12,8 @@ SCRIPTS = sorted(path for name in ("tests", "train", "benchmarks") for path in (
 # A part imports from those before it, and from itself. "timm_sugar" is the package's own file: the public names.
 ORDER = [
     "_timm", "files", "terminal", "surrogates", "kernels", "functional", "layers", "activations", "transformers",
-    "convert", "init", "models", "timm_sugar", "settings", "data", "analysis", "hub", "training", "cli", "__main__",
+    "convert", "init", "models", "timm_sugar", "settings", "metrics", "data", "analysis", "hub", "training", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from timm_sugar import settings
-from timm_sugar.analysis.report import read_run, reproduce_commands
+from timm_sugar.analysis.report import reproduce_commands
+from timm_sugar.analysis.run import read_run
 from timm_sugar.settings import TrainConfig, all_settings, names_of, setting, setting_types
 from timm_sugar.training import config as command_line
 from timm_sugar.training import load_config, train

@@ -289,7 +289,7 @@ def _profile(args: argparse.Namespace) -> int:
 def _landscape(args: argparse.Namespace) -> int:
     from .analysis.landscape_plots import landscape_contours, landscape_surfaces
     from .analysis.plots import save
-    from .analysis.report import unique_names
+    from .analysis.run import unique_names
 
     if args.limit < 1:
         raise ValueError(f"limit must be at least 1, got {args.limit}")

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from timm_sugar.analysis import gradient_norms, profile
-from timm_sugar.analysis.report import read_run, unique_names, write_report
+from timm_sugar.analysis.report import write_report
+from timm_sugar.analysis.run import read_run, unique_names
 from timm_sugar.cli import main
 from timm_sugar.hub import find_model, image_batches
 from timm_sugar.training import load_config
@@ -141,7 +142,7 @@ def test_the_numbers_are_those_of_the_runs_and_the_best_is_marked(page, folders)
     assert list(cells) == ["sugar", "relu", "half", "begun"]
     found = {folder.name: summary(folder) for folder in folders[:2]}
     for column, key, text, better in (
-        ("test top-1", "test_top1", lambda v: f"{100 * v:.2f}%", max),
+        ("test top-1 accuracy", "test_top1", lambda v: f"{100 * v:.2f}%", max),
         ("test loss", "test_loss", lambda v: f"{v:.4f}", min),
         ("time", "seconds", lambda v: f"{v:.0f} s", min),
         ("images/s", "images_per_second", lambda v: f"{v:,.0f}", max),
@@ -153,7 +154,7 @@ def test_the_numbers_are_those_of_the_runs_and_the_best_is_marked(page, folders)
             assert cells[name][column].endswith("★ best") == (value == better(values.values()))
     assert [cells[name]["activation"] for name in ("sugar", "relu")] == ["SUGAR bsilu 1.67", "relu"]
     assert [row["state"] for row in cells.values()] == ["finished", "finished", "epoch 1 of 2", "epoch 0 of 2"]
-    assert cells["half"]["test top-1"] == cells["begun"]["val top-1"] == "–"  # noqa: RUF001
+    assert cells["half"]["test top-1 accuracy"] == cells["begun"]["validation top-1 accuracy"] == "–"  # noqa: RUF001
     assert not any("★" in cell for name in ("half", "begun") for cell in cells[name].values())
 
 
@@ -165,7 +166,14 @@ def test_the_charts_hold_the_metrics(page, folders):
     losses = {(trace["meta"], trace["line"]["dash"]): trace["y"] for trace in page.charts["loss"]["data"]}
     assert losses[1, "dot"] == [line["train_loss"] for line in lines[1]]
     assert losses[1, "solid"] == [line["val_loss"] for line in lines[1]]
-    assert set(page.charts) >= {"lr", "dead-units", "sparsity", "dead-by-layer", "activation-1", "landscape-0"}
+    assert set(page.charts) >= {
+        "learning-rate",
+        "dead-units",
+        "activation-sparsity",
+        "dead-by-layer",
+        "activation-1",
+        "landscape-0",
+    }
     profiles = [json.loads((folder / "profile.json").read_text()) for folder in folders[:2]]
     for number, found in enumerate(profiles):
         layers = found["layers"]

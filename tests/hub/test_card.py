@@ -48,7 +48,7 @@ def test_results_beside_the_papers_and_the_baselines(facts_file):
     table = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", html, re.DOTALL)]
     assert table[0] == ["", "this model", "plain ReLU", "the paper"]
     assert table[1] == ["test top-1 accuracy", "71.23%", "60.00%", "86.42% ± 0.33%"]
-    assert ["activation sparsity", "55.0%", "55.0%", ""] in table
+    assert ["activation sparsity", "55.00%", "55.00%", ""] in table
     for shown in ("table 4", "JPEG re-encoding.", "curves.png", "12,345,678", "45,000", "arXiv:2505.22074"):
         assert shown in html
     assert 'hf-hub:lab/net"' in card

@@ -1,124 +1,30 @@
 """A run, or several compared, on one self-contained HTML page."""
 
 import importlib.util
-import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 import timm_sugar
 
 from ..files import to_yaml, write_file
+from ..metrics import METRICS, Metric
 from ..settings import names_of
 from . import report_charts as charts
 from .landscape import summarise_landscape
+from .report_pictures import draw_pictures, surface_images
+from .run import RunRecord, finite, read_run, unique_names
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _SCRIPTS = {"digits": "digits", "tiny-imagenet": "tinyimagenet"}
-_KEYS = {  # without which a file of a run cannot be shown
-    "config.yaml": ("data", "model"),
-    "metrics.jsonl": ("epoch",),
-    "summary.json": (),
-    "profile.json": ("images", "layers", "dead_units"),
-    "landscape.json": ("settings", "axis", "loss", "done", "sharpness"),
-}
 _WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
 _COLOURS = 8  # of runs, in the template
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}%"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-class _Column(NamedTuple):
-    """How a column of the summary is written, which of its values is the best, and whether that needs the same data."""
-
-    text: Callable[[Any], str] = str
-    better: Callable[[Iterable[float]], float] | None = None
-    of_data: bool = False
-
-
-_COLUMNS = {
-    "test top-1": _Column(_percent, max, of_data=True),
-    "val top-1": _Column(_percent, max, of_data=True),
-    "dead units": _Column(_percent, min, of_data=True),
-    "sparsity": _Column(_percent),
-    "activation": _Column(),
-    "state": _Column(),
-    "test loss": _Column(_loss, min, of_data=True),
-    "val loss": _Column(_loss, min, of_data=True),
-    "images/s": _Column("{:,.0f}".format, max),
-    "time": _Column(_duration, min),
-    "best epoch": _Column(),
-    "parameters": _Column("{:,}".format),
-    "model": _Column(),
-}
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What is in a run's folder.
-
-    Attributes:
-        name: What the run is called on the page.
-        folder: Where it is.
-        settings: config.yaml.
-        metrics: The lines of metrics.jsonl; none before the first epoch has ended.
-        summary: summary.json; None where the run is not finished.
-        profile: profile.json, None where there is none.
-        landscape: landscape.json, None where there is none.
-    """
-
-    name: str
-    folder: Path
-    settings: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any] | None
-    profile: dict[str, Any] | None
-    landscape: dict[str, Any] | None
-
-    @property
-    def best_line(self) -> dict[str, Any]:
-        """The metrics of the epoch that counts: the best so far by validation accuracy, or else the last."""
-        validated = [line for line in self.metrics if charts.finite(line.get("val_top1")) is not None]
-        if validated:
-            return max(validated, key=lambda line: line["val_top1"])
-        return self.metrics[-1] if self.metrics else {}
-
-    @property
-    def activation(self) -> str:
-        """The activation in words, such as "SUGAR bsilu 1.67"."""
-        line = self.summary or (self.metrics[-1] if self.metrics else self.settings)
-        if line.get("surrogate"):
-            alpha = line.get("alpha")
-            return f"SUGAR {line['surrogate']}{'' if alpha is None else f' {alpha:g}'}"
-        return self.settings.get("act_layer") or "the model's own"
-
-    @property
-    def landscape_is_complete(self) -> bool:
-        """Whether there is a landscape with all its points, and finite losses among them."""
-        found = self.landscape
-        if found is None or found["done"] < len(found["axis"]) ** 2 or found["sharpness"] is None:
-            return False
-        return any(loss is not None for row in found["loss"] for loss in row)
+_NOTHING = "–"  # noqa: RUF001
 
 
 def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
@@ -141,10 +47,8 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     """
     if output.suffix not in (".html", ".htm"):
         raise ValueError(f"the report is an HTML file, so its name must end in .html, not {output.name}")
-    for module in ("matplotlib", "plotly"):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"reports need {module}: pip install 'timm-sugar[report]'")
-    from .report_pictures import draw_pictures
+    if importlib.util.find_spec("plotly") is None:
+        raise ModuleNotFoundError("reports need plotly: pip install 'timm-sugar[report]'")
 
     records = [read_run(folder, name) for folder, name in zip(runs, unique_names(runs), strict=True)]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -153,68 +57,9 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     return [output, *pictures]
 
 
-def read_run(folder: Path, name: str) -> RunRecord:
-    """Read what a run has written so far.
-
-    Raises:
-        FileNotFoundError: the folder holds no run.
-        ValueError: one of its files cannot be read.
-    """
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} is no run's folder: it has no config.yaml")
-
-    def read(file: str, parse: Callable[[str], Any], kind: type) -> Any:
-        path = folder / file
-        if not path.is_file():
-            return None
-        try:
-            content = parse(path.read_text(encoding="utf-8"))
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(content, kind):
-            raise ValueError(f"{path} cannot be read: it is no {kind.__name__}")
-        lines: Any = content if kind is list else [content]
-        missing = [key for line in lines for key in _KEYS[file] if key not in line]
-        if missing:
-            raise ValueError(f"{path} cannot be read: it has no {missing[0]}")
-        return content
-
-    def parse_lines(text: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in text.splitlines()]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line of it is no dict")
-        return lines
-
-    return RunRecord(
-        name=name,
-        folder=folder,
-        settings=read("config.yaml", yaml.safe_load, dict),
-        metrics=read("metrics.jsonl", parse_lines, list) or [],
-        summary=read("summary.json", json.loads, dict),
-        profile=read("profile.json", json.loads, dict),
-        landscape=read("landscape.json", json.loads, dict),
-    )
-
-
-def unique_names(paths: Sequence[str | PurePath]) -> list[str]:
-    """Return the last part of each path, or as many parts as tell them apart.
-
-    Raises:
-        ValueError: a path is there twice.
-    """
-    parts = [Path(path).resolve().parts if Path(path).exists() else PurePath(path).parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError("the same folder is given twice")
-
-
 def render(records: Sequence[RunRecord]) -> str:
     """Return the page about runs, in the order in which they are given."""
     from plotly.offline import get_plotlyjs
-
-    from .report_pictures import surface_images
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
@@ -259,41 +104,41 @@ def summary_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[tu
     finished run has a value, or where values cannot be compared because the runs have other data.
     """
     same_data = len({tuple(r.settings.get(name) for name in names_of("data")) for r in records}) == 1
-    rows = [_summary_values(record) for record in records]
+    measured = [{metric.label: _value(record, metric.key) for metric in METRICS if metric.column} for record in records]
+    others = [_facts(record) for record in records]
     if all(record.summary for record in records):
-        rows = [{**row, "state": None} for row in rows]
-    heads = [head for head in _COLUMNS if any(row[head] is not None for row in rows)]
+        others = [row | {"state": None} for row in others]
+    metrics = {m.label: m for m in METRICS if m.column and any(row[m.label] is not None for row in measured)}
+    rest = [head for head in others[0] if any(row[head] is not None for row in others)]
     cells: list[list[tuple[str, bool]]] = [[] for _ in records]
-    for head in heads:
-        column = _COLUMNS[head]
-        values = [charts.finite(row[head]) if r.summary else None for r, row in zip(records, rows, strict=True)]
+    for head, metric in metrics.items():
+        values = [row[head] if record.summary else None for record, row in zip(records, measured, strict=True)]
         known = {value for value in values if value is not None}
-        comparable = len(known) > 1 and (same_data or not column.of_data)
-        best = column.better(known) if column.better and comparable else None
-        for run, (row, value) in enumerate(zip(rows, values, strict=True)):
-            text = "–" if row[head] is None else column.text(row[head])  # noqa: RUF001
-            cells[run].append((text, best is not None and value == best))
-    return heads, cells
+        comparable = metric.better is not None and len(known) > 1 and (same_data or metric.split == "train")
+        best = (max if metric.better == "higher" else min)(known) if comparable else None
+        for row, value, cell in zip(measured, values, cells, strict=True):
+            cell.append((_text(metric, row[head]), best is not None and value == best))
+    for facts, cell in zip(others, cells, strict=True):
+        cell.extend((facts[head] or _NOTHING, False) for head in rest)
+    return [*metrics, *rest], cells
 
 
-def _summary_values(record: RunRecord) -> dict[str, Any]:
-    done, line = record.summary or {}, record.best_line
-    found = {**line, **done}  # what was measured at the end wins
-    unfinished = f"epoch {len(record.metrics)} of {record.settings.get('epochs', '?')}"
-    seconds = sum(charts.finite(line.get("seconds")) or 0 for line in record.metrics)
+def _value(record: RunRecord, key: str) -> float | None:
+    """Return a metric of the epoch that counts, or of the whole run where it is finished."""
+    if key == "seconds" and not record.summary:
+        return sum(finite(line.get(key)) or 0 for line in record.metrics) or None
+    return finite({**record.best_line, **(record.summary or {})}.get(key))
+
+
+def _facts(record: RunRecord) -> dict[str, str | None]:
+    """Return what the summary says of a run besides its metrics."""
+    done = record.summary or {}
+    epoch = done.get("best_epoch", record.best_line.get("epoch"))
     return {
         "activation": record.activation,
-        "state": "finished" if record.summary else unfinished,
-        "test top-1": found.get("test_top1"),
-        "val top-1": found.get("val_top1"),
-        "dead units": found.get("dead_units"),
-        "sparsity": found.get("activation_sparsity"),
-        "test loss": found.get("test_loss"),
-        "val loss": line.get("val_loss"),
-        "images/s": found.get("images_per_second"),
-        "time": done.get("seconds", seconds or None),
-        "best epoch": done.get("best_epoch", line.get("epoch")),
-        "parameters": found.get("parameters"),
+        "state": "finished" if done else f"epoch {len(record.metrics)} of {record.settings.get('epochs', '?')}",
+        "best epoch": None if epoch is None else str(epoch),
+        "parameters": f"{done['parameters']:,}" if "parameters" in done else None,
         "model": record.settings.get("model"),
     }
 
@@ -343,18 +188,13 @@ def _commands(record: RunRecord) -> str:
 
 def epoch_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the metrics by epoch, for people who cannot see the curves."""
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "epoch": ("epoch", str),
-        "train_loss": ("training loss", _loss),
-        "val_loss": ("val loss", _loss),
-        "val_top1": ("val top-1", _percent),
-        "lr": ("learning rate", charts.number),
-        "dead_units": ("dead units", _percent),
-        "activation_sparsity": ("sparsity", _percent),
-    }
-    shown = {k: v for k, v in columns.items() if any(line.get(k) is not None for line in metrics)}
-    rows = [["–" if line.get(k) is None else text(line[k]) for k, (_, text) in shown.items()] for line in metrics]  # noqa: RUF001
-    return [head for head, _ in shown.values()], rows
+    shown = [metric for metric in METRICS if any(line.get(metric.key) is not None for line in metrics)]
+    rows = [[str(line["epoch"]), *(_text(metric, line.get(metric.key)) for metric in shown)] for line in metrics]
+    return ["epoch", *(metric.label for metric in shown)], rows
+
+
+def _text(metric: Metric, value: float | None) -> str:
+    return _NOTHING if value is None else metric.text(value)
 
 
 def _landscape_charts(records: dict[int, RunRecord]) -> list[charts.Chart]:

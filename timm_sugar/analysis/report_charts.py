@@ -5,22 +5,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..metrics import METRICS, with_unit
+from .run import finite
+
 Chart = dict[str, Any]
 # As plotly.js and as the legend names them.
 SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "cross": "✚", "star": "★"}
 _SYMBOLS = tuple(SYMBOLS)
-_CURVES = (
-    ("loss", "Loss", "cross-entropy (nats)", (("train_loss", "training", "dot"), ("val_loss", "validation", "solid"))),
-    ("accuracy", "Accuracy", "top-1 accuracy (%)", (("val_top1", "", "solid"),)),
-    ("lr", "Learning rate", "learning rate", (("lr", "", "solid"),)),
-    ("dead-units", "Dead units", "dead units (%)", (("dead_units", "", "solid"),)),
-    ("sparsity", "Activation sparsity", "sparsity (%)", (("activation_sparsity", "", "solid"),)),
-)
-_IN_PERCENT = {"val_top1", "dead_units", "activation_sparsity"}
 
 
 def curve_charts(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> list[Chart]:
-    """Loss, accuracy, learning rate, dead units and sparsity by epoch.
+    """The metrics that have a chart, by epoch.
 
     Args:
         metrics: Name of each run -> the lines of its metrics.jsonl.
@@ -30,21 +25,25 @@ def curve_charts(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> list[Chart]
         number of their run in `meta`.
     """
     charts = []
-    for chart_id, title, unit, series in _CURVES:
+    for title in dict.fromkeys(metric.chart for metric in METRICS if metric.chart):
+        shown = [metric for metric in METRICS if metric.chart == title]
         traces, last = [], []
         for run, (name, lines) in enumerate(metrics.items()):
-            for key, part, dash in series:
-                scale = 100 if key in _IN_PERCENT else 1
-                points = [(line["epoch"], scale * line[key]) for line in lines if finite(line.get(key)) is not None]
+            for metric in shown:
+                values = [(line["epoch"], finite(line.get(metric.key))) for line in lines]
+                points = [(epoch, metric.scale * value) for epoch, value in values if value is not None]
                 if points:
+                    part = metric.label if len(shown) > 1 else ""
+                    dash = "dot" if part and metric.split == "train" else "solid"
                     traces.append(_line(run, name, part, dash, points))
                     last.append(f"{name}{', ' + part if part else ''}: {points[-1][1]:.4g}")
         if traces:
-            description = f"Line chart of {title.lower()} by epoch, {unit}. At the end: {'; '.join(last)}."
-            layout = _axes("epoch", unit)
+            axis = with_unit(title.lower(), shown[0].unit)
+            description = f"Line chart of {axis} by epoch. At the end: {'; '.join(last)}."
+            layout = _axes("epoch", axis)
             if max(epoch for trace in traces for epoch in trace["x"]) <= 10:
                 layout["xaxis"] |= {"dtick": 1}
-            charts.append(_chart(chart_id, title, description, traces, layout))
+            charts.append(_chart(title.lower().replace(" ", "-"), title, description, traces, layout))
     return charts
 
 
@@ -198,12 +197,6 @@ def landscape_chart(run: int, name: str, found: dict[str, Any], low: float, high
     layout["xaxis"] |= {"constrain": "domain"}
     layout["yaxis"] |= {"constrain": "domain", "scaleanchor": "x"}
     return _chart(f"landscape-{run}", name, description, [trace], layout)
-
-
-def finite(value: Any) -> float | None:
-    """Return a finite number as it is, and None for anything else."""
-    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if real else None
 
 
 def number(value: float | None) -> str:

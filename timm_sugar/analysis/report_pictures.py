@@ -1,35 +1,27 @@
 """The pictures beside a report, for print, and those of landscapes on its page."""
 
 import io
+import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib import rc_context
 
+from ..metrics import METRICS
 from .landscape_plots import highest_loss, landscape_contours, landscape_surfaces
 from .plots import STYLES, Figure, activation_ridges, dead_units_by_layer, new_figure, save
-
-if TYPE_CHECKING:
-    from .report import RunRecord
+from .run import RunRecord
 
 _INK, _PANE = "#e6e9ec", (1.0, 1.0, 1.0, 0.06)
 _ON_DARK: dict[Any, Any] = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
 )
 _ON_DARK |= dict.fromkeys((f"axes3d.{axis}axis.panecolor" for axis in "xyz"), _PANE) | {"grid.color": "#4a525b"}
-_PANELS = (
-    ("train_loss", "training loss (nats)", 1),
-    ("val_loss", "validation loss (nats)", 1),
-    ("val_top1", "validation top-1 accuracy (%)", 100),
-    ("lr", "learning rate", 1),
-    ("dead_units", "dead units (%)", 100),
-    ("activation_sparsity", "activation sparsity (%)", 100),
-)
 
 
-def draw_pictures(records: Sequence["RunRecord"], path: Path) -> list[Path]:
+def draw_pictures(records: Sequence[RunRecord], path: Path) -> list[Path]:
     """Draw what the runs have: PATH_curves, _dead_units, _activation_profile, _landscape_contours, _landscape_surface.
 
     Returns:
@@ -71,15 +63,19 @@ def surface_images(landscapes: Mapping[int, dict[str, Any]]) -> dict[int, tuple[
     return {run: (draw(found, {}), draw(found, _ON_DARK)) for run, found in landscapes.items()}
 
 
-def _curves(records: Sequence["RunRecord"]) -> Figure:
-    figure, axes = new_figure(2, 3, 11, 3)
-    for ax, (key, label, scale) in zip(axes.flat, _PANELS, strict=True):
+def _curves(records: Sequence[RunRecord]) -> Figure:
+    shown = [metric for metric in METRICS if metric.chart]
+    figure, axes = new_figure(math.ceil(len(shown) / 3), 3, 11, 3)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    for ax, metric in zip(axes.flat, shown, strict=False):
         for i, record in enumerate(records):
             colour, dashes, marker, _ = STYLES[i % len(STYLES)]
-            points = [(line["epoch"], scale * line[key]) for line in record.metrics if line.get(key) is not None]
+            found = [(line["epoch"], line.get(metric.key)) for line in record.metrics]
+            points = [(epoch, metric.scale * value) for epoch, value in found if value is not None]
             if points:
                 style = {"color": colour, "linestyle": dashes, "marker": marker if len(points) <= 40 else ""}
                 ax.plot(*zip(*points, strict=True), label=record.name, markersize=4, **style)
-        ax.set(title=label, xlabel="epoch")
+        ax.set(title=metric.axis, xlabel="epoch")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import NAMES
+from ..metrics import METRICS
 from ..models import is_own
 from ..settings import names_of
 from ..surrogates import unknown_name
@@ -91,30 +92,19 @@ def model_card(
 def _results(run: dict[str, Any], facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the table of results: this run, the baseline's and the paper's figure."""
     baseline, paper = facts.get("baseline"), facts.get("paper")
-    measured = (
-        ("test top-1 accuracy", "test_top1", 2),
-        ("test top-5 accuracy", "test_top5", 2),
-        ("validation top-1 accuracy", "val_top1", 2),
-        ("dead units on the validation images", "dead_units", 2),
-        ("activation sparsity", "activation_sparsity", 1),
-    )
     columns = ["", "this model"] + ["plain ReLU"] * bool(baseline) + ["the paper"] * bool(paper)
     rows = []
-    for label, key, digits in measured:
-        if run.get(key) is None:
+    for metric in METRICS:
+        if not metric.card or run.get(metric.key) is None:
             continue
-        row = [label, _percent(run[key], digits)]
+        row = [metric.label, metric.text(run[metric.key])]
         if baseline:
-            row.append(_percent(baseline.get(key), digits))
+            row.append("" if baseline.get(metric.key) is None else metric.text(baseline[metric.key]))
         if paper:
-            std = f" ± {_percent(paper['std'])}" if paper.get("std") else ""
-            row.append(_percent(paper["top1"]) + std if key == "test_top1" else "")
+            std = f" ± {metric.text(paper['std'])}" if paper.get("std") else ""
+            row.append(metric.text(paper["top1"]) + std if metric.key == "test_top1" else "")
         rows.append(row)
     return columns, rows
-
-
-def _percent(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def dataset_of(data: str) -> tuple[str | None, str]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import normalize, seed_everything
+from ..metrics import METRICS, numbers
 from .build import Run
 from .checkpoints import latest_checkpoint, name_latest, read_checkpoint, write_checkpoint
 from .processes import Stopped, StopSignal, average_batch_norm, from_main_process, stop_signals
@@ -80,7 +81,7 @@ def fit(run: Run) -> dict[str, Any]:
                 state.metrics.append(line)
                 _save(run, state, best)
                 write_metrics(run, state.metrics)
-                run.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=state.epoch)
+                run.accelerator.log(numbers(line), step=state.epoch)
                 progress.epoch(line, config.epochs)
             assert best is not None  # there is an epoch
             summary = finish(run, state, best, partial(_check_stop, run, stop))
@@ -211,9 +212,9 @@ def _stop_not_finite(run: Run, step: int) -> None:
 
 def _validate(run: Run, stop: StopSignal) -> dict[str, Any]:
     began = time.monotonic()
-    measured = dict.fromkeys(("val_loss", "val_top1", "val_top5", "dead_units", "dead_elements", "activation_sparsity"))
+    measured = dict.fromkeys(metric.key for metric in METRICS if metric.split == "val")
     if run.val is not None:
-        measured = measure(run, run.val, "val", partial(_check_stop, run, stop))
+        measured |= measure(run, run.val, "val", partial(_check_stop, run, stop))
     return measured | {"validation_seconds": time.monotonic() - began}
 
 

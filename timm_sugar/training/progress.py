@@ -8,6 +8,8 @@ import rich.progress as bars
 from rich.console import Console
 from torch import Tensor
 
+from ..metrics import METRICS, numbers
+
 
 class Progress:
     """A bar over all steps of a run, and a line for each epoch.
@@ -75,12 +77,7 @@ class Progress:
         """Print the metrics of an epoch above the bar."""
         if not self._enabled:
             return
-        parts = [f"epoch {line['epoch']}/{epochs}", f"train loss {line['train_loss']:.4f}"]
-        if line["val_top1"] is not None:
-            parts += [
-                f"val loss {line['val_loss']:.4f}",
-                f"val top-1 {100 * line['val_top1']:.2f}%",
-                f"dead units {100 * line['dead_units']:.2f}%",
-            ]
-        parts.append(f"{line['images_per_second']:,.0f} images/s")
+        found = numbers(line)
+        parts = [f"epoch {line['epoch']}/{epochs}"]
+        parts += [f"{m.label} {m.text(found[m.key])}" for m in METRICS if m.column and m.key in found]
         self._bar.console.print("  ".join(parts))

@@ -23,6 +23,7 @@ from ..analysis import count_units
 from ..data import Split, evaluate_batches
 from ..files import to_yaml, write_file
 from ..hub import write_model_folder
+from ..metrics import METRICS
 from ..settings import TrainConfig, names_of
 from .build import Run
 from .processes import from_main_process, process_state
@@ -152,7 +153,7 @@ def finish(run: Run, state: Any, best: dict[str, Tensor], after_batch: Callable[
     line = state.metrics[(state.best_epoch or len(state.metrics)) - 1]
     set_surrogate(run.evaluated, line["surrogate"], line["alpha"])
     test = measure(run, run.test, "test", after_batch)
-    units = line if run.val is not None else test
+    found = {**line, **test} if run.val is None else {**test, **line}
     summary = dict(
         model=config.model,
         surrogate=line["surrogate"],
@@ -167,14 +168,7 @@ def finish(run: Run, state: Any, best: dict[str, Tensor], after_batch: Callable[
         seed=config.seed,
         processes=run.accelerator.num_processes,
         best_epoch=state.best_epoch,
-        val_top1=line["val_top1"],
-        val_top5=line["val_top5"],
-        test_top1=test["test_top1"],
-        test_top5=test["test_top5"],
-        test_loss=test["test_loss"],
-        dead_units=units["dead_units"],
-        dead_elements=units["dead_elements"],
-        activation_sparsity=units["activation_sparsity"],
+        **{metric.key: found[metric.key] for metric in METRICS if metric.split != "train"},
         images_per_second=float(np.median([line["images_per_second"] for line in state.metrics])),
         peak_memory_bytes=peak_memory(run.accelerator.device),
         seconds=state.seconds,

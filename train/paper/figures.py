@@ -9,18 +9,12 @@ import torch
 from matplotlib.ticker import PercentFormatter
 
 from timm_sugar.analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, STYLES, Figure, new_figure
+from timm_sugar.metrics import find_metric
 from timm_sugar.surrogates import get_surrogate, list_surrogates
 
 from .collapse import COLLAPSED, born_dead_bound, learned_below, relative_ranges
 from .dying_relu import GRID, TARGETS
 
-LABELS = {
-    "train_loss": "training loss",
-    "val_loss": "validation loss",
-    "val_top1": "validation accuracy (%)",
-    "dead_units": "dead units (%)",
-    "activation_sparsity": "activation sparsity (%)",
-}
 METHOD_STYLE = {
     "he": ("ReLU, He", BLACK, "o", "-"),
     "rai": ("ReLU, RAI", ORANGE, "s", "--"),
@@ -223,12 +217,11 @@ def seed_curves(
     """
     figure, axes = new_figure(1, len(metrics), width=5.2 * len(metrics), height=3.8)
     for ax, metric in zip(axes[0], metrics, strict=True):
-        label = LABELS.get(metric, metric)
-        scale = 100 if label.endswith("(%)") else 1
+        row = find_metric(metric)
         for place, (name, seeds) in enumerate(runs.items()):
             colour, dashes, marker, _ = STYLES[place % len(STYLES)]
             by_epoch = [
-                {line["epoch"]: scale * line[metric] for line in lines if line.get(metric) is not None}
+                {line["epoch"]: row.scale * line[metric] for line in lines if line.get(metric) is not None}
                 for lines in seeds
             ]
             epochs = sorted(set.intersection(*(set(values) for values in by_epoch)))
@@ -239,9 +232,9 @@ def seed_curves(
             ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
             style = {"color": colour, "linestyle": dashes, "marker": marker, "markevery": max(1, len(epochs) // 10)}
             ax.plot(epochs, centre, label=name, markersize=4, **style)
-        ax.set(xlabel="epoch", ylabel=label)
+        ax.set(xlabel="epoch", ylabel=row.axis)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if log_scale and "loss" in metric:
+        if log_scale and row.unit == "nats":
             ax.set_yscale("log")
     columns = min(len(runs), 2 * len(metrics))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)

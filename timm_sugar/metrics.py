@@ -1,0 +1,86 @@
+"""Metrics of a run: one row each, with its key in metrics.jsonl and summary.json, label, unit and direction."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that training measures.
+
+    Attributes:
+        key: In metrics.jsonl and summary.json.
+        label: For people.
+        unit: "%" (a fraction of 1 in the files), "nats", "images/s", "s", or "" for a bare number.
+        better: Which of two values is the better one; None where neither is.
+        split: Images that it is measured on. Those of "val" and "test" are in summary.json, of the best epoch.
+        chart: Title of the chart by epoch that shows it, alone or with others; None for none.
+        column: Whether it is a column of the report's summary, and in the line that is printed after an epoch.
+        card: Whether the model card states it.
+    """
+
+    key: str
+    label: str
+    unit: Literal["%", "nats", "images/s", "s", ""]
+    better: Literal["higher", "lower"] | None
+    split: Literal["train", "val", "test"]
+    chart: str | None = None
+    column: bool = False
+    card: bool = False
+
+    @property
+    def scale(self) -> int:
+        """What a value in the files is multiplied by to be in `unit`."""
+        return 100 if self.unit == "%" else 1
+
+    @property
+    def axis(self) -> str:
+        """Label of an axis: "dead units (%)"."""
+        return with_unit(self.label, self.unit)
+
+    def text(self, value: float) -> str:
+        """Return a value for people: 0.98765 as "98.77%", 64.2 s as "64 s"."""
+        if self.unit == "s":
+            return _duration(value)
+        form = {"%": "{:.2f}%", "nats": "{:.4f}", "images/s": "{:,.0f}", "": "{:.4g}"}[self.unit]
+        return form.format(self.scale * value)
+
+
+METRICS = [
+    Metric("test_top1", "test top-1 accuracy", "%", "higher", "test", column=True, card=True),
+    Metric("test_top5", "test top-5 accuracy", "%", "higher", "test", card=True),
+    Metric("val_top1", "validation top-1 accuracy", "%", "higher", "val", chart="Accuracy", column=True, card=True),
+    Metric("val_top5", "validation top-5 accuracy", "%", "higher", "val"),
+    Metric("test_loss", "test loss", "nats", "lower", "test", column=True),
+    Metric("train_loss", "training loss", "nats", "lower", "train", chart="Loss", column=True),
+    Metric("val_loss", "validation loss", "nats", "lower", "val", chart="Loss", column=True),
+    Metric("lr", "learning rate", "", None, "train", chart="Learning rate"),
+    Metric("dead_units", "dead units", "%", "lower", "val", chart="Dead units", column=True, card=True),
+    Metric("dead_elements", "dead elements", "%", "lower", "val"),
+    Metric("activation_sparsity", "activation sparsity", "%", None, "val", "Activation sparsity", True, True),
+    Metric("images_per_second", "images/s", "images/s", "higher", "train", column=True),
+    Metric("seconds", "time", "s", "lower", "train", column=True),
+    Metric("alpha", "alpha", "", None, "train"),
+]
+
+
+def find_metric(key: str) -> Metric:
+    """Return the metric of a key."""
+    return next(metric for metric in METRICS if metric.key == key)
+
+
+def numbers(measured: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics that have a value, by key."""
+    return {m.key: measured[m.key] for m in METRICS if isinstance(measured.get(m.key), (int, float))}
+
+
+def with_unit(label: str, unit: str) -> str:
+    """Return a label with its unit in brackets, where it has one."""
+    return f"{label} ({unit})" if unit else label
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
