@@ -39,7 +39,7 @@ from timm_sugar.surrogates import get_surrogate
 from timm_sugar.terminal import Parser, print_table
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from bare_loop import COMPILE, BareLoop, place, together  # noqa: E402
+from bare_loop import COMPILE, BareLoop, place, together
 
 RECIPES = Path(__file__).with_suffix("")
 PARTS = ("rates", "fair", "control", "dying", "finetune")
@@ -85,11 +85,11 @@ class PlainNet(nn.Module):
     def __init__(self, depth: int, width: int, act_layer: str, classes: int):
         super().__init__()
         layers: list[nn.Module] = []
-        for place in range(depth):
-            stride = 2 if place in (depth // 3, 2 * depth // 3) else 1
-            conv = nn.Conv2d(width if place else 3, width, 3, stride, 1)
+        for layer in range(depth):
+            stride = 2 if layer in (depth // 3, 2 * depth // 3) else 1
+            conv = nn.Conv2d(width if layer else 3, width, 3, stride, 1)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(conv.bias)
             layers += [conv, create_act_layer(act_layer)]  # type: ignore[list-item]
         self.features, self.fc = nn.Sequential(*layers), nn.Linear(width, classes)
 
@@ -381,11 +381,11 @@ class Study:
 
     def cells(self, cells: Sequence[Cell]) -> Iterator[Iterator[None]]:
         """Yield the training of each cell that is not finished, while there is time for one more."""
-        for place, cell in enumerate(cells):
+        for position, cell in enumerate(cells):
             if (self.folder / f"{cell}.json").is_file():
                 continue
             if time.monotonic() + self.longest > self.ends:
-                say(f"time is up: {len(cells) - place} cells not looked at; the same command goes on")
+                say(f"time is up: {len(cells) - position} cells not looked at; the same command goes on")
                 return
             yield self.train_cell(cell)
 
@@ -403,6 +403,11 @@ def interval(values: Sequence[float]) -> float:
     from scipy.stats import t  # scikit-learn, of the extra "train", brings it
 
     return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def with_interval(values: Sequence[float], sign: str = "") -> str:
+    """Return the mean and its interval as text; the mean alone where there is no interval."""
+    return f"{fmean(values):{sign}.2f}" + (f" ± {interval(values):.2f}" if len(values) > 1 else "")
 
 
 def summarise(results: Sequence[dict[str, Any]], picture: Path) -> None:
@@ -434,8 +439,8 @@ def summarise(results: Sequence[dict[str, Any]], picture: Path) -> None:
         one = next(iter(best.values()))
         norms = fmean(r["gradient_norms"]["first"] for r in best.values())
         dead = 100 * fmean(r["dead_channels"] / r["channels"] for r in best.values())
-        gain = f"{fmean(gains):+.2f} ± {interval(gains):.2f}" if gains and activation != "relu" else ""
-        mean = f"{fmean(tests):.2f} ± {interval(tests):.2f}"
+        gain = with_interval(gains, "+") if gains and activation != "relu" else ""
+        mean = with_interval(tests)
         rows.append([init, activation, f"{one['lr']:g}", len(tests), mean, gain, f"{norms:.3g}", f"{dead:.1f}"])
     head = ["init", "activation", "rate", "n", "test", "against relu", "first gradient", "dead (%)"]
     print_table(head, rows, left=(0, 1))
@@ -476,7 +481,9 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     for result in read_results(folder):
         for key, value in result["settings"].items():
             if settings.get(key) != value:
-                raise ValueError(f"{folder} was trained with {key} {value}, not {settings.get(key)}: take another --output")
+                raise ValueError(
+                    f"{folder} was trained with {key} {value}, not {settings.get(key)}: take another --output"
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -484,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--data", default="cifar10", help="a name, Hub id or folder, as in train/cifar.py")
     parser.add_argument("--output", type=Path, default=Path("output/when_it_helps"), metavar="DIR")
-    parser.add_argument("--summary", action="store_true", help="train nothing; tables and a picture of what is finished")
+    parser.add_argument("--summary", action="store_true", help="train nothing; show what is finished")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end before as many minutes have passed")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="networks at once on the one GPU (default 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
