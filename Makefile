@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs publish clean
+.PHONY: demo test timm-test lint docs publish clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest
+	.ci/timm-test $(BIN)/python
+
+timm-test: $(VENV)/.installed
+	.ci/timm-test $(BIN)/python
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The command line: what it lists, its help, and errors of one line with the right exit status."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -20,8 +21,8 @@ def test_models_as_json(capsys, monkeypatch, tmp_path):
     assert rows["conv2next_sugar"]["activation"] == "SUGAR nelu 0.1"
     assert rows["conv2next_base"]["activation"] == "GELU"
     assert rows["resnet18_sugar_bsilu"]["parameters"] == 11689512
-    assert rows["resnet18_sugar_bsilu"]["weights"] == ["digits"]
-    assert rows["vgg16_sugar_bsilu"]["weights"] == []
+    assert rows["resnet18_sugar_bsilu"]["weights"] == {"digits": f"local-dir:{tmp_path}/resnet18_sugar_bsilu.digits"}
+    assert rows["vgg16_sugar_bsilu"]["weights"] == {}
 
 
 def test_models_as_a_table(capsys, monkeypatch):
@@ -30,7 +31,8 @@ def test_models_as_a_table(capsys, monkeypatch):
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["model", "parameters", "activation", "weights"]
     rows = [line.split() for line in lines]
-    assert ["resnet18_sugar_bsilu", "11,689,512", "SUGAR", "bsilu", "1.67", "cifar10"] in rows
+    folder = Path(__file__).parents[1] / "hub_cards/resnet18_sugar_bsilu.cifar10"
+    assert ["resnet18_sugar_bsilu", "11,689,512", "SUGAR", "bsilu", "1.67", "cifar10", f"({folder})"] in rows
     assert ["vgg16_sugar_bsilu", "138,357,544", "SUGAR", "bsilu", "1.67", "-"] in rows
 
 

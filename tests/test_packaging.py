@@ -27,6 +27,14 @@ def run(*command: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.parametrize(("in_ci", "status"), [("", 0), ("true", 1)])
+def test_timms_own_tests_are_not_left_out_in_silence(in_ci, status):
+    without_index = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")} | {"PIP_NO_INDEX": "1"}
+    done = run(ROOT / ".ci/timm-test", sys.executable, env=without_index | {"CI": in_ci})
+    assert done.returncode == status
+    assert re.fullmatch(r"timm's own tests were not run: pip cannot fetch the source of timm [\d.]+\n", done.stderr)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A folder with both, built without network: the wheel from the sdist, as a package index would get it."""

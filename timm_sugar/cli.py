@@ -37,7 +37,7 @@ from .hub import (
     write_folder,
 )
 from .models import is_own
-from .models._weights import list_tags
+from .models._weights import list_weights
 from .terminal import Parser, print_table, progress_bars
 
 Argument: TypeAlias = tuple[tuple[str, ...], dict[str, Any]]
@@ -134,7 +134,7 @@ _JSON = _switch("--json", "print the result as JSON")
 
 
 @_command(
-    "list the models of this package: parameters, activation, and the tags of published weights",
+    "list the models of this package: parameters, activation, and the tags of weights with where they come from",
     "timm-sugar models --json",
     _JSON,
 )
@@ -146,11 +146,14 @@ def _models(args: argparse.Namespace) -> int:
             surrogate, alpha = surrogate_of(model)
             activation = f"SUGAR {surrogate}{'' if alpha is None else f' {alpha:g}'}" if surrogate else "GELU"
             parameters = sum(p.numel() for p in model.parameters())
-            rows.append(dict(name=name, parameters=parameters, activation=activation, weights=list_tags(name)))
+            rows.append(dict(name=name, parameters=parameters, activation=activation, weights=list_weights(name)))
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
-        table = [(r["name"], f"{r['parameters']:,}", r["activation"], ", ".join(r["weights"]) or "-") for r in rows]
+        table = []
+        for row in rows:
+            weights = [f"{tag} ({source.removeprefix('local-dir:')})" for tag, source in row["weights"].items()]
+            table.append((row["name"], f"{row['parameters']:,}", row["activation"], ", ".join(weights) or "-"))
         print_table(("model", "parameters", "activation", "weights"), table, left=(0, 2, 3))
     return 0
 

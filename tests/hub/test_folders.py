@@ -15,7 +15,8 @@ from timm.models import generate_default_cfgs, register_model
 import timm_sugar
 from timm_sugar.cli import main
 from timm_sugar.hub import files_of_run, read_facts, surrogate_of
-from timm_sugar.models import is_own, stock_architecture
+from timm_sugar.models import _weights, is_own, stock_architecture
+from timm_sugar.models._weights import find_weights
 from timm_sugar.training import TrainConfig, train
 
 HUB_CARDS = Path(__file__).parents[2] / "hub_cards"
@@ -72,7 +73,7 @@ def check_folder(folder: Path) -> int:
 
 def check_tag(folder: Path, default: bool) -> None:
     """Check that a tag of timm's registry stands for a folder where TIMM_SUGAR_HUB names the one around it."""
-    architecture, tag = folder.name.split(".", 1)
+    architecture = folder.name.split(".")[0]
     assert folder.name in timm.list_pretrained()
     cfg = timm.get_pretrained_cfg(folder.name)
     config = json.loads((folder / "config.json").read_text())
@@ -85,7 +86,7 @@ def check_tag(folder: Path, default: bool) -> None:
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
     if default:
-        assert timm.get_pretrained_cfg(architecture).tag == tag
+        assert find_weights(architecture, None) == f"local-dir:{folder}"
         assert timm.create_model(architecture, pretrained=True).pretrained_cfg["label_names"] == config["label_names"]
 
 
@@ -97,7 +98,7 @@ def test_every_folder_of_hub_cards(monkeypatch):
     assert tags == {folder.name for folder in folders}
     for folder in folders:
         cfg = timm.get_pretrained_cfg(folder.name)
-        check_tag(folder, default=timm.get_pretrained_cfg(folder.name.split(".")[0]).tag == cfg.tag)
+        check_tag(folder, default=find_weights(folder.name.split(".")[0], None) == f"local-dir:{folder}")
         trained_with = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
         input_of_tag = dict(mean=[*cfg.mean], std=[*cfg.std], interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
         assert input_of_tag == {key: trained_with[key] for key in input_of_tag}, folder.name
@@ -126,13 +127,14 @@ def tag(monkeypatch):
     """One more line in default_cfgs, as for a published model."""
     module = importlib.import_module("timm_sugar.models.resnet")
     name = "resnet18_sugar_bsilu"
-    line = {
-        f"{name}.colours": module._cfg(hf_hub_id=f"timm-sugar/{name}.colours", num_classes=3, input_size=(3, 32, 32))
+    lines = {
+        f"{name}.colours": module._cfg(hf_hub_id=f"timm-sugar/{name}.colours", num_classes=3, input_size=(3, 32, 32)),
+        f"{name}.*": module._cfg(),
     }
     before, published = module.default_cfgs, timm.list_pretrained(f"{name}*")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Overwriting")
-        monkeypatch.setattr(module, "default_cfgs", {**before, **generate_default_cfgs({name: module._cfg()} | line)})
+        monkeypatch.setattr(module, "default_cfgs", {**before, **generate_default_cfgs(lines)})
         register_model(module.resnet18_sugar_bsilu)
         yield f"{name}.colours"
         monkeypatch.undo()
@@ -156,6 +158,7 @@ def test_from_the_run_to_the_tag(folder, tag, parquet_folder, monkeypatch, capsy
 
 def test_weights_that_cannot_be_had(tag, monkeypatch):
     monkeypatch.delenv("TIMM_SUGAR_HUB", raising=False)
+    monkeypatch.setattr(_weights, "CHECKOUT", HUB_CARDS / "nowhere")  # as in an installed wheel
     with pytest.raises(RuntimeError) as error:  # the tests have no network
         timm.create_model(tag, pretrained=True)
     message = str(error.value)

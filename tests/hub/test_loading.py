@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -160,10 +162,68 @@ def test_a_repository_without_our_record(hub, cli, tmp_path):
     assert hub.count("GET", "bin") == 0
 
 
-def _python(script: str, environment: dict[str, str], folder) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+CLAIM = """---
+model-index:
+- name: net
+  results:
+  - task: {type: image-classification}
+    dataset: {type: colours, name: colours}
+    metrics:
+    - {type: accuracy, value: 0.5}
+---
+"""
+
+
+def test_only_checked_safetensors_are_loaded(hub, cli, parquet_folder, tmp_path):
+    stock = timm.create_model("resnet18", channels=(8, 8, 8, 8), num_classes=3)
+    timm.models.save_for_hf(stock, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    load = "import timm_sugar\ntimm_sugar.create_model('hf-hub:{}', pretrained=True)"
+
+    _put(hub, "stranger/corrupt", tmp_path)
+    hub.fail("GET", "/lfs/", "corrupt")
+    assert "model.safetensors is corrupted" in cli.python(load.format("stranger/corrupt")).err
+
+    config["pretrained_cfg"]["hf_hub_filename"] = "other.bin"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(stock.state_dict(), tmp_path / "other.bin")
+    (tmp_path / "README.md").write_text(CLAIM)
+    _put(hub, "stranger/decoy", tmp_path)
+    for result in (cli.python(load.format("stranger/decoy")), cli("verify", tmp_path, "--data", parquet_folder)):
+        assert result.status == 1
+        assert "it names 'other.bin' as its weights; only model.safetensors is loaded" in result.err
+    assert hub.count("GET", "bin") + hub.count("HEAD", "bin") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("resnet18", {"num_classes": 10**9}, r"its model has [\d,]+ numbers in fc\.\w+, and model\.safetensors \d+"),
+        ("resnet18", {"model_args": {"channels": [2**10] * 4}}, r"its model has [\d,]+ numbers in \S+"),
+        ("resnet18", {"model_args": {"channels": [2**30] * 4}}, "its model cannot be built: Storage size"),
+        ("resnet18", {"architecture": "resnet152"}, r"its model has [\d,]+ numbers"),
+        ("resnet18", {"input_size": [3, 10**5, 10**5]}, "it takes 100000 pixels from 105263; a side is at most 4096"),
+        ("resnet18", {"crop_pct": 1e-6}, "it takes 32 pixels from 32000000"),
+        ("vit_tiny_patch16_224", {"model_args": {"img_size": 10**5, "depth": 1}}, "it takes 100000 pixels"),
+    ],
+)
+def test_a_config_that_asks_for_more_than_the_weights_hold(tmp_path, name, change, message):
+    small = dict(channels=(8, 8, 8, 8)) if name == "resnet18" else dict(depth=1, img_size=32)
+    timm.models.save_for_hf(timm.create_model(name, num_classes=3, **small), tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] |= {"input_size": [3, 32, 32]}
+    for key, value in change.items():
+        (config if key in config else config["pretrained_cfg"])[key] = value
+    config["model_args"].pop("num_classes", None)  # as packages have none
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        timm_sugar.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert "\n" not in str(error.value)
+
+
+def _python(script: str, environment: dict[str, str], folder, *argv: str) -> str:
+    command = [sys.executable, "-c", script, *argv]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -220,6 +280,59 @@ CREATE = LOAD + "describe(timm.create_model({name!r}, pretrained=True{more}))\n"
 
 def _create(cli, hub_place, name, more="", **env):
     return cli.python(CREATE.format(name=name, more=more), TIMM_SUGAR_HUB=str(hub_place), **env)
+
+
+# Loads the models that it is given, and says how long that took or what went wrong.
+FRESH = """
+import sys, time, timm, timm_sugar
+for name in sys.argv[1:]:
+    start = time.perf_counter()
+    try:
+        loaded = timm.create_model(name, pretrained=True)
+        print(name, loaded.num_classes, timm.get_pretrained_cfg(name).num_classes)
+    except RuntimeError as error:
+        print(f"{time.perf_counter() - start:.2f} {error}")
+"""
+NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+
+def test_a_checkout_brings_its_weights(environment, tmp_path):
+    names = ("swin_tiny_sugar_nelu", "swin_tiny_sugar_nelu.tin_64", "resnet18_sugar_bsilu")
+    out = _python(FRESH, environment | NO_NETWORK, tmp_path, *names)
+    assert out.splitlines() == [
+        "swin_tiny_sugar_nelu 200 1000",
+        "swin_tiny_sugar_nelu.tin_64 200 200",
+        "resnet18_sugar_bsilu 10 1000",
+    ]
+
+
+def test_an_installed_package_without_a_network_says_so_at_once(environment, tmp_path):
+    shutil.copytree(Path(timm_sugar.__file__).parent, tmp_path / "site/timm_sugar")
+    installed = environment | NO_NETWORK | {"PYTHONPATH": str(tmp_path / "site")}
+    seconds, _, message = _python(FRESH, installed, tmp_path, "resnet18_sugar_bsilu").partition(" ")
+    assert float(seconds) < 3
+    for part in (
+        "hf-hub:timm-sugar/resnet18_sugar_bsilu.cifar10 cannot be loaded",
+        "the Hub at http://127.0.0.1:9 cannot be reached",
+        "TIMM_SUGAR_HUB may name a folder",
+        "--model resnet18_sugar_bsilu",
+    ):
+        assert part in message
+    assert message.count("\n") == 1
+
+
+def test_the_environment_decides_where_weights_come_from(cli, full_size):
+    here = json.loads(cli("models", "--json").out)
+    sources = {row["name"]: row["weights"] for row in here}
+    folder = Path(timm_sugar.__file__).parents[1] / "hub_cards/swin_tiny_sugar_nelu.tin_64"
+    assert sources["swin_tiny_sugar_nelu"] == {"tin_64": f"local-dir:{folder}"}
+    elsewhere = json.loads(cli("models", "--json", TIMM_SUGAR_HUB=str(full_size)).out)
+    sources = {row["name"]: row["weights"] for row in elsewhere}
+    assert sources["swin_tiny_sugar_nelu"] == {}
+    assert sources["resnet18_sugar_bsilu"] == {
+        tag: f"local-dir:{full_size}/resnet18_sugar_bsilu.{tag}" for tag in ("first", "second")
+    }
+    assert f"tin_64 ({folder})" in cli("models").out
 
 
 def test_tags_of_a_folder(hub, cli, full_size):

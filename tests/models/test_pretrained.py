@@ -40,6 +40,30 @@ def test_stock_weights_load_with_any_classifier(name, num_classes):
     assert any(isinstance(m, Sugar) for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["resnet18_sugar_bsilu", "resnet18_sugar_bsilu.cifar10"])
+def test_the_classifier_of_a_file_is_loaded_where_it_fits(name, tmp_path):
+    torch.manual_seed(0)
+    trained = timm.create_model("resnet18_sugar_bsilu", num_classes=10).eval()
+    save_file(trained.state_dict(), tmp_path / "trained.safetensors")
+    overlay = dict(file=str(tmp_path / "trained.safetensors"))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        loaded = timm.create_model(name, pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay)
+        assert torch.equal(loaded.eval()(x), trained(x))
+        named = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay | dict(num_classes=10))
+        assert torch.equal(named.eval()(x), trained(x))
+    other = timm.create_model(name, pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+    assert torch.equal(other.conv1.weight, trained.conv1.weight)
+    features = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(features.conv1.weight, trained.conv1.weight)
+
+
+def test_a_classifier_that_nobody_asked_to_replace_is_not_replaced():
+    overlay = dict(state_dict=timm.create_model("resnet18", num_classes=10).state_dict())
+    with pytest.raises(RuntimeError, match="weights have 10 classes, and the network 1000; num_classes=10 keeps"):
+        timm.create_model("resnet18_sugar_bsilu", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
 def test_stock_weights_load_from_a_file_with_other_input_channels(tmp_path):
     weights = timm.create_model("resnet18").state_dict()
     save_file(weights, tmp_path / "stock.safetensors")
@@ -76,7 +100,7 @@ UNPUBLISHED = [name for name in timm.list_models() if is_own(name) and not timm.
 def test_pretrained_without_published_weights(name, direct, monkeypatch):
     monkeypatch.delenv("TIMM_SUGAR_HUB", raising=False)
     create = timm.models.model_entrypoint(name) if direct else lambda **kwargs: timm.create_model(name, **kwargs)
-    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name} in timm-sugar on the Hub") as e:
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name} in .*hub_cards or in") as e:
         create(pretrained=True)
     assert "\n" not in str(e.value)
     assert "--model" in str(e.value)
@@ -97,11 +121,12 @@ def test_a_default_cfg_with_weights_is_found_and_is_the_default(monkeypatch):
         find_weights("vgg16_sugar_bsilu", "three")
 
 
-def test_the_size_of_a_default_tag_is_not_that_of_the_network_by_itself(monkeypatch):
-    name = "swin_tiny_sugar_nelu"
-    tagged = PretrainedCfg(hf_hub_id="lab/net", tag="tin_64", input_size=(3, 64, 64), fixed_input_size=True)
-    monkeypatch.setitem(_registry._model_pretrained_cfgs, name, tagged)
-    for size, arguments in ((64, {"img_size": 64}), (224, {})):
+def test_size_arguments():
+    for name, size, arguments in (
+        ("swin_tiny_sugar_nelu", 64, {"img_size": 64}),
+        ("swin_tiny_sugar_nelu", 224, {}),
+        ("swin_tiny_sugar_nelu.tin_64", 64, {}),
+    ):
         assert size_arguments(name, size) == arguments
         assert timm.create_model(name, device="meta", **arguments).patch_embed.img_size == (size, size)
     assert size_arguments("vit_tiny_patch16_224", 64) == {"img_size": 64}

@@ -80,6 +80,17 @@ def test_default_activation(name):
     assert plain == (set() if MODELS[name] else {nn.GELU})
 
 
+@pytest.mark.parametrize("name", timm.list_models([*MODELS], include_tags=True))
+def test_a_name_builds_what_its_cfg_says(name):
+    cfg, model = timm.get_pretrained_cfg(name), timm.create_model(name, device="meta")
+    assert model.pretrained_cfg == cfg.to_dict()
+    assert model.get_classifier().out_features == cfg.num_classes
+    if cfg.fixed_input_size:
+        assert model.patch_embed.img_size == cfg.input_size[1:]
+    if "." not in name:  # the network by itself, whatever its weights were trained on
+        assert (cfg.tag, cfg.hf_hub_id) == (None, None)
+
+
 @all_models
 def test_default_cfg(name):
     with torch.device("meta"):

@@ -3,19 +3,27 @@
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import httpx
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import get_session, httpx
 
 T = TypeVar("T")
 _BUSY = (408, 429, 500, 502, 503, 504)
 _WAITS = (1, 2, 4, 8, 8)  # seconds
 _LONGEST_WAIT = 300
+_TO_CONNECT = 2.0  # seconds
+_reached: set[str] = set()
 
 
 def patiently(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs: Any) -> T:
@@ -49,18 +57,57 @@ def _asked_wait(response: Any, otherwise: float) -> float:
     return min(int(asked) + 1, _LONGEST_WAIT) if asked.isdigit() else otherwise
 
 
+def reach_hub() -> None:
+    """Raise ConnectionError, within seconds, where the Hub cannot be reached; it is asked once in a process.
+
+    huggingface_hub itself tries for half a minute before it says so.
+    """
+    endpoint = constants.ENDPOINT
+    if endpoint in _reached or constants.HF_HUB_OFFLINE:
+        return
+    failures: list[str] = ["no answer"]
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=_TO_CONNECT)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+            failures.append(str(error) or type(error).__name__)
+            return
+        except httpx.TransportError:  # slow or broken off, but there
+            pass
+        failures.clear()
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent has no time limit of ours
+    thread.start()
+    thread.join(_TO_CONNECT + 0.5)
+    if failures:
+        raise ConnectionError(f"the Hub at {endpoint} cannot be reached ({failures[-1]})")
+    _reached.add(endpoint)
+
+
 def download(repo_id: str, name: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """Return a file of a repository, from huggingface_hub's cache where it is there, and checked.
 
     Raises:
         ValueError: the repository's name is not legal.
         RemoteEntryNotFoundError: the repository has no such file.
-        FileNotFoundError: there is no such repository, or the token may not see it, or it is out of reach.
+        FileNotFoundError: there is no such repository, or the token may not see it.
+        ConnectionError: the Hub is out of reach, and the file not in the cache.
         PermissionError: the Hub does not accept the token.
         OSError: the Hub refuses for another reason or stays busy, or the file is corrupted.
     """
+    arguments: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir)
     try:
-        path = patiently(hf_hub_download, repo_id, name, revision=revision, cache_dir=cache_dir)
+        reach_hub()
+    except ConnectionError as error:
+        try:
+            path = hf_hub_download(repo_id, name, local_files_only=True, **arguments)
+        except LocalEntryNotFoundError:
+            raise error from None
+        _check(Path(path))
+        return Path(path)
+    try:
+        path = patiently(hf_hub_download, repo_id, name, **arguments)
     except RemoteEntryNotFoundError:
         raise
     except RepositoryNotFoundError as error:

@@ -1,6 +1,5 @@
 """What every registered model shares: default_cfgs, construction, and the loading of published weights."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,7 +8,6 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
 from timm.models import (
-    DefaultCfg,
     PretrainedCfg,
     build_model_with_cfg,
     is_model,
@@ -49,7 +47,8 @@ CIFAR_INPUT = dict(
 def cfg(**kwargs: Any) -> dict[str, Any]:
     """Return a default_cfg with what all models here share. Weights are safetensors: never a pickled .bin.
 
-    Published weights are one more line in `default_cfgs`, ``"ARCHITECTURE.TAG"``, with their input and ``hf_hub_id``.
+    Published weights are one more line in `default_cfgs`, ``"ARCHITECTURE.TAG"``, with their input and ``hf_hub_id``,
+    before the network by itself, which then is ``"ARCHITECTURE.*"``: so timm marks what the bare name stands for.
     """
     return {
         "hf_hub_filename": WEIGHTS,
@@ -65,7 +64,6 @@ def build_variant(
     model_cls: type[ModelT],
     variant: str,
     pretrained: bool,
-    cfgs: DefaultCfg,
     default: str | None,
     surrogate: str | None = None,
     alpha: float | None = None,
@@ -81,14 +79,14 @@ def build_variant(
         model_cls: Class of the model; its constructor takes act_layer, a callable.
         variant: Name of the entrypoint.
         pretrained: Load the weights.
-        cfgs: Its entry of default_cfgs, with an untagged one for the network by itself.
         default, surrogate, alpha, act_layer, save, default_alpha: As `timm_sugar.layers.sugar_act_layer` takes them.
         filter_fn: timm's converter of checkpoints of this family in other formats.
         kwargs: As for timm's function.
 
     Raises:
         ValueError: as `sugar_act_layer`.
-        RuntimeError: there are no weights, or they are those of another architecture.
+        RuntimeError: there are no weights, or they are those of another architecture, or of another number of classes
+            than the network has without `num_classes`.
     """
     recorded: dict[str, Any] = {}
     if pretrained and not _has_source(kwargs):
@@ -97,8 +95,6 @@ def build_variant(
         if surrogate is None and alpha is None and act_layer is None:
             recorded = found.activation
             surrogate, alpha, act_layer = (recorded.get(key) for key in ("surrogate", "alpha", "act_layer"))
-    elif kwargs.get("pretrained_cfg") is None:
-        kwargs["pretrained_cfg"] = cfgs.cfgs[""]  # not the default tag's, which has the classes of its weights
     layer = sugar_act_layer(default, surrogate, alpha, act_layer, save, default_alpha)
     if layer is not None:
         kwargs["act_layer"] = layer
@@ -106,6 +102,7 @@ def build_variant(
     def checked(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         state_dict = dict(filter_fn(state_dict, model) if filter_fn else state_dict)
         _check_weights(state_dict, model, variant)
+        _keep_classifier(state_dict, model, 0 if kwargs.get("features_only") else kwargs.get("num_classes"))
         return state_dict
 
     model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
@@ -141,6 +138,23 @@ def _check_weights(state_dict: dict[str, Tensor], model: Any, variant: str) -> N
         raise RuntimeError(f"these weights are not those of {variant}; tensors {', '.join(found)}")
 
 
+def _keep_classifier(state_dict: dict[str, Tensor], model: Any, num_classes: int | None) -> None:
+    """Have timm load the classifier of a file wherever it fits, whatever number of classes is registered.
+
+    Raises:
+        RuntimeError: it does not fit, and nobody asked for another number of classes.
+    """
+    weight = state_dict.get(f"{model.pretrained_cfg['classifier']}.weight")
+    if weight is None:
+        return
+    if num_classes is None and len(weight) != model.num_classes > 0:
+        raise RuntimeError(
+            f"these weights have {len(weight)} classes, and the network {model.num_classes}; num_classes={len(weight)} "
+            f"keeps their classifier, num_classes={model.num_classes} starts a new one"
+        )
+    model.pretrained_cfg["num_classes"] = len(weight)
+
+
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, which for a published model also restores the surrogate that it was trained with.
 
@@ -162,13 +176,12 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     if source is None:
         return build(model_name, pretrained=pretrained, **kwargs)
     found = read_config(f"{source}:{model_id}", kwargs.get("cache_dir"), weights=pretrained)
-    if not found.recorded:
-        return build(model_name, pretrained=pretrained, **kwargs)
     activation = found.activation
     if any(kwargs.get(key) is not None for key in ("surrogate", "act_layer")):
         activation = {}  # another surrogate starts from its own default alpha
     arguments = {**found.model_args, **activation, **kwargs}
-    return build(found.architecture, pretrained=pretrained, pretrained_cfg=found.pretrained_cfg, **arguments)
+    saved: dict[str, Any] = dict(pretrained_cfg=found.pretrained_cfg, pretrained_model_args=found.model_args)
+    return build(found.architecture, pretrained=pretrained, **saved, **arguments)
 
 
 def build(
@@ -219,8 +232,6 @@ def stock_architecture(architecture: str) -> str | None:
 
 def size_arguments(name: str, img_size: int) -> dict[str, int]:
     """Return what `timm.create_model` needs besides to build `name` for square images of `img_size` pixels."""
-    cfg: Any = timm.get_pretrained_cfg(name)
-    if is_own(name):  # the network by itself, whatever its default tag was trained on
-        cfg = sys.modules[model_entrypoint(name).__module__].default_cfgs[split_model_name_tag(name)[0]].cfgs[""]
+    cfg = timm.get_pretrained_cfg(name)
     fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != img_size
     return {"img_size": img_size} if fixed else {}

@@ -2,22 +2,28 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, is_model
 
 from .._timm import parse_model_config
-from ._download import download, refuse_bad_token
+from ._download import download, reach_hub, refuse_bad_token
 
 ORGANISATION = "timm-sugar"
 WEIGHTS = "model.safetensors"
+CHECKOUT = Path(__file__).parents[2] / "hub_cards"  # not in a wheel
+_MOST_PIXELS = 4096  # a side, before and after the crop
 
 # Said by whoever loads, never by a file: sources of weights, and what timm takes before the model sees it.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
@@ -67,26 +73,24 @@ def find_weights(variant: str, tag: str | None, cache_dir: str | None = None) ->
 
     Args:
         variant: Name of the entrypoint.
-        tag: Tag of the weights; None for the default one.
+        tag: Tag of the weights; None for the default one, the first in `default_cfgs` or the only one.
         cache_dir: In place of huggingface_hub's cache.
 
     Returns:
-        ``local-dir:FOLDER`` in the folder that TIMM_SUGAR_HUB names, else ``hf-hub:ORG/NAME`` in the organisation that
-        it names, else in the default one.
+        ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``, see `list_weights`.
 
     Raises:
         RuntimeError: there are none, in one line that says where they were looked for and which tags exist.
         PermissionError: the Hub does not accept the token.
     """
-    root, place, tags = _look(variant, cache_dir)
-    cfg = get_pretrained_cfg(variant)
-    default = cfg.tag if cfg else None
-    wanted = tag or (default if default in tags else tags[0] if len(tags) == 1 else None)
-    if wanted not in tags:
+    found, place = _look(variant, cache_dir)
+    default = [cfg_tag for cfg_tag in _registered(variant) if cfg_tag in found] or [*found][: len(found) == 1]
+    wanted = tag or (default[0] if default else None)
+    if wanted not in found:
         name = variant if tag is None else f"{variant}.{tag}"
-        exist = f"it has {', '.join(f'{variant}.{t}' for t in tags)}" if tags else f"it has none of {variant}"
+        exist = f"it has {', '.join(f'{variant}.{t}' for t in found)}" if found else f"it has none of {variant}"
         raise RuntimeError(f"No pretrained weights exist for {name} in {place}; {exist}. {_how_to_train(variant)}")
-    return f"{root}/{variant}.{wanted}"
+    return found[wanted]
 
 
 def _how_to_train(variant: str) -> str:
@@ -112,7 +116,7 @@ def read_published(variant: str, tag: str | None, cache_dir: str | None = None) 
         found = read_config(source, cache_dir)
     except OSError as error:
         name = source.rpartition("/")[2]
-        there = ", ".join(f"{variant}.{t}" for t in list_tags(variant, cache_dir))
+        there = ", ".join(f"{variant}.{t}" for t in list_weights(variant, cache_dir))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RuntimeError(
             f"The weights {source} cannot be loaded: {reason}. The tags are {there}. TIMM_SUGAR_HUB may name a folder "
@@ -122,44 +126,58 @@ def read_published(variant: str, tag: str | None, cache_dir: str | None = None) 
     return found
 
 
-def list_tags(variant: str, cache_dir: str | None = None) -> list[str]:
-    """Return the tags under which weights for one of our models are published, where `find_weights` looks.
+def list_weights(variant: str, cache_dir: str | None = None) -> dict[str, str]:
+    """Return the tags under which weights for one of our models are published, each with its source.
 
-    Those of the default organisation are the ones in `default_cfgs`; another organisation is asked over the network,
-    and where that cannot be reached, the cache tells what has been loaded before.
+    TIMM_SUGAR_HUB decides where it is set: a folder of published folders, or another organisation, which is asked over
+    the network; where that cannot be reached, the cache tells what has been loaded before. Otherwise the tags are those
+    in `default_cfgs`, in the default organisation, and where the package runs from a checkout, the folders of its
+    hub_cards come first.
 
     Raises:
         PermissionError: the Hub does not accept the token.
         RuntimeError: TIMM_SUGAR_HUB names neither a folder nor an organisation.
     """
-    return _look(variant, cache_dir)[2]
+    return _look(variant, cache_dir)[0]
 
 
-def _look(variant: str, cache_dir: str | None) -> tuple[str, str, list[str]]:
-    """Return the source that holds all published weights, the same in words, and the tags of one of our models."""
+def _registered(variant: str) -> dict[str, str]:
+    """Return the tags of one of our models in `default_cfgs` that have weights, each with its repository."""
+    cfgs = get_arch_pretrained_cfgs(variant).values()
+    return {cfg.tag: cfg.hf_hub_id for cfg in cfgs if cfg.hf_hub_id and cfg.tag}
+
+
+def _look(variant: str, cache_dir: str | None) -> tuple[dict[str, str], str]:
+    """Return the sources of one of our models by tag, and in words where they are."""
     hub = os.environ.get("TIMM_SUGAR_HUB", "")
     folder = Path(hub).expanduser()
     if not hub:
-        tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.hf_hub_id and cfg.tag]
-        # The default one is there a second time, under the bare name.
-        return f"hf-hub:{ORGANISATION}", f"{ORGANISATION} on the Hub", list(dict.fromkeys(tags))
+        on_hub = {tag: f"hf-hub:{repo_id}" for tag, repo_id in _registered(variant).items()}
+        if not CHECKOUT.is_dir():
+            return on_hub, f"{ORGANISATION} on the Hub"
+        return on_hub | _in_folder(variant, CHECKOUT), f"{CHECKOUT} or in {ORGANISATION} on the Hub"
     if folder.is_dir():
-        root, place = f"local-dir:{folder}", f"the folder {hub} (TIMM_SUGAR_HUB)"
-        names = [path.parent.name for path in folder.glob(f"{variant}.*/config.json")]
-    elif re.fullmatch(r"[\w-][\w.-]*", hub):
-        root, place = f"hf-hub:{hub}", f"the organisation {hub} on the Hub (TIMM_SUGAR_HUB)"
-        try:
-            found = HfApi().list_models(author=hub, search=f"{variant}.")  # which has patience itself
-            names = [model.id.partition("/")[2] for model in found]
-        except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
-            if isinstance(error, HfHubHTTPError):
-                refuse_bad_token(error)
-            place += ", which cannot be reached, so that the cache was looked into"
-            cache = Path(cache_dir or constants.HF_HUB_CACHE)
-            names = [path.name.rpartition("--")[2] for path in cache.glob(f"models--{hub}--{variant}.*")]
-    else:
+        return _in_folder(variant, folder), f"the folder {hub} (TIMM_SUGAR_HUB)"
+    if not re.fullmatch(r"[\w-][\w.-]*", hub):
         raise RuntimeError(f"TIMM_SUGAR_HUB={hub} is neither an existing folder nor an organisation of the Hub")
-    return root, place, sorted(name.removeprefix(f"{variant}.") for name in names if name.startswith(f"{variant}."))
+    place = f"the organisation {hub} on the Hub (TIMM_SUGAR_HUB)"
+    try:
+        reach_hub()
+        found = HfApi().list_models(author=hub, search=f"{variant}.")  # which has patience itself
+        names = [model.id.partition("/")[2] for model in found]
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
+        if isinstance(error, HfHubHTTPError):
+            refuse_bad_token(error)
+        place += ", which cannot be reached, so that the cache was looked into"
+        cache = Path(cache_dir or constants.HF_HUB_CACHE)
+        names = [path.name.rpartition("--")[2] for path in cache.glob(f"models--{hub}--{variant}.*")]
+    tags = sorted(name.removeprefix(f"{variant}.") for name in names if name.startswith(f"{variant}."))
+    return {tag: f"hf-hub:{hub}/{variant}.{tag}" for tag in tags}, place
+
+
+def _in_folder(variant: str, folder: Path) -> dict[str, str]:
+    names = sorted(path.parent.name for path in folder.glob(f"{variant}.*/config.json"))
+    return {name.removeprefix(f"{variant}."): f"local-dir:{folder / name}" for name in names}
 
 
 def read_config(source: str, cache_dir: str | None = None, weights: bool = True) -> PublishedConfig:
@@ -171,15 +189,18 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
         weights: Make sure that there are weights too, as safetensors, and that they are what the Hub says.
 
     Raises:
-        ValueError: the file is no model's config.json, names an unregistered model, or asks for more than a model.
+        ValueError: the file is no model's config.json, names an unregistered model or weights that are not
+            safetensors, or asks for more than a model or for another one than the weights are of.
         OSError: there is no such repository or folder, or a file of it is missing or corrupted.
     """
     kind, _, model_id = source.partition(":")
     wanted = ["config.json", WEIGHTS] if weights else ["config.json"]
     if kind == "hf-hub":
         repo_id, _, revision = model_id.partition("@")
-        paths = [download(repo_id, name, revision or None, cache_dir) for name in wanted]
-        where = {"hf_hub_id": model_id, "hf_hub_filename": WEIGHTS, "source": "hf-hub"}
+        paths = [download(repo_id, wanted[0], revision or None, cache_dir)]
+        commit = paths[0].parent.name  # of which the weights are to be too, whatever is committed meanwhile
+        paths += [download(repo_id, name, commit, cache_dir) for name in wanted[1:]]
+        where = {"hf_hub_id": f"{repo_id}@{commit}", "hf_hub_filename": WEIGHTS, "source": "hf-hub"}
     else:
         paths = [Path(model_id, name) for name in wanted]
         for path in paths:
@@ -196,12 +217,18 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
         refused = sorted(_NOT_MODEL_ARGUMENTS & model_args.keys())
         if refused:
             raise ValueError(f"its model_args hold {', '.join(refused)}, which are not arguments of a model")
+        file = cfg.get("hf_hub_filename") or WEIGHTS
+        if file not in (WEIGHTS, "pytorch_model.bin"):  # in place of the latter timm takes the former where it is
+            raise ValueError(f"it names {file!r} as its weights; only {WEIGHTS} is loaded")
         fields = {field.name for field in dataclasses.fields(PretrainedCfg)} - _SOURCES
         cfg = {key: value for key, value in cfg.items() if key in fields} | where
+        others = {key: value for key, value in model_args.items() if key not in _ACTIVATION}
+        _check_sizes(cfg, others)
+        if weights:
+            _check_shapes(paths[1], architecture, cfg, others)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"config.json of {model_id} cannot be used: {reason}") from error
-    others = {key: value for key, value in model_args.items() if key not in _ACTIVATION}
     return PublishedConfig(source, architecture, record is not None, activation, others, cfg)
 
 
@@ -221,3 +248,35 @@ def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> 
     if not isinstance(architecture, str):
         raise ValueError(f"architecture is {architecture!r}")
     return architecture, given
+
+
+def _check_sizes(cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
+    """Raise ValueError where images would be larger than any network of timm takes."""
+    given = model_args.get("img_size") or ()
+    crop = float(cfg.get("crop_pct") or 1)
+    for side in [*cfg.get("input_size", (3, 224, 224))[1:], *([given] if isinstance(given, int) else given)]:
+        if not 0 < side <= _MOST_PIXELS or not 0 < side / crop <= _MOST_PIXELS:
+            raise ValueError(f"it takes {side} pixels from {side / crop:.0f}; a side is at most {_MOST_PIXELS} pixels")
+
+
+def _check_shapes(path: Path, architecture: str, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
+    """Raise ValueError where a file of weights is not that of the model, before memory is taken for either."""
+    try:
+        with safe_open(path, "pt") as file:
+            held = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is no safetensors file: {error}") from error
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained_cfg=cfg, **model_args)
+    except RuntimeError as error:  # larger than torch can count
+        raise ValueError(f"its model cannot be built: {error}") from error
+    needed = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    # By their number, since timm converts the layout of some older weights as it loads them.
+    for name in held.keys() & needed.keys():
+        if held[name] != needed[name] and not cfg.get("label_offset"):
+            raise ValueError(f"its model has {needed[name]:,} numbers in {name}, and {path.name} {held[name]:,}")
+    if sum(needed.values()) > 2 * sum(held.values()):
+        raise ValueError(
+            f"its model has {sum(needed.values()):,} numbers, and {path.name} no more than {sum(held.values()):,}"
+        )

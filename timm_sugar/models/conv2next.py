@@ -297,7 +297,7 @@ def _init_weights(module: nn.Module) -> None:
 def _create_conv2next(variant: str, pretrained: bool, default: str | None = None, **kwargs: Any) -> Conv2NeXt:
     # timm's other feature extractors want a network whose children run one after the other.
     own: dict[str, Any] = dict(default_alpha=0.1, feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"))
-    return build_variant(Conv2NeXt, variant, pretrained, default_cfgs[variant], default, **own | kwargs)
+    return build_variant(Conv2NeXt, variant, pretrained, default, **own | kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -323,7 +323,7 @@ default_cfgs = generate_default_cfgs(
             mean=(0.4924, 0.4833, 0.4475),
             std=(0.2446, 0.2423, 0.2604),
         ),
-        "conv2next_sugar": _cfg(),
+        "conv2next_sugar.*": _cfg(),
     }
 )
 

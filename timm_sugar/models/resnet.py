@@ -39,7 +39,7 @@ class CifarResNet(ResNet):
 def _create_resnet(variant: str, pretrained: bool, model_cls: type[ResNet] = ResNet, **kwargs: Any) -> ResNet:
     # timm starts each residual branch at zero; at the paper's learning rate of 0.001 such a network barely learns.
     kwargs.setdefault("zero_init_last", False)
-    return build_variant(model_cls, variant, pretrained, default_cfgs[variant], "bsilu", **kwargs)
+    return build_variant(model_cls, variant, pretrained, "bsilu", **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -54,13 +54,13 @@ default_cfgs = generate_default_cfgs(
         "resnet18_sugar_bsilu.cifar10": _cfg(
             hf_hub_id="timm-sugar/resnet18_sugar_bsilu.cifar10", **_CIFAR10_INPUT, pool_size=(1, 1)
         ),
-        "resnet18_sugar_bsilu": _cfg(),
+        "resnet18_sugar_bsilu.*": _cfg(),
         "resnet34_sugar_bsilu": _cfg(),
         "resnet50_sugar_bsilu": _cfg(),
         "resnet18_cifar_sugar_bsilu.cifar10": _cfg(
             hf_hub_id="timm-sugar/resnet18_cifar_sugar_bsilu.cifar10", **_CIFAR10_INPUT, pool_size=(4, 4)
         ),
-        "resnet18_cifar_sugar_bsilu": _cfg(**CIFAR_INPUT, pool_size=(4, 4)),
+        "resnet18_cifar_sugar_bsilu.*": _cfg(**CIFAR_INPUT, pool_size=(4, 4)),
     }
 )
 

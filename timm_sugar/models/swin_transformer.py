@@ -32,7 +32,6 @@ def _create_swin_transformer(variant: str, pretrained: bool, **kwargs: Any) -> S
         SugarSwinTransformer,
         variant,
         pretrained,
-        default_cfgs[variant],
         "nelu",
         filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
@@ -56,7 +55,7 @@ default_cfgs = generate_default_cfgs(
             mean=(0.4799, 0.4479, 0.3972),
             std=(0.2771, 0.2693, 0.2816),
         ),
-        "swin_tiny_sugar_nelu": _cfg(),
+        "swin_tiny_sugar_nelu.*": _cfg(),
         "swin_small_sugar_nelu": _cfg(),
         "swin_base_sugar_nelu": _cfg(),
     }

@@ -59,7 +59,6 @@ def _create_vgg(variant: str, pretrained: bool, model_cls: type[VGG] = VGG, **kw
         model_cls,
         variant,
         pretrained,
-        default_cfgs[variant],
         "bsilu",
         filter_fn=lambda state_dict, model: convert_vgg_checkpoint(state_dict),
         model_cfg=kwargs.pop("cfg", cfgs["vgg16"]),
