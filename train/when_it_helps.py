@@ -125,13 +125,12 @@ def plan(recipe: dict[str, Any], output: Path) -> list[Cell]:
         ValueError: a rate is to be the best of a part that has not finished for that activation.
     """
     axes = (recipe["seeds"], recipe["rates"], recipe["inits"], recipe["activations"])
-    cells = [Cell(activation, rate, init, seed) for seed, rate, init, activation in itertools.product(*axes)]
-    return [
-        Cell(c.activation, best_rate(read_results(output / c.lr.split()[-1]), c.activation, c.init), c.init, c.seed)
-        if isinstance(c.lr, str)
-        else c
-        for c in cells
-    ]
+    cells = []
+    for seed, rate, init, activation in itertools.product(*axes):
+        if isinstance(rate, str):  # "best of PART"
+            rate = best_rate(read_results(output / rate.split()[-1]), activation, init)
+        cells.append(Cell(activation, rate, init, seed))
+    return cells
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -163,7 +162,7 @@ def load_images(data: str, output: Path, side: int, limit: int | None) -> tuple[
         transform = eval_transform(
             {"input_size": (3, side, side), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
         )
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, images in (("train", train), ("val", val), ("test", source.test)):
             arrays |= {name: decode(images, transform).numpy(), f"{name}_labels": images.labels}
         output.mkdir(parents=True, exist_ok=True)
@@ -249,7 +248,7 @@ def check_gradient(model: nn.Module, images: Images, compile: str) -> float:
             f"compile={compile!r}: the first convolution's gradient is {distance:.3g} from SUGAR's, whose norm is "
             f"{right.norm().item():.3g} and which is {from_relu:.3g} from ReLU's: nothing is trained"
         )
-    return distance / right.norm().item()
+    return float(distance / right.norm().item())
 
 
 def rescale_to(twin: nn.Module, model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
@@ -264,10 +263,10 @@ def rescale_to(twin: nn.Module, model: nn.Module, dtype: torch.dtype) -> Callabl
         with torch.autocast(images.device.type, dtype, dtype != torch.float32, cache_enabled=False):
             loss = F.cross_entropy(twin(images).float(), labels)
         wanted = torch._foreach_norm(torch.autograd.grad(loss, parameters))
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         tiny = torch.finfo(torch.float32).tiny
         factors = [w / n.clamp(min=tiny) for w, n in zip(wanted, torch._foreach_norm(gradients), strict=True)]
-        torch._foreach_mul_(gradients, factors)
+        torch._foreach_mul_(gradients, factors)  # type: ignore[arg-type]
 
     return adjust
 
@@ -366,7 +365,7 @@ class Study:
         with count_units(model) as counts:
             test = self.accuracy(loop, self.images.test).item()
         units = [layer.units for layer in counts.layers.values()]
-        result = dict(
+        result: dict[str, Any] = dict(
             activation=cell.activation, lr=cell.lr, init=cell.init, seed=cell.seed, settings=self.settings,
             train_loss=[loss if math.isfinite(loss) else None for loss in map(Tensor.item, losses)],
             val_top1=[accuracy.item() for accuracy in accuracies], test_top1=test, diverged=diverged,
@@ -417,7 +416,7 @@ def summarise(results: Sequence[dict[str, Any]], picture: Path) -> None:
         by.setdefault((r["init"], r["activation"]), {}).setdefault(r["lr"], {})[r["seed"]] = r
     rates = sorted({r["lr"] for r in results})
     print("Validation accuracy (%) after the last epoch, mean over seeds; ! where a run diverged")
-    rows = []
+    rows: list[list[Any]] = []
     for (init, activation), runs in by.items():
         shown = [
             f"{100 * fmean(r['val_top1'][-1] for r in runs[rate].values()):.2f}"
@@ -518,6 +517,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = read_recipe(args.part, epochs=args.epochs, **axes)
         cells = plan(recipe, args.output)
         arrays, digest = load_images(args.data, args.output, 32, args.limit_train)
+        if len(arrays["train"]) < recipe["batch_size"]:
+            raise ValueError(f"{len(arrays['train'])} training images are fewer than a batch, {recipe['batch_size']}")
         settings = {key: value for key, value in recipe.items() if key not in axes} | dict(
             stem=args.stem or ("cifar" if cuda else "timm"), compile=args.compile or ("graph" if cuda else "none"),
             dtype="bfloat16" if cuda or torch.cpu._is_avx512_bf16_supported() else "float32", steps=args.steps,
