@@ -129,6 +129,7 @@ _MODEL = "run's or published folder, ORG/NAME, or a model's name"
 _DATA = (
     _argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder"),
     _argument("--label-column", help="column of the class labels; default: the one that the card names"),
+    _argument("--image-column", help="column of the images; likewise"),
 )
 _JSON = _switch("--json", "print the result as JSON")
 
@@ -215,7 +216,7 @@ def _publish(args: argparse.Namespace) -> int:
     _JSON,
 )
 def _verify(args: argparse.Namespace) -> int:
-    found = verify(args.model, args.data, args.label_column, args.revision)
+    found = verify(args.model, args.data, args.label_column, args.revision, args.image_column)
     if args.json:
         result = dict(claimed=found.claimed, measured=found.measured, images=found.images, holds=found.holds)
         print(json.dumps(result, indent=2))
@@ -241,7 +242,7 @@ def _profile(args: argparse.Namespace) -> int:
         from .analysis import plots  # before the work: matplotlib may be missing
     model = find_model(args.model)
     network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    source = model.load_any_data(args.data, args.label_column)
+    source = model.load_any_data(args.data, args.label_column, args.image_column)
     split, images = model.validation_images(source)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the profile leaves out")
@@ -302,7 +303,7 @@ def _landscape(args: argparse.Namespace) -> int:
     found = {}
     for model, name, folder in zip(models, names, folders, strict=True):
         network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
-        images = model.load_data(network, args.data, args.label_column).train
+        images = model.load_data(network, args.data, args.label_column, args.image_column).train
         batches = sample_batches(network, images, args.limit, args.seed)
         folder.mkdir(parents=True, exist_ok=True)
         with progress_bars(f"{name}: landscape", f"{name}: sharpness") as (on_point, on_iteration):

@@ -65,6 +65,9 @@ class TrainConfig:
     label_column: str | None = _data(
         None, "column of the class labels, where it is not label, labels or fine_label", kind="data"
     )
+    image_column: str | None = _data(
+        None, "column of the images, where there are several and none is image or img", kind="data"
+    )
     img_size: int = _data(32, "side of the square input images, pixels", "[1, inf)")
     interpolation: Literal["nearest", "bilinear", "bicubic"] = _data("bicubic", "how images are resized")
     crop_pct: float = _data(1.0, "evaluation resizes to img_size / crop_pct and crops the centre", "(0, 1]")

@@ -1,12 +1,25 @@
 """Batches: the same whether images are in memory or decoded by workers, and whatever the number of workers."""
 
+import os
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
-from timm_sugar.data import BadImageError, LabelledImages, Split, decode, eval_transform, load_source, train_transform
+from tests.conftest import image_folder
+from timm_sugar.data import (
+    BadImageError,
+    LabelledImages,
+    Split,
+    decode,
+    eval_transform,
+    fingerprint,
+    load_source,
+    train_transform,
+)
 
 DATA_CONFIG = dict(
     input_size=(3, 24, 24), interpolation="bicubic", crop_pct=1.0, crop_mode="center",
@@ -53,4 +66,58 @@ def test_an_unreadable_image_is_named_in_one_line(workers):
     split = Split(torch.zeros(1, dtype=torch.int64), None, images, np.asarray)
     with pytest.raises(BadImageError) as caught:
         list(split.batches([[0]], workers))
-    assert str(caught.value) == "image in row 41 cannot be decoded: image file is truncated"
+    assert str(caught.value) == (
+        "image in row 41 cannot be decoded: image file is truncated; "
+        "repair or remove it, or train with --skip-bad-images"
+    )
+
+
+def _invert(path):
+    ImageOps.invert(Image.open(path)).save(path, compress_level=0)
+
+
+def _invert_unseen(path):
+    """Another image in a file of the same size and time."""
+    Image.open(path).save(path, compress_level=0)
+    before, content = os.stat(path), path.read_bytes()
+    _invert(path)
+    assert len(path.read_bytes()) == len(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CLASSES = {"class_names", "classes"}
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        (lambda f: _invert(f / "train/red/10.png"), {"images"}),
+        (lambda f: _invert_unseen(f / "test/blue/00.png"), {"images"}),
+        (lambda f: (f / "train/red/10.png").unlink(), {"images", "train_images", "labels"}),
+        (lambda f: shutil.copy(f / "test/red/10.png", f / "test/red/99.png"), {"images", "test_images", "labels"}),
+        (lambda f: (f / "train/red/10.png").rename(f / "train/blue/10.png"), {"images", "labels"}),
+        (lambda f: [(f / s / "red").rename(f / s / "scarlet") for s in ("train", "test")], {"class_names"}),
+        (lambda f: shutil.copytree(f / "train/red", f / "train/pink"), {"images", "train_images", "labels"} | CLASSES),
+    ],
+    ids=["replaced", "replaced in size and time", "removed", "added", "moved", "class renamed", "class added"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:data set .* has no test image")
+def test_the_fingerprint_is_that_of_the_content(tmp_path, change, changed):
+    folder = tmp_path / "a"
+    image_folder(folder, 12, ("train", "test"))
+    before = fingerprint(load_source(str(folder)))
+    assert (before["train_images"], before["test_images"], before["classes"]) == (12, 12, 3)
+    shutil.copytree(folder, tmp_path / "b", copy_function=shutil.copyfile)  # with other times
+    assert fingerprint(load_source(str(tmp_path / "b"))) == before
+    change(folder)
+    after = fingerprint(load_source(str(folder)))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_the_fingerprint_does_not_depend_on_how_a_file_is_read(parquet_folder):
+    streamed = fingerprint(load_source(parquet_folder, streaming=True))
+    assert fingerprint(load_source(parquet_folder), threads=3) == streamed
+    digits = fingerprint(load_source("digits"))
+    assert (digits["train_images"], digits["test_images"], digits["classes"]) == (1438, 359, 10)
+    assert digits == fingerprint(load_source("digits"))
+    assert digits != fingerprint(load_source("digits", split_seed=1))

@@ -127,7 +127,7 @@ def test_evaluation_alone_repeats_the_measured_accuracy(tmp_path):
 def test_bad_images_are_named_or_skipped_and_counted(tmp_path):
     data = image_folder(tmp_path / "data", 30, ("train", "test"), corrupt=[("train", 11)])
     settings = dict(data=data, limit_train=None, limit_val=None, batch_size=8)
-    with pytest.raises(ValueError, match="image in row 11 cannot be decoded"):
+    with pytest.raises(ValueError, match=r"train/green/11\.png cannot be decoded"):
         train(_config(tmp_path / "a", **settings))
     summary = train(_config(tmp_path / "a", skip_bad_images=True, **settings))
     assert (summary["bad_images"], summary["train_images"] + summary["val_images"]) == (1, 29)

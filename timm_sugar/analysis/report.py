@@ -169,8 +169,9 @@ def _commands(record: RunRecord) -> str:
     recipe = {name: settings[name] for name in names if settings.get(name) not in (None, [], {})}
     name = record.name.replace("/", "-")
     file, folder, data = shlex.quote(f"{name}.yaml"), shlex.quote(f"output/{name}"), shlex.quote(str(settings["data"]))
-    label = settings.get("label_column")
-    data += f" --label-column {shlex.quote(label)}" if label else ""
+    for name in ("label_column", "image_column"):
+        if settings.get(name):
+            data += f" --{name.replace('_', '-')} {shlex.quote(settings[name])}"
     processes = settings.get("processes", 1)
     several = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
     script = _SCRIPTS.get(settings["data"], "cifar")

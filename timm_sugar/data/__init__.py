@@ -1,8 +1,9 @@
 """Data sets, transforms, batches and evaluation."""
 
 from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
-from .loading import Split, available_cpus, decode, decoded_size, readable, seed_everything
-from .sources import BadImageError, LabelledImages, Source, load_source, split_validation, stratified_sample
+from .images import BadImageError, LabelledImages
+from .loading import Split, available_cpus, decode, decoded_size, fingerprint, readable, seed_everything
+from .sources import Source, load_source, split_validation, stratified_sample
 from .transforms import channel_statistics, eval_transform, normalize, train_transform
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "eval_transform",
     "evaluate",
     "evaluate_batches",
+    "fingerprint",
     "load_source",
     "normalize",
     "readable",

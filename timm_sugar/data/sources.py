@@ -1,11 +1,15 @@
 """Where labelled images come from: scikit-learn's digits, data sets of the Hub and local folders, and their splits."""
 
+import bisect
+import glob
+import hashlib
 import importlib.util
-import io
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,17 @@ import numpy as np
 from PIL import Image
 
 from ..surrogates import unknown_name
+from .folders import (
+    HELD_OUT,
+    files_below,
+    has_metadata,
+    images_by_class,
+    is_image_name,
+    listed,
+    parquet_by_split,
+    split_folders,
+)
+from .images import LabelledImages, to_rgb
 
 NAMES = {
     "digits": "scikit-learn",
@@ -21,40 +36,7 @@ NAMES = {
     "tiny-imagenet": "zh-plus/tiny-imagenet",
 }
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
-_HELD_OUT = ("test", "validation", "valid", "val")
-
-
-class BadImageError(ValueError):
-    """An image that cannot be decoded; the message names its row."""
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images with class labels, decoded when read.
-
-    Attributes:
-        read: Row number of the source -> RGB image.
-        rows: Row number of each image, int64, shape (N,).
-        labels: Class of each image, int64, shape (N,).
-    """
-
-    read: Callable[[int], Image.Image]
-    rows: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        row = int(self.rows[index])
-        try:
-            return self.read(row)
-        except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-            raise BadImageError(f"image in row {row} cannot be decoded: {error or type(error).__name__}") from error
-
-    def subset(self, indices: np.ndarray) -> "LabelledImages":
-        """Return the images at `indices`, in that order."""
-        return LabelledImages(self.read, self.rows[indices], self.labels[indices])
+_IMAGE_COLUMNS = ("image", "img")
 
 
 @dataclass(frozen=True)
@@ -67,20 +49,32 @@ class Source:
     class_names: tuple[str, ...]
 
 
-def load_source(data: str, label_column: str | None = None, split_seed: int = 0, streaming: bool = False) -> Source:
+def load_source(
+    data: str,
+    label_column: str | None = None,
+    split_seed: int = 0,
+    streaming: bool = False,
+    image_column: str | None = None,
+) -> Source:
     """Load a data set by name, Hub id or folder.
 
     Args:
         data: "digits", "cifar10", "cifar100", "tiny-imagenet", a Hub data set id such as "uoft-cs/cifar10", or a
-            local folder: what `datasets.load_dataset` reads (parquet as the Hub stores it, an image folder), or the
-            original tiny-imagenet-200 layout.
+            local folder: images as SPLIT/CLASS/any depth, parquet files as the Hub stores them, the original
+            tiny-imagenet-200 layout, or what else `datasets.load_dataset` reads.
         label_column: Column of the class labels; None takes label, labels or fine_label.
         split_seed: Where the source has no held-out images of its own (digits), a stratified 20% is held out by it.
         streaming: Read the files once, as stored, into memory, instead of through a copy in the cache on disk. Splits,
             order and images are the same.
+        image_column: Column of the images; None takes image, img, or the only one that holds images.
+
+    The held-out images are those of the split test, or where there is none, or it has no labels, of validation.
+    Labels go by the names of the classes, whatever numbers a file gives them. A class without images for training or
+    for the test is said in a warning.
 
     Raises:
-        ValueError: the name is unknown, or there is no label column, image column or held-out split.
+        ValueError: the name is unknown, there is no label column, image column or held-out split, a label is missing,
+            or the test has classes that the training images lack.
         FileNotFoundError: the folder does not exist, or holds no images.
         ModuleNotFoundError: the extra "train" is not installed.
     """
@@ -89,20 +83,30 @@ def load_source(data: str, label_column: str | None = None, split_seed: int = 0,
     folder = Path(data)
     if (folder / "val" / "val_annotations.txt").is_file():
         return _load_tiny_imagenet(folder)
-    _require("datasets")
     if folder.is_dir():
-        return _load_columns(str(folder), data, label_column, streaming)
+        return _load_folder(folder, label_column, image_column, streaming)
     if data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise FileNotFoundError(f"data folder {data!r} does not exist")
     if data not in NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
         raise ValueError(f"{unknown_name('data set', data, [*NAMES])} (or give ORG/NAME of the Hub, or a folder)")
-    return _load_columns(NAMES.get(data, data), data, label_column, streaming)
+    return _load_columns(data, label_column, image_column, streaming, path=NAMES.get(data, data))
 
 
 def split_validation(images: LabelledImages, fraction: float, split_seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Split a stratified `fraction` off for validation; the same one for the same `split_seed`."""
+    """Split a stratified `fraction` off for validation; the same one for the same `split_seed`.
+
+    Raises:
+        ValueError: nothing would be left of a class.
+    """
     held_out = stratified_sample(images.labels, round(fraction * len(images)), split_seed)
     rest = np.setdiff1d(np.arange(len(images)), held_out)
+    lost = held_out[~np.isin(images.labels[held_out], images.labels[rest])]
+    if len(lost):
+        raise ValueError(
+            f"a validation split of {fraction:g} takes every training image of {len(np.unique(images.labels[lost]))} "
+            f"classes, the image {images.place(int(images.rows[lost[0]]))} for one; "
+            "give such classes more images, or split off less or none (--val-fraction 0)"
+        )
     return images.subset(rest), images.subset(held_out)
 
 
@@ -135,75 +139,301 @@ def _load_digits(split_seed: int) -> Source:
 
 def _load_tiny_imagenet(folder: Path) -> Source:
     """Read the layout of the original archive: train/WNID/images/*.JPEG and val/images with val_annotations.txt."""
-    names = sorted(path.name for path in (folder / "train").glob("*") if path.is_dir())
-    class_of = {name: label for label, name in enumerate(names)}
-    train = [(path, class_of[name]) for name in names for path in sorted((folder / "train" / name).glob("images/*"))]
+    train = [
+        (path, Path(path).parts[-3])
+        for path in files_below(folder / "train")
+        if is_image_name(path) and Path(path).parts[-2] == "images"
+    ]
     test = []
-    for line in (folder / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines():
-        file, name = line.split("\t")[:2]
-        if name not in class_of:
-            raise ValueError(f"data folder {str(folder)!r}: val_annotations.txt names {name}, which is not in train")
-        test.append((folder / "val" / "images" / file, class_of[name]))
+    for number, line in enumerate((folder / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines(), 1):
+        file, _, rest = line.partition("\t")
+        if not rest:
+            raise ValueError(
+                f"{folder / 'val' / 'val_annotations.txt'}, line {number}: not a file and a class: {line!r}"
+            )
+        test.append((str(folder / "val" / "images" / file), rest.split("\t")[0]))
     if not train or not test:
         raise FileNotFoundError(f"data folder {str(folder)!r} has no images in train/WNID/images or val/images")
-    return Source(str(folder), _from_files(train), _from_files(test), tuple(names))
+    return _join(str(folder), _from_files(train), _from_files(test))
 
 
-def _from_files(files: Sequence[tuple[Path, int]]) -> LabelledImages:
+def _load_folder(folder: Path, label_column: str | None, image_column: str | None, streaming: bool) -> Source:
+    data, files = str(folder), files_below(folder)
+    parquet = parquet_by_split(folder, files)
+    if parquet:
+        return _load_parquet(data, parquet, label_column, image_column, streaming)
+    splits = split_folders(folder)
+    if "train" not in splits:
+        if any(is_image_name(path) for path in files):
+            raise FileNotFoundError(f"data folder {data!r} has images, but no folder train; they belong in train/CLASS")
+        return _load_columns(data, label_column, image_column, streaming, path=data)
+    if not has_metadata(splits["train"]) and any(map(is_image_name, files)):
+        return _load_images(data, {name: images_by_class(path, files) for name, path in splits.items()})
+    # Splits of datasets itself go by any name in a path, those of classes too.
+    patterns = {name: f"{glob.escape(path)}/**" for name, path in splits.items()}
+    return _load_columns(data, label_column, image_column, streaming, path=data, data_files=patterns)
+
+
+def _load_images(data: str, splits: dict[str, list[tuple[str, str | None]]]) -> Source:
+    held_out = [name for name in HELD_OUT if any(label is not None for _, label in splits.get(name, ()))]
+    if not held_out:
+        raise FileNotFoundError(
+            f"data folder {data!r} has no images for the test in folders of classes, test/CLASS or val/CLASS"
+        )
+    labelled = []
+    for files in (splits["train"], splits[held_out[0]]):
+        loose = next((path for path, label in files if label is None), None)
+        if loose is not None:
+            raise ValueError(f"image {loose} lies in no folder of a class; it belongs in {Path(loose).parent}/CLASS")
+        labelled.append(_from_files([(path, label) for path, label in files if label is not None]))
+    return _join(data, *labelled)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """Labels as a file holds them: numbers of its own, int64, and what they stand for.
+
+    Attributes:
+        numbers: From 0; below it where there is no label.
+        names: Of the classes; those that stand in the file where it only has numbers or text.
+        kind: "names" where their order is the file's, "text" or "numbers" where it is to be theirs.
+    """
+
+    numbers: np.ndarray
+    names: Sequence[str]
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Images whose labels are not known by name yet; `images.labels` does not count."""
+
+    images: LabelledImages
+    labels: list[_Numbered]
+
+    @property
+    def labelled(self) -> bool:
+        return any((part.numbers >= 0).any() for part in self.labels)
+
+
+def _join(data: str, train: _Split, test: _Split) -> Source:
+    """Number the classes alike in both splits."""
+    kinds = {part.kind for split in (train, test) for part in split.labels}
+    if "numbers" in kinds and len(kinds) > 1:
+        raise ValueError(
+            f"data set {data!r}: some files have names of classes and others bare numbers, whose names are not known; "
+            "store all of them in one way"
+        )
+    for split in (train, test):
+        bad = np.flatnonzero(np.concatenate([part.numbers for part in split.labels]) < 0)
+        if len(bad):
+            raise ValueError(f"data set {data!r}: the image {split.images.place(int(bad[0]))} has no label")
+    names = list(dict.fromkeys(name for part in train.labels for name in part.names))
+    if kinds == {"numbers"}:
+        names.sort(key=int)
+        if names != [str(number) for number in range(len(names))]:
+            raise ValueError(
+                f"data set {data!r}: labels must be class labels, text or the whole numbers 0 to {len(names) - 1}, "
+                f"found {listed(names)}"
+            )
+    elif kinds == {"text"}:
+        names.sort()
+    if len(names) < 2:
+        found = f"one class, {names[0]!r}" if names else "no images to train on"
+        raise ValueError(f"data set {data!r} has {found}; a classifier needs two classes or more")
+    number_of = {name: number for number, name in enumerate(names)}
+    used = [{part.names[n] for part in split.labels for n in np.unique(part.numbers)} for split in (train, test)]
+    if not used[0] & used[1]:
+        raise ValueError(
+            f"data set {data!r}: training and test have no class in common; "
+            f"the first has {listed(sorted(used[0]))}, the second {listed(sorted(used[1]))}"
+        )
+    unknown = sorted(used[1].difference(names))
+    if unknown:
+        raise ValueError(f"data set {data!r}: the test has images of classes unknown in training: {listed(unknown)}")
+    for what, missing in (("training", set(names) - used[0]), ("test", used[0] - used[1])):
+        if missing:
+            warnings.warn(f"data set {data!r} has no {what} image of {listed(sorted(missing))}", stacklevel=4)
+    images = [
+        replace(
+            split.images,
+            labels=np.concatenate(
+                [np.array([number_of.get(n, -1) for n in part.names], np.int64)[part.numbers] for part in split.labels]
+            ),
+        )
+        for split in (train, test)
+    ]
+    return Source(data, images[0], images[1], tuple(names))
+
+
+def _from_files(files: Sequence[tuple[str, str]]) -> _Split:
     paths = [path for path, _ in files]
-    return LabelledImages(
-        lambda row: _to_rgb(paths[row]), np.arange(len(paths)), np.array([label for _, label in files], np.int64)
+    names = sorted({name for _, name in files})
+    number_of = {name: number for number, name in enumerate(names)}
+    numbers = np.array([number_of[name] for _, name in files], np.int64)
+    images = _encoded(len(paths), lambda row: Path(paths[row]).read_bytes(), paths.__getitem__)
+    return _Split(images, [_Numbered(numbers, names, "text")])
+
+
+def _encoded(count: int, stored: Callable[[int], bytes], place: Callable[[int], str]) -> LabelledImages:
+    rows = np.arange(count)
+    return LabelledImages(lambda row: to_rgb(stored(row)), rows, rows, place, stored)
+
+
+def _load_parquet(
+    data: str, files: dict[str, list[str]], label_column: str | None, image_column: str | None, streaming: bool
+) -> Source:
+    """Read parquet files, each with the names of its own classes; `datasets` takes the first file's for all."""
+    import datasets
+    import pyarrow.parquet as parquet
+
+    def read(path: str, columns: list[str] | None) -> Any:
+        try:
+            return parquet.read_schema(path) if columns is None else parquet.read_table(path, columns=columns)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+
+    features = {
+        path: datasets.Features.from_arrow_schema(read(path, None)) for paths in files.values() for path in paths
+    }
+    first = features[files["train"][0]]
+    label_column = _find_label_column(data, first, label_column)
+    image_column = _find_image_column(data, first, image_column)
+    for path, others in features.items():
+        for column in (label_column, image_column):
+            if column not in others:
+                raise ValueError(
+                    f"{path} has no column {column!r}, unlike {files['train'][0]}; it has {', '.join(others)}"
+                )
+
+    def labels_of(split: str) -> list[_Numbered]:
+        return [
+            _numbered(read(path, [label_column])[label_column], features[path][label_column], path, label_column)
+            for path in files[split]
+        ]
+
+    def images_of(split: str, labels: list[_Numbered]) -> _Split:
+        paths, ends = files[split], np.cumsum([len(part.numbers) for part in labels])
+
+        def locate(row: int) -> tuple[int, int]:
+            file = bisect.bisect_right(ends, row)
+            return file, row - (int(ends[file - 1]) if file else 0)
+
+        def item(row: int) -> Any:
+            file, row_of_file = locate(row)
+            return columns[file][row_of_file].as_py() if streaming else columns[0][row].as_py()
+
+        def place(row: int) -> str:
+            file, row_of_file = locate(row)
+            return f"in row {row_of_file} of {paths[file]}"
+
+        if streaming:
+            columns = [read(path, [image_column])[image_column] for path in paths]
+        else:
+            loaded = _load_dataset(
+                data,
+                "parquet",
+                # The cache knows files by path and time alone.
+                name=hashlib.sha256(repr([os.path.getsize(path) for path in paths]).encode()).hexdigest()[:16],
+                data_files={split: [glob.escape(path) for path in paths]},
+                columns=[image_column],
+                features=datasets.Features({image_column: datasets.Image()}),
+            )
+            columns = [loaded[split].with_format("arrow")[:][image_column]]
+        return _Split(_from_items(int(ends[-1]), item, place), labels)
+
+    return _choose_test(data, files, lambda split: images_of(split, labels_of(split)))
+
+
+def _choose_test(data: str, splits: Collection[str], read: Callable[[str], _Split]) -> Source:
+    """Join train and the first of the held-out splits that has labels."""
+    for name in HELD_OUT:
+        if name in splits and (test := read(name)).labelled:
+            return _join(data, read("train"), test)
+    raise ValueError(
+        f"data set {data!r} has no labelled split named {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}; "
+        f"it has {', '.join(splits)}"
     )
 
 
-def _load_columns(location: str, data: str, label_column: str | None, streaming: bool) -> Source:
+def _load_columns(
+    data: str, label_column: str | None, image_column: str | None, streaming: bool, **arguments: Any
+) -> Source:
+    splits = _load_dataset(data, streaming=streaming, **arguments)
+    if "train" not in splits:
+        raise ValueError(f"data set {data!r} has no split named train; it has {', '.join(splits)}")
+    features = splits["train"].features or splits["train"]._resolve_features().features
+    label_column = _find_label_column(data, features, label_column)
+    image_column = _find_image_column(data, features, image_column)
+
+    def read(name: str) -> _Split:
+        import datasets
+        import pyarrow
+
+        if streaming:
+            split = splits[name]
+            if isinstance(features[image_column], datasets.Image):
+                split = split.cast_column(image_column, datasets.Image(decode=False))
+            rows = [(row[image_column], row[label_column]) for row in split]
+            items, labels = [item for item, _ in rows], pyarrow.array([label for _, label in rows])
+        else:
+            table = splits[name].with_format("arrow")[:]  # other formats would decode every image
+            items, labels = table[image_column], table[label_column]
+        images = _from_items(
+            len(items),
+            items.__getitem__ if streaming else lambda row: items[row].as_py(),
+            lambda row: f"in row {row} of {name} of {data}",
+        )
+        return _Split(images, [_numbered(labels, features[label_column], data, label_column)])
+
+    return _choose_test(data, splits, read)
+
+
+def _load_dataset(data: str, path: str, **arguments: Any) -> Any:
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        splits = datasets.load_dataset(location, streaming=streaming)
+        return datasets.load_dataset(path, **arguments)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = "folder" if Path(location).is_dir() else "Hub data set"
-        raise FileNotFoundError(f"cannot load {kind} {data!r}: {reason}") from error
-    if "train" not in splits:
-        raise ValueError(f"data set {data!r} has no split named train; it has {', '.join(splits)}")
-    features = splits["train"].features or splits["train"]._resolve_features().features
-    label_column = _find_label_column(data, features, label_column)
-    dtype = getattr(features[label_column], "dtype", type(features[label_column]).__name__)
-    if "int" not in dtype:
-        raise ValueError(
-            f"data set {data!r}: label column {label_column!r} must hold class labels or whole numbers from 0, "
-            f"not {dtype}"
-        )
-    image_column = next((name for name, f in features.items() if isinstance(f, datasets.Image)), None)
-    if image_column is None:
-        raise ValueError(f"data set {data!r} has no image column; it has {', '.join(features)}")
-    read_split = _stream_split if streaming else _read_split
-    read = {"train": read_split(splits["train"], image_column, label_column)}
-    for name in _HELD_OUT:
-        if name in splits:
-            read["test"] = read_split(splits[name], image_column, label_column)
-            if read["test"].labels.min() >= 0:
-                break
-    else:
-        raise ValueError(
-            f"data set {data!r} has no labelled split named {', '.join(_HELD_OUT[:-1])} or {_HELD_OUT[-1]}; "
-            f"it has {', '.join(splits)}"
-        )
-    found = np.unique(np.concatenate([images.labels for images in read.values()]))
-    feature = features[label_column]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else [str(label) for label in found]
-    if not np.isin(found, np.arange(len(names))).all():
-        raise ValueError(
-            f"data set {data!r}: labels in column {label_column!r} must be class labels or the integers "
-            f"0 to {len(names) - 1}"
-        )
-    return Source(data, read["train"], read["test"], tuple(names))
+        kind = "folder" if Path(data).is_dir() else "Hub data set"
+        raise FileNotFoundError(f"cannot load {kind} {data!r}: {_first_line(error)}") from error
 
 
-def _find_label_column(data: str, columns: Sequence[str], wanted: str | None) -> str:
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
+    """Read a column of labels, of which a null or a number below 0 is none."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        numbers = column.fill_null(-1).to_numpy().astype(np.int64)
+        if len(numbers) and numbers.max() >= len(feature.names):
+            row = int(numbers.argmax())
+            raise ValueError(
+                f"{file}: label {numbers[row]} in row {row} has no name, there are {len(feature.names)}; "
+                f"the labels of column {name!r} go from 0 to {len(feature.names) - 1}"
+            )
+        return _Numbered(numbers, feature.names, "names")
+    values = column.to_pylist()
+    kinds = {type(value) for value in values if value is not None}
+    if not kinds <= {int} and not kinds <= {str}:
+        kind = getattr(feature, "dtype", None) or type(feature).__name__
+        raise ValueError(
+            f"{file}: label column {name!r} must hold class labels, text or whole numbers from 0, not {kind}"
+        )
+    if kinds == {int}:
+        values = [value if value is not None and value >= 0 else None for value in values]
+    found = sorted({value for value in values if value is not None})
+    number_of = {None: -1} | {value: number for number, value in enumerate(found)}
+    numbers = np.array([number_of[value] for value in values], np.int64)
+    return _Numbered(numbers, [str(value) for value in found], "text" if kinds == {str} else "numbers")
+
+
+def _find_label_column(data: str, columns: Collection[str], wanted: str | None) -> str:
     if wanted is not None:
         if wanted in columns:
             return wanted
@@ -217,37 +447,47 @@ def _find_label_column(data: str, columns: Sequence[str], wanted: str | None) ->
     )
 
 
-def _read_split(split: Any, image_column: str, label_column: str) -> LabelledImages:
-    table = split.with_format("arrow")[:]  # other formats would decode every image
-    encoded, labels = table[image_column], table[label_column].to_numpy()
-    return LabelledImages(lambda row: _decode(encoded[row].as_py()), np.arange(len(labels)), _class_labels(labels))
+def _find_image_column(data: str, features: Mapping[str, Any], wanted: str | None) -> str:
+    found = [name for name, feature in features.items() if _holds_images(feature)]
+    if wanted is not None:
+        if wanted in found:
+            return wanted
+        if wanted in features:
+            raise ValueError(f"data set {data!r}: column {wanted!r} holds {features[wanted]}, not images")
+        raise ValueError(f"data set {data!r}: " + unknown_name("image column", wanted, list(features)))
+    for name in _IMAGE_COLUMNS if len(found) > 1 else found:
+        if name in found:
+            return name
+    if found:
+        raise ValueError(
+            f"data set {data!r} has several image columns; name one with --image-column: {', '.join(found)}"
+        )
+    shown = ", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items())
+    raise ValueError(f"data set {data!r} has no column of images, or of bytes of image files; it has {shown}")
 
 
-def _stream_split(split: Any, image_column: str, label_column: str) -> LabelledImages:
+def _holds_images(feature: Any) -> bool:
+    """Whether a column is declared to hold images, or holds what they are stored as: bytes, or bytes and path."""
     import datasets
 
-    encoded, labels = [], []
-    for row in split.cast_column(image_column, datasets.Image(decode=False)):
-        encoded.append(row[image_column])
-        labels.append(row[label_column])
-    return LabelledImages(lambda row: _decode(encoded[row]), np.arange(len(labels)), _class_labels(np.asarray(labels)))
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _class_labels(labels: np.ndarray) -> np.ndarray:
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be class labels or whole numbers from 0, got {labels.dtype}")
-    return labels.astype(np.int64)
+def _from_items(count: int, item: Callable[[int], Any], place: Callable[[int], str]) -> LabelledImages:
+    """Return images stored as `datasets` stores them: bytes, or bytes or a path in a dict."""
 
+    def stored(row: int) -> bytes:
+        found = item(row)
+        if isinstance(found, dict):
+            found = found["bytes"] if found["bytes"] is not None or not found["path"] else Path(found["path"])
+        if found is None:
+            raise ValueError("it is null")
+        content: bytes = found.read_bytes() if isinstance(found, Path) else found
+        return content
 
-def _decode(item: dict[str, Any]) -> Image.Image:
-    return _to_rgb(io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"])
-
-
-def _to_rgb(file: Any) -> Image.Image:
-    with Image.open(file) as image:
-        # Pillow warns where transparency is converted to RGB at once.
-        rgb: Image.Image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-    return rgb
+    return _encoded(count, stored, place)
 
 
 def _require(module: str, package: str | None = None) -> None:

@@ -64,18 +64,20 @@ class NamedModel:
                 return result
         return None
 
-    def load_data(self, network: nn.Module, data: str, label_column: str | None = None) -> Source:
+    def load_data(
+        self, network: nn.Module, data: str, label_column: str | None = None, image_column: str | None = None
+    ) -> Source:
         """Load the data for the network, split as in its training where the card tells how.
 
         Args:
             network: The model, loaded.
             data: As `timm_sugar.data.load_source` takes it.
-            label_column: Likewise; None for the one that the card names.
+            label_column, image_column: Likewise; None for the one that the card names.
 
         Raises:
             ValueError: the data has other classes.
         """
-        images = self.load_any_data(data, label_column)
+        images = self.load_any_data(data, label_column, image_column)
         cfg: Any = network.pretrained_cfg
         names = list(cfg.get("label_names") or [])
         if names and names != list(images.class_names):
@@ -89,11 +91,16 @@ class NamedModel:
             )
         return images
 
-    def load_any_data(self, data: str, label_column: str | None = None) -> Source:
+    def load_any_data(self, data: str, label_column: str | None = None, image_column: str | None = None) -> Source:
         """Load data that may have other classes, split as in the network's training where the card tells how."""
         claim = self.claim()
         arguments: dict[str, Any] = (claim and claim.dataset_args) or {}
-        return load_source(data, label_column or arguments.get("label_column"), arguments.get("split_seed") or 0)
+        return load_source(
+            data,
+            label_column or arguments.get("label_column"),
+            arguments.get("split_seed") or 0,
+            image_column=image_column or arguments.get("image_column"),
+        )
 
     def validation_images(self, source: Source) -> tuple[str, LabelledImages]:
         """Return "val" and the images that a run was validated on, else "test" and the test images.

@@ -23,13 +23,19 @@ class Verification:
         return abs(self.claimed - self.measured) <= TOLERANCE
 
 
-def verify(model: str, data: str, label_column: str | None = None, revision: str | None = None) -> Verification:
+def verify(
+    model: str,
+    data: str,
+    label_column: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+) -> Verification:
     """Measure again what the card of a published model claims.
 
     Args:
         model: A folder with config.json, model.safetensors and README.md, a run's folder, or ORG/NAME on the Hub.
         data: As `timm_sugar.data.load_source` takes it.
-        label_column: Likewise; None for the one that the card names.
+        label_column, image_column: Likewise; None for the one that the card names.
         revision: Of a repository: branch, tag or commit.
 
     Raises:
@@ -43,6 +49,6 @@ def verify(model: str, data: str, label_column: str | None = None, revision: str
     if claim is None:
         raise ValueError(f"the card of {model} claims no accuracy")
     network = found.load()
-    images = found.load_data(network, data, label_column)
+    images = found.load_data(network, data, label_column, image_column)
     top1, count = measure(network, images.test)
     return Verification(claim.metric_value, top1, count)

@@ -111,7 +111,9 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(unknown_name("optimizer", config.opt, [str(name) for name in list_optimizers()]))
     accelerator = _accelerator(config)
 
-    source = load_source(config.data, config.label_column, config.split_seed, config.streaming)
+    source = load_source(
+        config.data, config.label_column, config.split_seed, config.streaming, image_column=config.image_column
+    )
     source, bad_images = _without_bad_images(config, source)
     # Built before the images are decoded, so that a wrong argument fails at once.
     networks = [_build_model(config, source) for _ in range(2)]

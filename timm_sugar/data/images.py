@@ -1,0 +1,132 @@
+"""Labelled images, decoded to RGB as they are read: orientation, bit depths, and errors that name the image."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
+
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+# TIFF's tags for the least and the largest value of a pixel: of any type, and of whole numbers.
+_RANGE_TAGS = ((340, 341), (280, 281))
+
+
+_T = TypeVar("_T")
+
+
+class BadImageError(ValueError):
+    """An image that cannot be decoded; the message names its file or row."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with class labels, decoded when read.
+
+    Attributes:
+        read: Row number of the source -> RGB image.
+        rows: Row number of each image, int64, shape (N,).
+        labels: Class of each image, int64, shape (N,).
+        place: Row number -> where the image is, for messages.
+        stored: Row number -> the image as it is stored, None where there is nothing but `read`.
+    """
+
+    read: Callable[[int], Image.Image]
+    rows: np.ndarray
+    labels: np.ndarray
+    place: Callable[[int], str] = "in row {}".format
+    stored: Callable[[int], bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self._named(self.read, index)
+
+    def content(self, index: int) -> bytes:
+        """Return the image as it is stored, else its pixels.
+
+        Raises:
+            BadImageError: there is nothing.
+        """
+        if self.stored is None:
+            return self[index].tobytes()
+        return self._named(self.stored, index)
+
+    def _named(self, get: Callable[[int], _T], index: int) -> _T:
+        """Return what `get` gives for the row of an image, and name the row in its errors."""
+        row = int(self.rows[index])
+        try:
+            return get(row)
+        except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
+            if is_trouble_of_the_machine(error):
+                message = f"cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
+            else:
+                unknown = isinstance(error, UnidentifiedImageError)
+                reason = "it is not an image that Pillow knows" if unknown else f"{error}" or type(error).__name__
+                message = f"cannot be decoded: {reason}; repair or remove it, or train with --skip-bad-images"
+            raise BadImageError(f"image {self.place(row)} {message}") from error
+
+    def subset(self, indices: np.ndarray) -> "LabelledImages":
+        """Return the images at `indices`, in that order."""
+        return LabelledImages(self.read, self.rows[indices], self.labels[indices], self.place, self.stored)
+
+
+def is_trouble_of_the_machine(error: BaseException | None) -> bool:
+    """Whether an image could not be read for a reason that is not in the image, and may be gone at the next try."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def to_rgb(stored: bytes) -> Image.Image:
+    """Decode the content of an image file to RGB: the first frame, upright, with 8 bits a channel.
+
+    Orientation is applied as EXIF gives it. Grey images of 16 bits are scaled from 0 to 65,535; whole numbers of 32
+    bits and floats from the range that TIFF's tags give. Transparency is left out.
+
+    Raises:
+        ValueError: the file is empty, or the range of its pixels is not known.
+        Exception: whatever Pillow raises.
+    """
+    if not stored:
+        raise ValueError("it is empty")
+    with Image.open(io.BytesIO(stored)) as image:
+        image.load()
+        try:
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except Exception:  # EXIF that is damaged says nothing
+            turn = None
+        if image.mode == "F" or image.mode.startswith("I"):
+            rgb = _to_8_bits(image).convert("RGB")
+        else:
+            # Pillow warns where transparency is converted to RGB at once.
+            rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # of 16 bits too
+        least, largest = 0.0, 65535.0
+    else:
+        tags = getattr(image, "tag_v2", {})
+        known = next((pair for pair in _RANGE_TAGS if pair[0] in tags and pair[1] in tags), None)
+        if known is None:
+            kind = "floats" if image.mode == "F" else "whole numbers of 32 bits"
+            raise ValueError(
+                f"its pixels are {kind}, whose range is not known; store it with 8 or 16 bits, "
+                "or with TIFF's tags SMinSampleValue and SMaxSampleValue"
+            )
+        least, largest = (float(np.ravel(tags[tag])[0]) for tag in known)
+    pixels = np.asarray(image, np.float64)
+    if not (largest > least and np.isfinite(pixels).all()):
+        raise ValueError(f"its pixels are not finite, or their range from {least:g} to {largest:g} is empty")
+    return Image.fromarray(np.clip(np.round((pixels - least) * (255 / (largest - least))), 0, 255).astype(np.uint8))
