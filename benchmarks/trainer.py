@@ -11,6 +11,7 @@ their speeds, with its quartiles.
 """
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -26,11 +27,12 @@ from torch import Tensor
 from timm_sugar.data import normalize
 from timm_sugar.models import build
 from timm_sugar.training import TrainConfig
-from timm_sugar.training.build import Run, prepare
-from timm_sugar.training.loop import State, train_epoch
+from timm_sugar.training.checkpoint import State
+from timm_sugar.training.evaluation import measure
 from timm_sugar.training.processes import StopSignal
 from timm_sugar.training.progress import Progress
-from timm_sugar.training.results import measure
+from timm_sugar.training.train import Run, train_epoch
+from timm_sugar.training.train import build as build_trainer
 
 MODEL = "resnet18_sugar_bsilu"
 BATCH = 128
@@ -40,7 +42,7 @@ STEPS = 56  # an epoch
 
 def build_run(output: str, epochs: int, precision: str, **settings: float) -> Run:
     """Build the benchmark's run."""
-    return prepare(
+    return build_trainer(
         TrainConfig(
             data="digits", model=MODEL, batch_size=BATCH, epochs=epochs, mixed_precision=precision, output=output,
             **{"val_fraction": 0.0} | settings,
@@ -94,9 +96,10 @@ def compare(epochs: int, block: int, precision: str) -> list[tuple[float, float]
     """Print a row for each epoch, and return the seconds of all turns but those of the first."""
     with tempfile.TemporaryDirectory() as folder:
         run = build_run(folder, epochs, precision)
-        images, labels = run.train.pixels, run.train.labels
+        images, labels = run.images.train.pixels, run.images.train.labels
         images, labels = images.repeat(REPEATS, 1, 1, 1), labels.repeat(REPEATS)
-        run.train.pixels, run.train.labels, run.sizes["train"] = images, labels, len(labels)
+        run.images.train.pixels, run.images.train.labels = images, labels
+        run = dataclasses.replace(run, steps_per_epoch=len(labels) // BATCH)
         bare = bare_steps(normalize(images, run.config.mean, run.config.std), labels, precision)
         counted = []
         with Turns(bare, block, epochs * run.steps_per_epoch) as turns:
@@ -120,7 +123,7 @@ def memory_over_epochs(epochs: int, precision: str) -> list[float]:
         with Progress(epochs * run.steps_per_epoch, 0, BATCH, enabled=True) as progress:
             for epoch in range(epochs):
                 train_epoch(run, State(epoch=epoch), None, progress, StopSignal())
-                measure(run, run.val, "val")
+                measure(run.evaluated, run.images, run.accelerator, 0, None, "val")
                 found.append(process.memory_info().rss / 2**20)
     return found
 

@@ -69,7 +69,7 @@ def test_imports_go_one_way(path):
         ("from ..data.sources import NAMES", ("timm_sugar", "hub", "card"), {"data"}),
         ("from .card import model_card", ("timm_sugar", "hub", "__init__"), {"hub"}),
         ("from . import transformers", ("timm_sugar", "convert"), {"transformers"}),
-        ("def f():\n    import timm_sugar.training.loop", ("timm_sugar", "layers"), {"training"}),
+        ("def f():\n    import timm_sugar.training.train", ("timm_sugar", "layers"), {"training"}),
         ("from timm_sugar import convert, sugar", ("timm_sugar", "cli"), {"convert", "timm_sugar"}),
         ("import timm_sugar, timm", ("timm_sugar", "training", "results"), {"timm_sugar"}),
         ("import os\nfrom transformers import x", ("timm_sugar", "transformers"), set()),

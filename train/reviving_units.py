@@ -10,6 +10,7 @@ converted to SUGAR. Writes revival.json and pictures. Killed and started again, 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,11 +28,10 @@ from timm_sugar.data import normalize
 from timm_sugar.files import write_file
 from timm_sugar.hub import surrogate_of
 from timm_sugar.terminal import Parser
-from timm_sugar.training.build import Run, prepare
-from timm_sugar.training.checkpoints import latest_checkpoint, read_checkpoint
-from timm_sugar.training.loop import fit
-from timm_sugar.training.processes import sole_use
-from timm_sugar.training.results import check_writable, finished_summary
+from timm_sugar.training.checkpoint import latest_checkpoint, read_checkpoint
+from timm_sugar.training.folder import check_writable, finished_summary
+from timm_sugar.training.processes import folder_lock
+from timm_sugar.training.train import Run, build, fit
 
 WIDTHS = [1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M"]  # VGG-16, in units of its first layer
 ARMS = {"relu": None, "sugar": "bsilu"}
@@ -118,14 +118,13 @@ def revive(first: TrainConfig, after: dict[tuple[str, float], TrainConfig]) -> d
 def go_on(config: TrainConfig, start: dict[str, Any], surrogate: str | None) -> dict[str, Any]:
     """Train from the weights `start`, converted where there is a surrogate, and profile the network on val."""
     check_writable(config.folder)
-    with sole_use(config.folder):
-        run = prepare(config)
+    with folder_lock(config.folder):
+        run = build(config)
         for network in (run.network, run.evaluated):
             network.load_state_dict(start)
             if surrogate:
                 convert(network, surrogate)
-        run.surrogate = surrogate_of(run.network)
-        summary = fit(run)
+        summary = fit(replace(run, surrogate=surrogate_of(run.network)))
         weights = {"before": start, "after": last_weights(run.output)}
         found = {when: profile_on_val(run, tensors).to_dict() for when, tensors in weights.items()}
         write_file(run.output / PROFILES, json.dumps(found) + "\n")
@@ -138,7 +137,7 @@ def profiles(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def last_weights(folder: Path) -> dict[str, Any]:
-    return read_checkpoint(latest_checkpoint(folder / "checkpoints"))["weights"]
+    return read_checkpoint(latest_checkpoint(folder / "checkpoints")).weights
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -147,8 +146,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def profile_on_val(run: Run, weights: dict[str, Any]) -> Profile:
     run.evaluated.load_state_dict(weights)
-    order = [range(len(run.val))[i : i + 256] for i in range(0, len(run.val), 256)]
-    batches = run.val.batches([list(indices) for indices in order])
+    order = [range(len(run.images.val))[i : i + 256] for i in range(0, len(run.images.val), 256)]
+    batches = run.images.val.batches([list(indices) for indices in order])
     return profile(run.evaluated, (normalize(pixels, run.config.mean, run.config.std) for pixels, _ in batches))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_sugar.training.checkpoints import latest_checkpoint, read_checkpoint
+from timm_sugar.training.checkpoint import latest_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--data digits --seeds 0 --epochs 1 --more-epochs 1 --limit-train 100 --limit-val 50 --width 2 --lr 0.05"
@@ -52,7 +52,7 @@ def test_the_script(script, tmp_path, capsys):
         assert share == pytest.approx(found["metrics"][-1]["dead_units"])
         assert f"| {sum(dead):.1f} | {sum(row['revived'] for row in rows):.1f} |" in table
     weights = [
-        read_checkpoint(latest_checkpoint(tmp_path / "seed0" / name / "checkpoints"))["weights"]
+        read_checkpoint(latest_checkpoint(tmp_path / "seed0" / name / "checkpoints")).weights
         for name in ("first", "relu-0.01", "sugar-0.01")
     ]
     name = next(n for n in weights[0] if n.endswith("weight"))

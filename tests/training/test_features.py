@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import image_folder
-from timm_sugar.training import TrainConfig, build, train, trials
-from timm_sugar.training.build import prepare
-from timm_sugar.training.checkpoints import latest_checkpoint, read_checkpoint
-from timm_sugar.training.loop import State, train_steps
+from timm_sugar.training import TrainConfig, dry_run, processes, train
+from timm_sugar.training.checkpoint import State, latest_checkpoint, read_checkpoint
 from timm_sugar.training.schedules import surrogate_at
+from timm_sugar.training.train import build, train_steps
 
 SMALL = {"channels": [8, 8, 8, 8]}
 
@@ -45,7 +44,7 @@ def test_alpha_and_surrogate_over_time(tmp_path):
 
 
 def test_channels_last_trains_what_channels_first_does(tmp_path):
-    first, last = (prepare(_config(tmp_path / f"{flag}", channels_last=flag)) for flag in (False, True))
+    first, last = (build(_config(tmp_path / f"{flag}", channels_last=flag)) for flag in (False, True))
     assert not first.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert last.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     losses = [[loss.item() for loss, *_ in train_steps(run, State())] for run in (first, last)]
@@ -78,7 +77,7 @@ def test_cosine_of_alpha():
     ],
 )
 def test_refused_before_training(settings, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr("timm_sugar.training.processes.is_wandb_available", lambda: False)
     with pytest.raises((ValueError, ModuleNotFoundError), match=message):
         train(_config(tmp_path, **settings))
     assert not (tmp_path / "config.yaml").exists()
@@ -98,7 +97,9 @@ def test_tensorboard_gets_the_metrics(tmp_path):
 
 def test_dry_run_says_what_it_takes_and_writes_nothing(tmp_path, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(trials.time, "perf_counter", lambda: 8.0 * next(ticks))  # a step takes 8 s, 64 images another 8
+    monkeypatch.setattr(
+        dry_run.time, "perf_counter", lambda: 8.0 * next(ticks)
+    )  # a step takes 8 s, 64 images another 8
     found = train(_config(tmp_path / "run", epochs=7, dry_run=True))
     assert (found["steps_per_epoch"], found["epochs"]) == (4, 7)
     assert found["seconds_per_epoch"] == 4 * 8 + 20 * 8 / 64
@@ -141,16 +142,16 @@ def test_images_that_do_not_fit_into_memory_give_the_same_result(tmp_path):
 
 
 def test_the_moving_average_is_what_is_packaged(tmp_path):
-    run = prepare(_config(tmp_path, ema_decay=0.5))
+    run = build(_config(tmp_path, ema_decay=0.5))
     assert run.evaluated is run.ema.module
-    run = prepare(_config(tmp_path, ema_decay=0.9, lr=0.1, weight_decay=0.0))
+    run = build(_config(tmp_path, ema_decay=0.9, lr=0.1, weight_decay=0.0))
     expected = run.network.conv1.weight.detach().clone()
     for _ in train_steps(run, State()):
         expected.lerp_(run.network.conv1.weight.detach(), 0.1)
     assert not torch.allclose(expected, run.network.conv1.weight, atol=1e-4)
     torch.testing.assert_close(run.ema.module.conv1.weight, expected)
     train(_config(tmp_path / "average", ema_decay=0.9, lr=0.1, val_fraction=0, limit_val=None))
-    kept = read_checkpoint(latest_checkpoint(tmp_path / "average" / "checkpoints"))["optimizer"]["ema"]
+    kept = read_checkpoint(latest_checkpoint(tmp_path / "average" / "checkpoints")).optimizer["ema"]
     assert torch.equal(_weights(tmp_path / "average")["conv1.weight"], kept["conv1.weight"])
 
 
@@ -168,11 +169,11 @@ def test_the_best_epoch_is_what_is_packaged(tmp_path):
 def test_learning_rates_change_at_the_step_they_should(tmp_path):
     """A milestone is the first step of the epoch after it; warm-up is over after its share of the steps."""
     settings = dict(epochs=3, lr=0.1, sched="multistep", milestones=[1, 2])
-    run = prepare(_config(tmp_path, **settings))
+    run = build(_config(tmp_path, **settings))
     assert _rates(run) == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 4)
     train(_config(tmp_path, **settings))
     assert [line["lr"] for line in _lines(tmp_path)] == pytest.approx([0.1, 0.01, 0.001])
-    run = prepare(_config(tmp_path / "warm", epochs=2, lr=0.1, sched="cosine", warmup_epochs=0.5, warmup_lr=0.02))
+    run = build(_config(tmp_path / "warm", epochs=2, lr=0.1, sched="cosine", warmup_epochs=0.5, warmup_lr=0.02))
     assert _rates(run)[:3] == pytest.approx([0.02, 0.06, 0.1 * (1 + 0.5**0.5) / 2])  # the cosine began at step 0
     assert _rates(run)[2:] == sorted(_rates(run)[2:], reverse=True)
 
@@ -211,7 +212,7 @@ def test_every_setting_changes_what_is_trained(settings, change, tmp_path, plain
 def _trained(output, **settings):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no instructions for bf16")
-        run = prepare(_config(output, **dict(lr=0.1, epochs=2, mean=[0.5] * 3, std=[0.3] * 3, workers=0) | settings))
+        run = build(_config(output, **dict(lr=0.1, epochs=2, mean=[0.5] * 3, std=[0.3] * 3, workers=0) | settings))
     for _ in train_steps(run, State(epoch=1)):
         pass
     return run.network.conv1.weight.detach()
@@ -225,15 +226,15 @@ def plain_weights(tmp_path_factory):
 
 
 def test_a_precision_that_the_cpu_emulates_is_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "_has_instructions", lambda precision: precision == "no")
+    monkeypatch.setattr(processes, "has_instructions", lambda precision: precision == "no")
     with pytest.warns(UserWarning, match="no instructions for bf16: --mixed-precision no is several times faster"):
-        prepare(_config(tmp_path, mixed_precision="bf16"))
-    assert build._has_instructions("no")
+        build(_config(tmp_path, mixed_precision="bf16"))
+    assert processes.has_instructions("no")
 
 
 def test_linear_scaling_counts_every_image_of_a_step(tmp_path):
     config = _config(tmp_path, lr=0.4, min_lr=0.04, sched="cosine", lr_base_batch=64, grad_accum=2, warmup_epochs=0)
-    run = prepare(config)
+    run = build(config)
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
     assert (run.step_images, run.steps_per_epoch) == (32, 2)
     train(config)
@@ -254,7 +255,7 @@ def test_weight_decay_goes_down_a_cosine_and_leaves_the_rest_at_zero(tmp_path):
     from timm_sugar.training.schedules import set_weight_decay
 
     config = _config(tmp_path, weight_decay=0.1, weight_decay_end=0.02)
-    run = prepare(config)
+    run = build(config)
     for progress, expected in ((0.0, 0.1), (0.5, 0.06), (1.0, 0.02)):
         set_weight_decay(run.config, run.optimizer, progress)
         assert sorted({group["weight_decay"] for group in run.optimizer.param_groups}) == pytest.approx([0, expected])

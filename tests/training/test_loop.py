@@ -156,11 +156,11 @@ def test_without_validation_the_last_epoch_counts(parquet_folder, tmp_path):
 
 
 def test_limits_are_stratified(parquet_folder, tmp_path):
-    from timm_sugar.training.build import prepare
+    from timm_sugar.training.train import build
 
-    run = prepare(_config(parquet_folder, tmp_path, limit_train=30, limit_val=9))
-    assert torch.bincount(run.train.labels).tolist() == [10, 10, 10]
-    assert torch.bincount(run.val.labels).tolist() == [3, 3, 3]
+    run = build(_config(parquet_folder, tmp_path, limit_train=30, limit_val=9))
+    assert torch.bincount(run.images.train.labels).tolist() == [10, 10, 10]
+    assert torch.bincount(run.images.val.labels).tolist() == [3, 3, 3]
 
 
 def test_accelerate_launch_is_quiet_without_a_terminal(tmp_path):

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_sugar.training import TrainConfig, main, train
-from timm_sugar.training.checkpoints import latest_checkpoint, list_checkpoints
-from timm_sugar.training.processes import sole_use
+from timm_sugar.training import Stopped, TrainConfig, main, train
+from timm_sugar.training.checkpoint import latest_checkpoint, list_checkpoints
+from timm_sugar.training.processes import folder_lock
 from timm_sugar.training.progress import Progress
 
 ROOT = Path(__file__).parents[2]
+LOOP = sys.modules["timm_sugar.training.train"]  # the function has the same name
 SMALL = {"channels": [8, 8, 8, 8]}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -91,13 +92,12 @@ def test_the_demo_stops_with_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_stopped_during_validation_it_goes_on_from_there(channels_last, tmp_path, monkeypatch):
-    from timm_sugar.training import Stopped, loop
 
     def stop(*args):
         raise Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "measure", stop)
+        patch.setattr(LOOP, "measure", stop)
         with pytest.raises(Stopped, match="stopped by SIGTERM at step 4"):
             train(_config(tmp_path / "stopped", epochs=2, channels_last=channels_last))
     assert latest_checkpoint(tmp_path / "stopped" / "checkpoints").name == "step-000000004"
@@ -141,7 +141,7 @@ def test_a_run_waits_for_the_process_that_still_trains_in_its_folder(tmp_path, c
     command = [sys.executable, "-c", holder, tmp_path / ".lock"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
-        with sole_use(tmp_path):
+        with folder_lock(tmp_path):
             assert (tmp_path / ".lock.released").exists()
     assert capsys.readouterr().err == f"waiting for another process that trains in {tmp_path}\n"
     assert not (tmp_path / ".lock").exists()
@@ -187,16 +187,15 @@ def _read_only(folder):
     ],
 )
 def test_a_folder_that_fails_in_mid_run_keeps_the_last_good_checkpoint(trouble, reason, tmp_path, monkeypatch):
-    from timm_sugar.training import loop
 
-    write, troubles = loop.write_checkpoint, ExitStack()
+    write, troubles = LOOP.write_checkpoint, ExitStack()
 
     def write_then_fail(folder, *arguments):
         path = write(folder, *arguments)
         troubles.enter_context(trouble(folder))
         return path
 
-    monkeypatch.setattr(loop, "write_checkpoint", write_then_fail)
+    monkeypatch.setattr(LOOP, "write_checkpoint", write_then_fail)
     message = rf"step-000000002 cannot be written: .*{reason}.*; the last good checkpoint is .*step-000000001$"
     with troubles, pytest.raises(OSError, match=message) as caught:
         train(_config(tmp_path, checkpoint_steps=1))

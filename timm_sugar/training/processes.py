@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,9 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from torch import nn
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+    parse_flag_from_env,
+)
+
+from ..settings import TrainConfig
 
 
 def on_cpu() -> bool:
@@ -69,7 +79,7 @@ def stop_signals() -> Iterator[StopSignal]:
 
 
 @contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the folder of a run, and wait for another process on this machine that still does.
 
     A launcher that is killed leaves its training processes behind, and the same command may be started at once.
@@ -97,8 +107,8 @@ def sole_use(folder: Path) -> Iterator[None]:
             return
 
 
-class Agreement:
-    """Decisions that every process takes at the same step: the largest value that any process gives."""
+class AllReduceMax:
+    """The largest of the numbers that the processes give, in each of them: what they decide at the same step."""
 
     def __init__(self) -> None:
         self._group: Any = None
@@ -113,33 +123,53 @@ class Agreement:
         return shared.tolist()
 
 
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator of a run.
+
+    Raises:
+        ValueError: precision or BatchNorm over processes that the device does not have.
+        ModuleNotFoundError: the tracker is not installed.
+    """
+    # Kept for the process, where an earlier run may have had another precision.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    available = dict(tensorboard=is_tensorboard_available, trackio=is_trackio_available, wandb=is_wandb_available)
+    if config.tracker != "none" and not available[config.tracker]():
+        raise ModuleNotFoundError(f"tracker {config.tracker} is not installed: pip install {config.tracker}")
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu(),
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.grad_accum,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=config.output,
+            # BatchNorm's statistics are averaged after each step instead.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise ValueError(f"mixed_precision {config.mixed_precision} does not work here: {error}") from error
+    if config.sync_bn and accelerator.device.type != "cuda":
+        raise ValueError(f"sync_bn needs GPUs: SyncBatchNorm does not work on {accelerator.device.type}")
+    emulated = accelerator.device.type == "cpu" and not has_instructions(config.mixed_precision)
+    if emulated and accelerator.is_main_process:
+        warnings.warn(
+            f"this CPU has no instructions for {config.mixed_precision}: --mixed-precision no is several times faster",
+            stacklevel=2,
+        )
+    return accelerator
+
+
+def has_instructions(precision: str) -> bool:
+    """Whether oneDNN computes in this precision on this CPU, or only emulates it."""
+    if precision == "no" or not torch.backends.mkldnn.is_available():
+        return True
+    supported = dict(bf16=torch.ops.mkldnn._is_mkldnn_bf16_supported, fp16=torch.ops.mkldnn._is_mkldnn_fp16_supported)
+    return bool(supported[precision]())
+
+
 def from_main_process(value: Any) -> Any:
     """Return the main process's `value` in every process."""
     return broadcast_object_list([value])[0]
-
-
-def average_batch_norm(network: nn.Module) -> None:
-    """Average the running statistics of every BatchNorm over the processes.
-
-    Running statistics are linear in those of the batches, so doing so after each step gives what a single average at
-    the end would, and every process, and any checkpoint, has the same.
-    """
-    if not dist.is_initialized():
-        return
-    buffers = [
-        buffer
-        for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(part.view_as(buffer))
 
 
 def resume_command() -> str:

@@ -22,8 +22,8 @@ from timm_sugar.settings import TrainConfig, names_of
 from timm_sugar.surrogates import unknown_name
 from timm_sugar.terminal import Parser
 from timm_sugar.training.config import check_fields, load_config, read_fields
+from timm_sugar.training.folder import read_finished
 from timm_sugar.training.processes import on_cpu, stop_signals
-from timm_sugar.training.results import read_finished
 
 from .table import make_table, write_table
 

@@ -22,7 +22,7 @@ def make_table(
 
     Args:
         recipe: Its name.
-        runs: Cell, seed, and the summary of the run (see `timm_sugar.training.results`), None where it is not finished.
+        runs: Cell, seed, and the summary of the run (its summary.json), None where it is not finished.
             The cell ``sugar_NAME`` is NAME with SUGAR.
         paper: Accuracy and its standard deviation, fractions of 1, that the paper gives for a cell.
         command: The command line of the sweep.

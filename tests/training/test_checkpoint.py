@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
-from timm_sugar.training.checkpoints import (
+from timm_sugar.training.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    State,
     is_complete,
     latest_checkpoint,
     list_checkpoints,
@@ -17,17 +20,18 @@ from timm_sugar.training.checkpoints import (
 def _write(folder, step, value=0.0, keep=2):
     weights = {"w": torch.full((3,), value), "t": torch.arange(6.0).view(2, 3).t()}
     optimizer = {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}}
-    return write_checkpoint(folder, step, weights, {"w": torch.zeros(3)}, optimizer, {"epoch": step}, keep)
+    checkpoint = Checkpoint(weights, {"w": torch.zeros(3)}, optimizer, State(epoch=step, metrics=[{"lr": 0.1}]))
+    return write_checkpoint(folder, step, checkpoint, keep)
 
 
 def test_round_trip(tmp_path):
     path = _write(tmp_path, 12, 2.5)
     read = read_checkpoint(path)
-    assert torch.equal(read["weights"]["w"], torch.full((3,), 2.5))
-    assert torch.equal(read["weights"]["t"], torch.arange(6.0).view(2, 3).t())
-    assert torch.equal(read["best"]["w"], torch.zeros(3))
-    assert read["progress"] == {"epoch": 12}
-    assert torch.equal(read["optimizer"]["optimizer"]["state"][0]["momentum_buffer"], torch.ones(3))
+    assert torch.equal(read.weights["w"], torch.full((3,), 2.5))
+    assert torch.equal(read.weights["t"], torch.arange(6.0).view(2, 3).t())
+    assert torch.equal(read.best["w"], torch.zeros(3))
+    assert read.state == State(epoch=12, metrics=[{"lr": 0.1}])
+    assert torch.equal(read.optimizer["optimizer"]["state"][0]["momentum_buffer"], torch.ones(3))
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -76,7 +80,22 @@ def test_a_failing_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
 
 
-def test_manifest_names_every_file(tmp_path):
+def test_manifest_names_every_file_and_the_format(tmp_path):
     path = _write(tmp_path, 1)
-    names = {file.name for file in path.iterdir()} - {"manifest.json"}
-    assert set(json.loads((path / "manifest.json").read_text())) == names
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["format"] == FORMAT == 2
+    assert set(manifest["sha256"]) == {file.name for file in path.iterdir()} - {"manifest.json"}
+
+
+def test_the_first_format_is_read_and_a_later_one_refused(tmp_path):
+    path = _write(tmp_path, 1, 2.5)
+    manifest = path / "manifest.json"
+    hashes = json.loads(manifest.read_text())["sha256"]
+    manifest.write_text(json.dumps(hashes))  # as before there was a format
+    assert latest_checkpoint(tmp_path) == path
+    assert torch.equal(read_checkpoint(path).weights["w"], torch.full((3,), 2.5))
+    manifest.write_text(json.dumps({"format": 3, "files": hashes}))
+    message = r"step-000000001 is of checkpoint format 3; this version of timm-sugar reads up to 2$"
+    for use in (lambda: read_checkpoint(path), lambda: latest_checkpoint(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            use()

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from ..data import evaluate_batches
-from .build import Run
-from .checkpoints import KEPT, latest_checkpoint, read_checkpoint
-from .loop import State, train_steps
+from .checkpoint import KEPT, State, latest_checkpoint, read_checkpoint
+from .evaluation import measure
+from .folder import peak_memory
 from .processes import from_main_process
-from .results import measure, peak_memory
+from .train import Run, train_steps
 
 _BATCH = 64
 
@@ -35,12 +35,12 @@ def dry_run(run: Run) -> dict[str, Any]:
     step_seconds = time.perf_counter() - began
 
     began = time.perf_counter()
-    count = min(_BATCH, len(run.test))
-    mean, std = run.data_config["mean"], run.data_config["std"]
-    evaluate_batches(run.evaluated, run.test.batches([list(range(count))]), mean, std, shared=False)
+    count = min(_BATCH, len(run.images.test))
+    mean, std = run.images.data_config["mean"], run.images.data_config["std"]
+    evaluate_batches(run.evaluated, run.images.test.batches([list(range(count))]), mean, std, shared=False)
     image_seconds = (time.perf_counter() - began) / count
     share = 1 / run.accelerator.num_processes
-    epoch_seconds = run.steps_per_epoch * step_seconds + image_seconds * share * run.sizes["val"]
+    epoch_seconds = run.steps_per_epoch * step_seconds + image_seconds * share * run.images.sizes["val"]
 
     weights = _bytes(run.evaluated.state_dict().values())
     moments = _bytes(v for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v))
@@ -49,7 +49,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         steps_per_epoch=run.steps_per_epoch,
         epochs=config.epochs,
         seconds_per_epoch=round(epoch_seconds, 2),
-        seconds=round(config.epochs * epoch_seconds + image_seconds * share * run.sizes["test"], 1),
+        seconds=round(config.epochs * epoch_seconds + image_seconds * share * run.images.sizes["test"], 1),
         peak_memory_bytes=peak_memory(run.accelerator.device),
         disk_bytes=checkpoint * (KEPT + 1) + weights,
     )
@@ -67,11 +67,12 @@ def evaluate_only(run: Run) -> dict[str, Any]:
         run.evaluated.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit {run.config.model}: {error}") from error
-    measured = {"weights": str(path), "model": run.config.model, "data": run.config.data}
-    for name, split in (("val", run.val), ("test", run.test)):
-        if split is not None:
-            result = measure(run, split, name)
-            measured |= {k: v for k, v in result.items() if k.startswith(name)} | {f"{name}_images": run.sizes[name]}
+    measured: dict[str, Any] = {"weights": str(path), "model": run.config.model, "data": run.config.data}
+    names = ("test",) if run.images.val is None else ("val", "test")
+    for name in names:
+        result = measure(run.evaluated, run.images, run.accelerator, run.config.workers, None, name)
+        measured |= {k: v for k, v in result.items() if k.startswith(name)}
+        measured |= {f"{name}_images": run.images.sizes[name]}
     return measured
 
 
@@ -84,7 +85,7 @@ def _best_weights(run: Run) -> tuple[Path, dict[str, torch.Tensor]]:
     if path is None:
         raise ValueError(f"{run.output} holds neither a packaged model nor a checkpoint to evaluate")
     checkpoint = read_checkpoint(path)
-    return path, checkpoint["best"] or checkpoint["weights"]
+    return path, checkpoint.best or checkpoint.weights
 
 
 def _wait(run: Run) -> None:

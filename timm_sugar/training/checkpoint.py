@@ -1,9 +1,11 @@
 """Checkpoints that are complete or not used: written aside, sealed by a manifest of hashes, renamed, then pruned."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +16,73 @@ from torch import Tensor
 
 from ..files import write_file
 
+# 1: the manifest is the hashes alone. 2: it has the format and the hashes.
+FORMAT = 2
+KEPT = 2  # the newest, and the one before in case the disk damages it
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
-KEPT = 2  # the newest, and the one before in case the disk damages it
+
+Weights = dict[str, Tensor]
 
 
-def write_checkpoint(
-    folder: Path,
-    step: int,
-    weights: dict[str, Tensor],
-    best: dict[str, Tensor] | None,
-    optimizer: dict[str, Any],
-    progress: dict[str, Any],
-    keep: int = KEPT,
-) -> Path:
+@dataclass
+class State:
+    """Where a run is: what a checkpoint holds besides weights and optimizer."""
+
+    epoch: int = 0  # epochs done
+    position: int = 0  # steps done in the epoch after those
+    loss_sums: list[float] | None = None  # of those steps, one a process
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    best_epoch: int | None = None
+    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is needed to go on with a run.
+
+    Attributes:
+        weights: The model's state dict.
+        best: State dict of the best epoch so far, None before the first.
+        optimizer: State of optimizer, gradient scaler and moving average, loadable with weights_only.
+        state: Everything else, as JSON.
+    """
+
+    weights: Weights
+    best: Weights | None
+    optimizer: dict[str, Any]
+    state: State
+
+
+def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int = KEPT) -> Path:
     """Write ``folder/step-<step>`` and then remove all but the newest `keep`.
 
     Args:
         folder: OUTPUT/checkpoints.
         step: Optimizer steps done.
-        weights: The model's state dict.
-        best: State dict of the best epoch so far, None before the first.
-        optimizer: State of optimizer, gradient scaler and moving average, loadable with weights_only.
-        progress: Everything else, as JSON.
+        checkpoint: What is to be written.
+        keep: Complete checkpoints that stay.
 
     Raises:
         OSError: the disk is full or read-only; the last complete checkpoint stays in place, and the message names it.
     """
     final = folder / f"step-{step:09d}"
+    progress = dataclasses.asdict(checkpoint.state)
     if is_complete(final) and json.loads((final / _PROGRESS).read_text()) == progress:
         return final
     staging = folder / f"{final.name}.tmp"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        save_file(_on_cpu(weights), staging / "model.safetensors")
-        if best is not None:
-            save_file(_on_cpu(best), staging / "best.safetensors")
-        torch.save(optimizer, staging / "optimizer.pt")
+        save_file(_on_cpu(checkpoint.weights), staging / "model.safetensors")
+        if checkpoint.best is not None:
+            save_file(_on_cpu(checkpoint.best), staging / "best.safetensors")
+        torch.save(checkpoint.optimizer, staging / "optimizer.pt")
         (staging / _PROGRESS).write_text(json.dumps(progress))
         hashes = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
-        write_file(staging / _MANIFEST, json.dumps(hashes, indent=2))
+        write_file(staging / _MANIFEST, json.dumps({"format": FORMAT, "sha256": hashes}, indent=2))
         shutil.rmtree(final, ignore_errors=True)  # damaged, or of the same step before its validation
         staging.rename(final)
         _fsync(folder)
@@ -70,21 +98,27 @@ def write_checkpoint(
     return final
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what `write_checkpoint` was given: weights, best, optimizer and progress.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Return what `write_checkpoint` was given.
 
     Raises:
-        ValueError: the checkpoint is not complete, or a file is not what the manifest says.
+        ValueError: the checkpoint is not complete, a file is not what the manifest says, or a newer version wrote it.
     """
     if not is_complete(path):
         raise ValueError(f"{path} is not a complete checkpoint")
     best = path / "best.safetensors"
-    return dict(
+    return Checkpoint(
         weights=load_file(path / "model.safetensors"),
         best=load_file(best) if best.exists() else None,
         optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        progress=json.loads((path / _PROGRESS).read_text()),
+        state=State(**json.loads((path / _PROGRESS).read_text())),
     )
+
+
+def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
+    """Return the checkpoint to go on from: the newest in `folder` for "auto", none for "never", else the one named."""
+    path = latest_checkpoint(folder) if resume == "auto" else None if resume == "never" else Path(resume)
+    return None if path is None else read_checkpoint(path)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -104,11 +138,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the manifest is there and every file in it has the hash that it names."""
+    """Whether the manifest is there and every file in it has the hash that it names.
+
+    Raises:
+        ValueError: a newer version wrote it.
+    """
     try:
-        hashes = json.loads((path / _MANIFEST).read_text())
-        return all(_sha256(path / name) == digest for name, digest in hashes.items())
+        manifest = json.loads((path / _MANIFEST).read_text())
     except (OSError, ValueError):
+        return False
+    if not isinstance(manifest, dict):
+        return False
+    written = manifest.get("format", 1)
+    if written > FORMAT:
+        raise ValueError(f"{path} is of checkpoint format {written}; this version of timm-sugar reads up to {FORMAT}")
+    hashes = manifest if written == 1 else manifest["sha256"]
+    try:
+        return all(_sha256(path / name) == digest for name, digest in hashes.items())
+    except OSError:
         return False
 
 

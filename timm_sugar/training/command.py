@@ -1,0 +1,117 @@
+"""Starting a run, from Python or from the command line."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..hub import check_destination, check_weights, files_of_run, publish
+from ..settings import TrainConfig
+from .config import load_config
+from .dry_run import dry_run, evaluate_only
+from .folder import check_writable, finished_summary, use_recorded_statistics
+from .processes import Stopped, folder_lock, process_state, resume_command
+from .train import build, fit
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as configured, or go on where the run in `config.output` stopped, and return its summary.
+
+    With `config.dry_run` or `config.eval_only` nothing is trained, and what the run will take, or how good its
+    weights are, is returned instead.
+
+    Example:
+        >>> config = TrainConfig(data="digits", epochs=2, output="output/digits")
+        >>> train(config)["test_top1"]  # a fraction of 1
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: something is wrong with the settings, the data or the output
+            folder; raised before anything is trained.
+        Stopped: SIGTERM or SIGINT came; the same call goes on with the run.
+        FloatingPointError: the loss is not finite.
+        OSError: a checkpoint cannot be written; the last good one stays.
+    """
+    with _prepared(config) as run:
+        return run()
+
+
+@contextmanager
+def _prepared(config: TrainConfig) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Do all that can fail before training, hold the run's folder, and yield what is left to call."""
+    writes = not (config.eval_only or config.dry_run)
+    if writes:
+        check_writable(config.folder)
+    with folder_lock(config.folder) if writes else nullcontext():
+        if config.push_to_hub and _is_main():
+            check_destination(config.push_to_hub)
+        if config.eval_only:
+            yield partial(evaluate_only, build(use_recorded_statistics(config)))
+        elif config.dry_run:
+            yield partial(dry_run, build(config))
+        else:
+            summary = finished_summary(config)
+            yield partial(_publish, config, partial(dict, summary) if summary else partial(fit, build(config)))
+
+
+def _publish(config: TrainConfig, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Finish a run, and publish it where it is to be; one that is there already is left as it is."""
+    summary = run()
+    if config.push_to_hub and _is_main():
+        check_weights(config.folder)
+        publish(files_of_run(config.folder, config.push_to_hub), config.push_to_hub)
+    return summary
+
+
+def main(script: str, description: str, recipe: str) -> None:
+    """Run a training script: read the command line, train, print the summary as JSON.
+
+    Args:
+        script: The script's ``__file__``.
+        description: Its docstring, for --help.
+        recipe: Its default recipe.
+
+    Exits with one line on standard error: with status 2 where the settings, the data or the output folder are wrong,
+    with 1 where the loss is not finite or a checkpoint cannot be written, and with 143 or 130 where SIGTERM or Ctrl-C
+    stopped it, after saving.
+    """
+    prog = Path(script).name
+    with ExitStack() as held:
+        with one_line_errors(prog, before_training=True):
+            run = held.enter_context(_prepared(load_config(sys.argv[1:], prog, description, recipe)))
+        with one_line_errors(prog):
+            summary = run()
+    if _is_main():
+        print(json.dumps(summary, indent=2))
+    process_state().destroy_process_group()
+
+
+@contextmanager
+def one_line_errors(prog: str, before_training: bool = False) -> Iterator[None]:
+    """End the command `prog` with one line on standard error and an exit status where `train` raises.
+
+    The status is 2 where settings, data or a checkpoint are not right or not there; 1 where the loss is not finite, or
+    a file cannot be read or written, which is 2 too `before_training`; 143 or 130 where SIGTERM or Ctrl-C stopped it.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        _exit(f"{prog}: {stopped}; saved, go on with: {resume_command()}", 128 + stopped.signum)
+    except KeyboardInterrupt:  # outside of training there is nothing to save
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        wrong_input = before_training or type(error) in (ValueError, ModuleNotFoundError, FileNotFoundError)
+        _exit(f"{prog}: error: {' '.join(str(error).split())}", 2 if wrong_input else 1)
+
+
+def _exit(line: str, status: int) -> NoReturn:
+    if _is_main():
+        print(line, file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,54 @@
+"""A network measured on images that the processes share."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..analysis import count_units
+from ..data import evaluate_batches
+from .images import Images
+
+_BATCH = 256
+
+
+def measure(
+    network: nn.Module,
+    images: Images,
+    accelerator: Accelerator,
+    workers: int,
+    after_batch: Callable[[], None] | None,
+    name: str,
+) -> dict[str, Any]:
+    """Evaluate a network on the images `name`, with its dead units and sparsity.
+
+    Args:
+        network: In eval mode.
+        images: Of which each process holds a share.
+        accelerator: Of the processes.
+        workers: Processes that decode images which are not in memory.
+        after_batch: Called as often in each process, so it may wait for the others.
+        name: "val" or "test".
+
+    Returns:
+        The metrics (see `timm_sugar.metrics`) over all processes.
+    """
+    split: Any = getattr(images, name)
+    # As many batches in each process, though the last may be empty.
+    count = math.ceil(math.ceil(images.sizes[name] / accelerator.num_processes) / _BATCH)
+    order = [list(range(len(split)))[i * _BATCH : (i + 1) * _BATCH] for i in range(count)]
+    mean, std = images.data_config["mean"], images.data_config["std"]
+    with count_units(network) as units:
+        result = evaluate_batches(network, split.batches(order, workers), mean, std, True, after_batch)
+    if accelerator.num_processes > 1:
+        units.add_up_processes(accelerator.device)
+    return {
+        f"{name}_loss": result.loss,
+        f"{name}_top1": result.top1,
+        f"{name}_top5": result.top5,
+        "dead_units": units.dead_units,
+        "dead_elements": units.dead_elements,
+        "activation_sparsity": units.sparsity,
+    }

@@ -1,0 +1,143 @@
+"""The folder of a run: what is written into it, and what a later start compares with it."""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+import yaml
+from torch import nn
+
+import timm_sugar
+
+from ..files import to_yaml, write_file
+from ..hub import write_model_folder
+from ..settings import TrainConfig, names_of
+from .images import Images
+from .processes import from_main_process, process_state
+
+
+def check_writable(output: Path) -> None:
+    """Make the run's folder.
+
+    Raises:
+        ValueError: it cannot be written to.
+    """
+    if not process_state().is_main_process:
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output folder {output} cannot be written: {error.strerror}") from error
+
+
+def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the summary of a run that is finished already, None if it is not or is to start afresh.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    state = process_state()
+    found: tuple[dict[str, Any] | None, str | None] = None, None
+    if state.is_main_process and config.resume != "never":
+        try:
+            found = read_finished(config, state.num_processes), None
+        except ValueError as error:
+            found = None, str(error)
+    summary: dict[str, Any] | None
+    summary, problem = from_main_process(found)
+    if problem:
+        raise ValueError(problem)
+    return summary
+
+
+def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
+    """Return what `finished_summary` does, for a run of so many processes of which this need not be one."""
+    path = config.folder / "config.yaml"
+    if path.exists() and config.resume == "auto":
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_unchanged(str(config.folder), before, dataclasses.asdict(config) | {"processes": processes})
+    path = config.folder / "summary.json"
+    summary: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return summary
+
+
+def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the mean and standard deviation that the run in OUTPUT was trained with."""
+    path = config.folder / "config.yaml"
+    if not path.exists():
+        return config
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return dataclasses.replace(config, mean=config.mean or before["mean"], std=config.std or before["std"])
+
+
+def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare the settings of a run with those it was begun with.
+
+    Raises:
+        ValueError: one that changes the result differs; the message names it.
+    """
+    for name in (*names_of("data", "result"), "processes"):
+        if name not in before:
+            continue
+        both_open = name in before.get("left_open", ()) and (now[name] is None or name in now.get("left_open", ()))
+        if not both_open and now[name] != before[name]:
+            raise ValueError(
+                f"{where} holds a run with {name}={before[name]}, not {now[name]}; "
+                "give another --output, or --resume never to start over"
+            )
+
+
+def write_record(output: Path, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+    """Write OUTPUT/config.yaml, and OUTPUT/metrics.jsonl as far as the run has come."""
+    write_file(output / "config.yaml", to_yaml(settings | {"versions": versions()}))
+    write_metrics(output, metrics)
+
+
+def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
+    """Write OUTPUT/metrics.jsonl, a line an epoch."""
+    write_file(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
+
+
+def write_result(
+    output: Path, config: TrainConfig, network: nn.Module, images: Images, summary: dict[str, Any]
+) -> None:
+    """Write OUTPUT/model, and then OUTPUT/summary.json, whose presence says that the run is finished."""
+    settings = {name: getattr(config, name) for name in names_of("data", "result")}
+    card = summary | {"settings": to_yaml(settings)}
+    architecture = config.model.split(".")[0]
+    write_model_folder(output / "model", network, architecture, images.class_names, images.data_config, card)
+    write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def start_over(output: Path) -> None:
+    """Remove what an earlier run has left of its progress."""
+    for name in ("summary.json", "metrics.jsonl"):
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes a result."""
+    modules = (timm_sugar, timm, torch, accelerate)
+    return {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: the GPU's where there is one, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Unix alone has it
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,158 @@
+"""The images of a run: split, decoded where they fit into memory, shared out, and put in order."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from ..data import (
+    LabelledImages,
+    Source,
+    Split,
+    available_cpus,
+    channel_statistics,
+    decode,
+    decoded_size,
+    eval_transform,
+    load_source,
+    readable,
+    split_validation,
+    stratified_sample,
+    train_transform,
+)
+from ..settings import TrainConfig
+
+_STATISTICS_SAMPLE = 10_000
+
+
+@dataclass
+class Images:
+    """What a run trains on and is measured on.
+
+    Attributes:
+        class_names: In the order of the logits.
+        data_config: timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved.
+        train: All training images.
+        val: This process's share of the validation images; None where the run has none.
+        test: This process's share of the test images.
+        sizes: Images of train, val and test, over all processes.
+        bad: Images that were left out because they cannot be decoded.
+    """
+
+    class_names: tuple[str, ...]
+    data_config: dict[str, Any]
+    train: Split
+    val: Split | None
+    test: Split
+    sizes: dict[str, int]
+    bad: int
+
+
+def open_source(config: TrainConfig) -> tuple[Source, int]:
+    """Return the data set, and how many images were left out because they cannot be decoded."""
+    seed, columns = config.split_seed, dict(label_column=config.label_column, image_column=config.image_column)
+    source = load_source(config.data, split_seed=seed, streaming=config.streaming, **columns)
+    if not config.skip_bad_images:
+        return source, 0
+    train, test = (images.subset(readable(images, available_cpus())) for images in (source.train, source.test))
+    bad = len(source.train) + len(source.test) - len(train) - len(test)
+    return dataclasses.replace(source, train=train, test=test), bad
+
+
+def load_images(config: TrainConfig, source: Source, bad: int, rank: int, processes: int) -> Images:
+    """Split the images, decode those that fit into `memory_limit`, and resolve mean and standard deviation.
+
+    Raises:
+        ValueError: there are too few images for a step or for validation.
+    """
+    parts = _split(config, source)
+    _check_sizes(config, len(parts["train"]), processes)
+    sizes = {name: len(part) for name, part in parts.items()}
+    shares = {name: parts[name].subset(np.arange(rank, sizes[name], processes)) for name in ("val", "test")}
+    data_config: dict[str, Any] = dict(
+        input_size=(3, config.img_size, config.img_size),
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        crop_mode="center",
+    )
+    evaluation = eval_transform(data_config)
+    augmented = config.crop != "none" or any((config.hflip, config.color_jitter, config.auto_augment, config.re_prob))
+    room = config.memory_limit * 2**30
+    pixels: dict[str, Tensor | None] = {}
+    for name, part in {**shares, "train": parts["train"]}.items():
+        room -= decoded_size(part, data_config)
+        held = room >= 0 and len(part) > 0 and not (name == "train" and augmented)
+        pixels[name] = decode(part, evaluation, available_cpus()) if held else None
+
+    measured: Any = ((), ())
+    if config.mean is None or config.std is None:
+        measured = channel_statistics(_sample(parts["train"], pixels["train"]))
+    data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
+    transforms = dict(val=evaluation, test=evaluation, train=evaluation)
+    if augmented:
+        names = ("crop", "hflip", "color_jitter", "auto_augment", "re_prob", "re_mode", "re_count")
+        transforms["train"] = train_transform(data_config, **{name: getattr(config, name) for name in names})
+    train, val, test = (
+        Split(torch.from_numpy(part.labels), pixels[name], part, transforms[name])
+        for name, part in (("train", parts["train"]), *shares.items())
+    )
+    return Images(source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, bad)
+
+
+def _split(config: TrainConfig, source: Source) -> dict[str, LabelledImages]:
+    train, val = split_validation(source.train, config.val_fraction, config.split_seed)
+    if config.limit_train is not None:
+        train = train.subset(stratified_sample(train.labels, config.limit_train, config.split_seed))
+    if config.limit_val is not None:
+        val = val.subset(stratified_sample(val.labels, config.limit_val, config.split_seed))
+    if config.val_fraction and not len(val):
+        raise ValueError(f"val_fraction {config.val_fraction} of {len(source.train)} images leaves none to validate on")
+    return dict(train=train, val=val, test=source.test)
+
+
+def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:
+    wanted = config.batch_size * config.grad_accum * processes
+    if count < wanted and (config.grad_accum > 1 or config.mixup or config.cutmix or count < processes):
+        raise ValueError(
+            f"{count} training images are fewer than a step takes: batch_size {config.batch_size} x grad_accum "
+            f"{config.grad_accum} x {processes} processes"
+        )
+
+
+def _sample(images: LabelledImages, pixels: Tensor | None) -> Iterator[Tensor]:
+    """Yield the images in memory, else a stratified sample of them at their own size; uint8 (N, 3, H, W)."""
+    if pixels is not None:
+        yield from pixels.split(4096)
+        return
+    for index in stratified_sample(images.labels, _STATISTICS_SAMPLE, 0):
+        yield torch.from_numpy(np.array(images[index])).permute(2, 0, 1)[None]
+
+
+def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """Return timm's Mixup and CutMix, which smooth the targets too; None where neither is on."""
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def mix_seeds(*parts: int) -> int:
+    """Return one seed of 63 bits for several numbers; neighbouring numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """Return the order in which an epoch goes through the training images, a permutation of range(count)."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix_seeds(seed, epoch)))

@@ -1,0 +1,87 @@
+"""The network of a run and its optimizer, built from the settings or refused in one line."""
+
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+from ..data import Source
+from ..models import build, size_arguments
+from ..settings import TrainConfig
+from ..surrogates import unknown_name
+
+
+def check_names(config: TrainConfig) -> None:
+    """Raise ValueError, with the nearest valid name, where there is no such model or optimizer."""
+    if not timm.is_model(config.model.split(".")[0]):
+        raise ValueError(unknown_name("model", config.model, timm.list_models()))
+    if config.opt not in list_optimizers():
+        raise ValueError(unknown_name("optimizer", config.opt, [str(name) for name in list_optimizers()]))
+
+
+def build_network(config: TrainConfig, source: Source) -> nn.Module:
+    """Build the network with weights that depend on the seed alone, and try it on one image.
+
+    Raises:
+        ValueError: it does not take these arguments, the classes of the data or images of this size.
+    """
+    torch.manual_seed(config.seed)
+    classes = len(source.class_names)
+    arguments = size_arguments(config.model, config.img_size) | {"num_classes": classes} | config.model_args
+    if arguments["num_classes"] != classes:
+        given = arguments["num_classes"]
+        raise ValueError(f"data set {source.name!r} has {classes} classes, the model {given}")
+    activation: dict[str, Any] = dict(surrogate=config.surrogate, alpha=config.alpha, act_layer=config.act_layer)
+    try:
+        network = build(config.model, **activation, **arguments)
+    except TypeError as error:
+        raise ValueError(f"model {config.model} does not take these arguments: {error}") from error
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, config.img_size, config.img_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = f"{error}".partition("\n")[0]
+        message = f"model {config.model} does not take images of img_size {config.img_size}: {reason}"
+        raise ValueError(message) from error
+    return network.train(training)
+
+
+def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -> torch.optim.Optimizer:
+    """Return timm's optimizer; `lr_scale` multiplies the learning rate."""
+    moments: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
+    return create_optimizer_v2(
+        network,
+        opt=config.opt,
+        lr=lr_scale * config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        **{name: value for name, value in moments.items() if value is not None},
+    )
+
+
+def average_batch_norm(network: nn.Module) -> None:
+    """Average the running statistics of every BatchNorm over the processes.
+
+    Running statistics are linear in those of the batches, so doing so after each step gives what a single average at
+    the end would, and every process, and any checkpoint, has the same.
+    """
+    if not dist.is_initialized():
+        return
+    buffers = [
+        buffer
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))

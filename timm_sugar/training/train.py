@@ -1,0 +1,350 @@
+"""Training a network, from top to bottom: build, resume, epochs, finish."""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ..data import normalize, seed_everything
+from ..metrics import METRICS, numbers
+from ..settings import TrainConfig
+from .checkpoint import Checkpoint, State, Weights, find_checkpoint, name_latest, write_checkpoint
+from .evaluation import measure
+from .folder import check_unchanged, peak_memory, start_over, versions, write_metrics, write_record, write_result
+from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, open_source
+from .network import average_batch_norm, build_network, check_names, create_optimizer
+from .processes import AllReduceMax, Stopped, StopSignal, from_main_process, make_accelerator, stop_signals
+from .progress import Progress
+from .schedules import check_surrogates, create_lr_schedule, set_surrogate, set_weight_decay, surrogate_at
+
+_CUDA_CHECK_STEPS = 20  # reading a loss waits for the GPU
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is there before the first step.
+
+    Attributes:
+        config: The settings, with what was left open resolved.
+        left_open: Names of the settings that were.
+        step_images: Images in a step of the optimizer, over all processes.
+        steps_per_epoch: Full steps; the images left over differ from epoch to epoch and are not trained on.
+        network: Holds the weights that are trained.
+        model: The same as accelerate and torch.compile wrap it.
+        evaluated: A second network, in float32, for evaluation and packaging; holds the moving average where one is on.
+        surrogate: Surrogate and alpha as built.
+    """
+
+    config: TrainConfig
+    left_open: list[str]
+    accelerator: Accelerator
+    all_reduce_max: AllReduceMax
+    images: Images
+    step_images: int
+    steps_per_epoch: int
+    network: nn.Module
+    model: nn.Module
+    evaluated: nn.Module
+    ema: ModelEmaV3 | None
+    mixup: Mixup | None
+    optimizer: Any
+    scheduler: Any
+    surrogate: tuple[str | None, float | None]
+
+    @property
+    def output(self) -> Path:
+        return self.config.folder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting as resolved, which of them were left open, and the number of processes."""
+        record = dataclasses.asdict(self.config)
+        return record | {"left_open": self.left_open, "processes": self.accelerator.num_processes}
+
+    def step(self, state: State) -> int:
+        """Return the steps of the optimizer that are done."""
+        return state.epoch * self.steps_per_epoch + state.position
+
+    def check_stop(self, stop: StopSignal) -> None:
+        """Raise Stopped where any process was asked to stop."""
+        (signum,) = self.all_reduce_max(stop.number)
+        if signum:
+            raise Stopped(signum)
+
+
+def build(config: TrainConfig) -> Run:
+    """Build everything, or fail before anything is trained.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: one line that says what is wrong with the settings or data.
+    """
+    check_names(config)
+    accelerator = make_accelerator(config)
+    processes, device = accelerator.num_processes, accelerator.device
+    source, bad_images = open_source(config)
+    # Built before the images are decoded, so that a wrong argument fails at once.
+    network, evaluated = (build_network(config, source) for _ in range(2))
+    surrogate = check_surrogates(config, network)
+    images = load_images(config, source, bad_images, accelerator.process_index, processes)
+    left_open = [name for name in ("mean", "std", "warmup_epochs") if getattr(config, name) is None]
+    warmup = 0.1 * config.epochs * (config.sched == "cosine") if config.warmup_epochs is None else config.warmup_epochs
+    mean, std = list(images.data_config["mean"]), list(images.data_config["std"])
+    config = dataclasses.replace(config, mean=mean, std=std, warmup_epochs=warmup)
+    network, evaluated = network.to(device), evaluated.to(device)
+    ema = None if config.ema_decay is None else ModelEmaV3(network, decay=config.ema_decay)
+    evaluated = evaluated if ema is None else ema.module
+    evaluated.eval().requires_grad_(False)
+    if config.sync_bn:
+        network = convert_sync_batchnorm(network)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    count = images.sizes["train"]
+    step_images = min(config.batch_size * config.grad_accum * processes, count // processes * processes)
+    lr_scale = 1.0 if config.lr_base_batch is None else step_images / config.lr_base_batch
+    optimizer: Any = create_optimizer(config, network, lr_scale)
+    model = torch.compile(network) if config.compile else network
+    with warnings.catch_warnings():  # newer versions of torch name broadcast_buffers otherwise
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = create_lr_schedule(config, optimizer, count // step_images, lr_scale)
+    return Run(
+        config, left_open, accelerator, AllReduceMax(), images, step_images, count // step_images, network, model,
+        evaluated, ema, make_mixup(config, len(images.class_names)), optimizer, scheduler, surrogate,
+    )  # fmt: skip
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Train from the last checkpoint or from the start, write the run's folder and return its summary.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT came; the state is saved.
+        FloatingPointError: the loss is not finite; the message names step, learning rate and the last good checkpoint.
+        OSError: a checkpoint cannot be written; the last good one is in place.
+        BadImageError: an image that is decoded as it is needed cannot be.
+    """
+    config, main = run.config, run.accelerator.is_main_process
+    state, best = resume(run)
+    state.settings = run.settings
+    if main:
+        write_record(run.output, run.settings, state.metrics)
+    if config.tracker != "none":
+        shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in run.settings.items()}
+        run.accelerator.init_trackers("timm-sugar", shown)
+    total = config.epochs * run.steps_per_epoch
+    with stop_signals() as stop, Progress(total, run.step(state), run.step_images, enabled=main) as progress:
+        check = partial(run.check_stop, stop)
+        evaluate = partial(measure, run.evaluated, run.images, run.accelerator, config.workers, check)
+        try:
+            while state.epoch < config.epochs:
+                line = train_epoch(run, state, best, progress, stop)
+                if run.ema is None:
+                    run.evaluated.load_state_dict(run.network.state_dict())
+                began = time.monotonic()
+                line |= dict.fromkeys(metric.key for metric in METRICS if metric.split == "val")
+                if run.images.val is not None:
+                    line |= evaluate("val")
+                is_best = run.images.val is None or all(line["val_top1"] > m["val_top1"] for m in state.metrics)
+                if is_best:
+                    best = {k: v.detach().cpu().clone() for k, v in run.evaluated.state_dict().items()}
+                state.seconds += state.epoch_seconds + time.monotonic() - began
+                state.epoch += 1
+                state.position, state.loss_sums, state.epoch_seconds = 0, None, 0.0
+                if is_best and run.images.val is not None:
+                    state.best_epoch = state.epoch
+                state.metrics.append(line)
+                _save(run, state, best)
+                if main:
+                    write_metrics(run.output, state.metrics)
+                run.accelerator.log(numbers(line), step=state.epoch)
+                progress.epoch(line, config.epochs)
+            assert best is not None  # there is an epoch
+            return finish(run, state, best, evaluate)
+        except Stopped as stopped:
+            _save(run, state, best)
+            raise Stopped(stopped.signum, run.step(state)) from None
+        finally:
+            for tracker in run.accelerator.trackers:
+                tracker.finish()
+
+
+def resume(run: Run) -> tuple[State, Weights | None]:
+    """Load the checkpoint to go on from, and return where the run is and the weights of its best epoch."""
+    wanted, checkpoint = run.config.resume, None
+    if run.accelerator.is_main_process:  # the others may be on machines that do not see the folder
+        if wanted == "never":
+            start_over(run.output)
+        checkpoint = find_checkpoint(run.output / "checkpoints", wanted)
+    checkpoint = from_main_process(checkpoint)
+    if checkpoint is None:
+        return State(), None
+    check_unchanged(wanted, checkpoint.state.settings, run.settings)
+    run.network.load_state_dict(checkpoint.weights)
+    run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(checkpoint.optimizer["ema"])
+    return checkpoint.state, checkpoint.best
+
+
+def _save(run: Run, state: State, best: Weights | None) -> None:
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+        optimizer = {
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "ema": run.ema.module.state_dict() if run.ema is not None else None,
+        }
+        checkpoint = Checkpoint(run.network.state_dict(), best, optimizer, state)
+        write_checkpoint(run.output / "checkpoints", run.step(state), checkpoint)
+    run.accelerator.wait_for_everyone()
+
+
+def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress, stop: StopSignal) -> dict[str, Any]:
+    """Train the rest of an epoch, with the checkpoints that are due; return its training metrics, or raise as `fit`."""
+    config, accelerator, device = run.config, run.accelerator, run.accelerator.device
+    so_far = state.loss_sums[accelerator.process_index] if state.loss_sums else 0.0
+    loss_sum = torch.tensor(so_far, dtype=torch.float64, device=device)
+    bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+    began = saved = time.monotonic()
+    earlier = state.epoch_seconds
+    surrogate, alpha = surrogate_at(config, state.epoch + 1, run.surrogate)
+    set_surrogate(run.network, surrogate, alpha)
+    for loss, logits, labels in train_steps(run, state):
+        step = run.step(state)
+        loss_sum += loss
+        bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss), step, bad_step)
+        now = time.monotonic()
+        state.epoch_seconds = earlier + now - began
+        progress.step(loss, logits, labels, mixed=run.mixup is not None)
+        due = now - saved > 60 * config.checkpoint_minutes
+        due |= config.checkpoint_steps is not None and state.position % config.checkpoint_steps == 0
+        last = state.position == run.steps_per_epoch
+        read = device.type == "cpu" or step % _CUDA_CHECK_STEPS == 0 or last or due or stop.number
+        bad, checkpoint, signum = run.all_reduce_max(int(bad_step.item()) if read else -1, due, stop.number)
+        if signum or (checkpoint and not last):
+            (bad,) = run.all_reduce_max(int(bad_step.item()))
+        if bad >= 0:
+            run.scheduler.step_update(bad - 1)  # the rate that this step was made with
+            raise FloatingPointError(
+                f"the loss is not finite at step {bad} (epoch {(bad - 1) // run.steps_per_epoch + 1}), learning rate "
+                f"{run.optimizer.param_groups[0]['lr']:g}; {name_latest(run.output / 'checkpoints')}"
+            )
+        if signum or (checkpoint and not last):
+            state.loss_sums = accelerator.gather(loss_sum[None]).tolist()
+            if signum:
+                raise Stopped(signum)
+            _save(run, state, best)
+            saved = time.monotonic()
+    sums = accelerator.gather(loss_sum[None])
+    state.loss_sums = sums.tolist()  # for a stop during validation
+    return dict(
+        epoch=state.epoch + 1,
+        train_loss=sums.sum().item() / (accelerator.num_processes * run.steps_per_epoch),
+        lr=run.optimizer.param_groups[0]["lr"],
+        surrogate=surrogate,
+        alpha=alpha,
+        images_per_second=run.step_images * run.steps_per_epoch / max(state.epoch_seconds, 1e-9),
+        seconds=state.epoch_seconds,
+    )
+
+
+def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Train the rest of an epoch step by step; yield the mean loss, and logits and labels of the last forward pass.
+
+    Everything random is a function of the seed and of epoch, index, step and rank, and the order of the images one of
+    seed, epoch and position, so a run can go on from any step.
+    """
+    config, accelerator, train = run.config, run.accelerator, run.images.train
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    order = epoch_order(config.seed, state.epoch, len(train))
+    parts = []
+    for position in range(state.position, run.steps_per_epoch):
+        part = order[position * run.step_images : (position + 1) * run.step_images][rank::processes]
+        parts += [piece.tolist() for piece in part.split(config.batch_size)]
+    seed = partial(mix_seeds, config.seed, state.epoch)
+    batches = train.batches(parts, config.workers, seed, pin_memory=device.type == "cuda")
+    run.model.train()
+    total_steps = config.epochs * run.steps_per_epoch
+    pass_number = run.step(state) * config.grad_accum
+    loss_sum = torch.zeros((), device=device)
+    for inputs, labels in batches:
+        step = pass_number // config.grad_accum
+        seed_everything(mix_seeds(config.seed, pass_number, rank))  # Mixup, drop path and dropout
+        if device.type != "cpu":
+            torch.manual_seed(mix_seeds(config.seed, pass_number, rank))
+        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if inputs.dtype == torch.uint8:
+            inputs = normalize(inputs, run.images.data_config["mean"], run.images.data_config["std"])
+        targets = labels
+        if run.mixup is not None:
+            inputs, targets = run.mixup(inputs, labels)
+        if config.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with accelerator.accumulate(run.model):
+            logits = run.model(inputs)
+            # Mixup smooths its targets itself.
+            smoothing = config.smoothing if run.mixup is None else 0.0
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                run.scheduler.step_update(step)
+                set_weight_decay(config, run.optimizer, step / total_steps)
+                if config.clip_grad is not None:
+                    accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        loss_sum += loss.detach() / config.grad_accum
+        pass_number += 1
+        if pass_number % config.grad_accum == 0:
+            average_batch_norm(run.network)
+            if run.ema is not None:
+                run.ema.update(run.network)
+            state.position += 1
+            yield loss_sum, logits.detach(), labels
+            loss_sum = torch.zeros((), device=device)
+
+
+def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Test the best epoch, package it, and write summary.json last: its presence says that the run is finished."""
+    config, images = run.config, run.images
+    run.evaluated.load_state_dict(best)
+    line = state.metrics[(state.best_epoch or len(state.metrics)) - 1]
+    set_surrogate(run.evaluated, line["surrogate"], line["alpha"])
+    test = evaluate("test")
+    found = {**line, **test} if images.val is None else {**test, **line}
+    summary = dict(
+        model=config.model,
+        surrogate=line["surrogate"],
+        alpha=line["alpha"],
+        parameters=sum(p.numel() for p in run.evaluated.parameters()),
+        data=config.data,
+        **{f"{name}_images": size for name, size in images.sizes.items()},
+        bad_images=images.bad,
+        epochs=config.epochs,
+        seed=config.seed,
+        processes=run.accelerator.num_processes,
+        best_epoch=state.best_epoch,
+        **{metric.key: found[metric.key] for metric in METRICS if metric.split != "train"},
+        images_per_second=float(np.median([line["images_per_second"] for line in state.metrics])),
+        peak_memory_bytes=peak_memory(run.accelerator.device),
+        seconds=state.seconds,
+        versions=versions(),
+    )
+    if run.accelerator.is_main_process:
+        write_result(run.output, config, run.evaluated, images, summary)
+    run.accelerator.wait_for_everyone()
+    return summary
