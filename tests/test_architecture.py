@@ -1,6 +1,7 @@
 """The structure: imports go one way, and every file begins with what it is for."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,34 @@ def test_settings_recipes_and_templates_say_what_they_are_for():
         assert (second if first.startswith("#!") else first).startswith("# "), path
     for path in (*PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.html")):
         assert path.read_text().startswith("{#- "), path
+
+
+def test_the_trainer_is_one_file_that_can_be_read():
+    assert len((PACKAGE / "training" / "train.py").read_text().splitlines()) <= 350
+
+
+def test_no_files_import_each_other():
+    """Not even inside of a function or for type checking alone."""
+    graph = {path: set(files_imported(path)) for path in SOURCES}
+
+    def reached(path: Path, seen: set[Path]) -> set[Path]:
+        for other in graph[path] - seen:
+            seen.add(other)
+            reached(other, seen)
+        return seen
+
+    assert not [path.relative_to(ROOT) for path in SOURCES if path in reached(path, set())]
+
+
+def files_imported(path: Path) -> Iterator[Path]:
+    """The package's files that a file imports from; a package's own file where a name comes from that."""
+    module = module_name(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("timm_sugar")):
+            continue
+        base = [*module[: len(module) - node.level]] if node.level else []
+        base += node.module.split(".") if node.module else []
+        for name in [alias.name for alias in node.names]:
+            candidates = (Path(*base, name), Path(*base))
+            found = (ROOT / c.with_suffix(".py") for c in candidates)
+            yield next((file for file in found if file.is_file()), ROOT.joinpath(*base, "__init__.py"))
