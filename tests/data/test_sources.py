@@ -476,3 +476,24 @@ def test_a_class_that_a_validation_split_would_take_whole_is_refused(tmp_path):
         split_validation(source.train, 0.1, 0)
     rest, held_out = split_validation(source.train, 0.0, 0)
     assert (len(rest), len(held_out)) == (100, 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_image_files_of_the_hub_that_datasets_would_sort_otherwise_are_refused(tmp_path, monkeypatch, streaming):
+    folder, build = image_folder(tmp_path / "photos", 6, ("train", "test")), datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path: build({"me/photos": folder}[path]))
+    source = load_source("me/photos", streaming=streaming)
+    for images in (source.train, source.test):
+        seen, said = _names_seen(images, source.class_names)
+        assert seen == said
+        assert len(seen) == 6
+    (tmp_path / "photos" / "train" / "red").rename(tmp_path / "photos" / "train" / "test_tube")
+    message = (
+        "'me/photos': train/test_tube/04.png is not SPLIT/CLASS/FILE, or its class is called like a split; get the"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        load_source("me/photos", streaming=streaming)
+    assert "hf download --repo-type dataset me/photos --local-dir DIR` and give --data DIR" in str(caught.value)
+    (tmp_path / "photos" / "train" / "test_tube").rename(tmp_path / "photos" / "train" / "blue" / "sub")
+    with pytest.raises(ValueError, match=r"train/blue/sub/04\.png is not SPLIT/CLASS/FILE, or"):
+        load_source("me/photos", streaming=streaming)

@@ -57,6 +57,11 @@ def is_image_name(path: str) -> bool:
     return extensions.get(os.path.splitext(path)[1].lower()) in Image.OPEN
 
 
+def split_of(name: str) -> str | None:
+    """Return the split that a folder's name stands for: train, test or validation."""
+    return _SPLIT_OF.get(name.lower())
+
+
 def split_folders(folder: Path) -> dict[str, str]:
     """Return the folders of the first level that are named for a split: train, test or validation.
 
@@ -65,7 +70,7 @@ def split_folders(folder: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for entry in sorted(_visible(folder), key=lambda entry: entry.name):
-        split = _SPLIT_OF.get(entry.name.lower())
+        split = split_of(entry.name)
         if split is not None and entry.is_dir():
             if split in found:
                 both = f"{os.path.basename(found[split])} and {entry.name}"

@@ -26,6 +26,7 @@ from .folders import (
     listed,
     parquet_by_split,
     split_folders,
+    split_of,
 )
 from .images import LabelledImages, to_rgb
 
@@ -389,16 +390,43 @@ def _load_columns(
     return _choose_test(data, splits, read)
 
 
-def _load_dataset(data: str, path: str, **arguments: Any) -> Any:
+def _load_dataset(data: str, path: str, streaming: bool = False, **arguments: Any) -> Any:
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, **arguments)
+        builder = datasets.load_dataset_builder(path, **arguments)
+        if builder.name == "imagefolder" and not Path(data).is_dir():
+            _check_layout(data, builder)
+        if streaming:
+            return builder.as_streaming_dataset()
+        builder.download_and_prepare()
+        return builder.as_dataset()
+    except _LayoutError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "folder" if Path(data).is_dir() else "Hub data set"
         raise FileNotFoundError(f"cannot load {kind} {data!r}: {_first_line(error)}") from error
+
+
+class _LayoutError(ValueError):
+    pass
+
+
+def _check_layout(data: str, builder: Any) -> None:
+    """Refuse image files of the Hub that `datasets` puts into other splits or classes than SPLIT/CLASS/FILE says."""
+    for split, files in builder.config.data_files.items():
+        places = [str(file).removeprefix(f"{builder.base_path}/") for file in files]
+        if any(os.path.basename(place).startswith("metadata.") for place in places):
+            continue  # the labels stand there
+        for place in filter(is_image_name, places):
+            folders = place.split("/")[:-1]
+            if len(folders) < 2 or split_of(folders[-2]) != split:
+                raise _LayoutError(
+                    f"Hub data set {data!r}: {place} is not SPLIT/CLASS/FILE, or its class is called like a split; get "
+                    f"the files with `hf download --repo-type dataset {data} --local-dir DIR` and give --data DIR"
+                )
 
 
 def _first_line(error: Exception) -> str:
