@@ -159,7 +159,7 @@ def test_core_dependencies_suffice_and_a_command_names_the_extra_that_it_needs(c
     run_folder, hub, script = (str(path) for path in (tmp_path / "run", tmp_path / "hub", core[0] / "bin/timm-sugar"))
     settings = {"data": "digits", "split_seed": 0}
     write_model_folder(
-        tmp_path / "run/model", network, "resnet18_sugar_bsilu", "ab", data_config, facts | dict(settings="{}")
+        tmp_path / "run/model", network, "resnet18_sugar_bsilu", "ab", data_config, facts | dict(settings={})
     )
     (tmp_path / "run/summary.json").write_text(json.dumps(facts))
     (tmp_path / "run/config.yaml").write_text(json.dumps(settings))

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,7 +14,7 @@ from timm_sugar.hub.curves import training_curves
 
 RUN = dict(
     data="cifar10", test_top1=0.71234, test_top5=0.98, val_top1=0.7, dead_units=0.01, activation_sparsity=0.55,
-    parameters=12345678, train_images=45000, epochs=2, best_epoch=2, seed=42, settings="epochs: 2\nsplit_seed: 7\n",
+    parameters=12345678, train_images=45000, epochs=2, best_epoch=2, seed=42, settings=dict(epochs=2, split_seed=7),
 )  # fmt: skip
 CONFIG = dict(
     architecture="resnet18",
@@ -89,9 +88,7 @@ HOSTILE = [
 
 
 def test_text_of_a_runs_files_stays_text():
-    settings = yaml.safe_dump(
-        {"model_args": {"note": "```\n<script>alert(1)</script>\n# Title"}, "data": "/home/<i>me"}
-    )
+    settings = {"model_args": {"note": "```\n<script>alert(1)</script>\n# Title"}, "data": "/home/<i>me"}
     run = RUN | dict(data="/home/me/<i>data", settings=settings)
     own = dict(architecture="resnet18_sugar_bsilu", surrogate="<u>bsilu", alpha=1.67)
     run |= dict(seed="<b>1", epochs="<b>2", best_epoch=None)
@@ -109,7 +106,7 @@ def test_text_of_a_runs_files_stays_text():
 def test_no_path_of_a_machine():
     settings = {"data": "/home/me/photos", "output": "/home/me/out", "resume": "auto", "act_layer": None}
     settings |= {"model_args": {"file": "/home/me/weights.bin", "list": ["~/x/y", "..\\z", "C:\\me\\w", 3]}, "lr": 0.1}
-    card = model_card(CONFIG, RUN | dict(data=settings["data"], settings=yaml.safe_dump(settings)))
+    card = model_card(CONFIG, RUN | dict(data=settings["data"], settings=settings))
     assert "home" not in card
     assert "--data DATA" in card
     kept = public_settings(settings, None)

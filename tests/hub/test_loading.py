@@ -18,7 +18,7 @@ import timm_sugar
 from timm_sugar.hub import surrogate_of, write_model_folder
 from timm_sugar.models import build
 
-RUN = dict(data="digits", test_top1=0.5, seed=1, epochs=1, best_epoch=1, train_images=9, parameters=9, settings="{}")
+RUN = dict(data="digits", test_top1=0.5, seed=1, epochs=1, best_epoch=1, train_images=9, parameters=9, settings={})
 DATA_CONFIG = dict(
     input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
 )

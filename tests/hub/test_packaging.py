@@ -17,7 +17,7 @@ DATA_CONFIG = dict(
 )
 FACTS = dict(
     data="cifar10", test_top1=0.71234, val_top1=0.7, dead_units=0.01, activation_sparsity=0.55, parameters=12345678,
-    train_images=45000, epochs=2, best_epoch=2, seed=42, settings="epochs: 2\n",
+    train_images=45000, epochs=2, best_epoch=2, seed=42, settings=dict(epochs=2),
 )  # fmt: skip
 TINY_HEAD = {"mlp_ratio": 1 / 64}
 

@@ -1,6 +1,6 @@
 """Hub-ready folders, their cards, publishing and verifying."""
 
-from .card import read_facts
+from .card import dataset_of, read_facts
 from .client import check_destination
 from .half import halve
 from .loading import NamedModel, find_model, image_batches, sample_batches
@@ -14,6 +14,7 @@ __all__ = [
     "Verification",
     "check_destination",
     "check_weights",
+    "dataset_of",
     "files_of_run",
     "find_model",
     "halve",

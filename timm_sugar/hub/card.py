@@ -29,7 +29,7 @@ def model_card(
 
     Args:
         config: The folder's config.json.
-        run: The run's summary (see `timm_sugar.training`), with `settings`, its training settings as YAML.
+        run: The run's summary (see `timm_sugar.training`), with `settings`, its training settings.
         repo_id: ORG/NAME that it will be published as; None for a folder.
         facts: What no file of the run says, as `read_facts` returns it.
         curves: File beside the card with the training curves.
@@ -39,7 +39,7 @@ def model_card(
         path of the machine that it was trained on, and text from the files is escaped.
     """
     facts = facts or {}
-    settings = yaml.safe_load(run["settings"])
+    settings = run["settings"]
     dataset_id, dataset_name = dataset_of(run["data"])
     dataset_id = facts.get("dataset", dataset_id)
     data = run["data"] if run["data"] in NAMES else dataset_id or "DATA"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from torch import nn
@@ -69,15 +69,15 @@ def files_of_run(output: Path, repo_id: str, facts: dict[str, Any] | None = None
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-        # At the end of training it was known whether ORG/NAME is a folder; here it need not be there any more.
-        known = ModelCard.load(model / "README.md").data.datasets
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{output} cannot be published: {' '.join(str(error).split())}") from error
-    facts = {"dataset": known[0] if known else None} | (facts or {})
+    # At the end of training it was known whether ORG/NAME is a folder; here it need not be there any more.
+    known = summary["dataset_id"] if "dataset_id" in summary else dataset_of(summary["data"])[0]
+    facts = {"dataset": known} | (facts or {})
     public = public_settings(settings, facts["dataset"])
     run = summary | {
         "data": public_data(summary["data"], facts["dataset"]),
-        "settings": to_yaml({k: v for k, v in public.items() if k != "versions"}),
+        "settings": {k: v for k, v in public.items() if k != "versions"},
     }
     drawn = training_curves(metrics)
     files: dict[str, bytes | Path] = {path.name: path for path in sorted(output.glob("*.png"))}
@@ -110,8 +110,8 @@ def write_folder(
     """
     files = files_of_run(output, repo_id, facts)
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    datasets = ModelCard(_content(files["README.md"]).decode()).data.get("datasets")
-    summary["data"] = public_data(summary["data"], datasets[0] if datasets else None)
+    dataset_id = (facts or {}).get("dataset", summary.get("dataset_id"))
+    summary |= {"data": public_data(summary["data"], dataset_id), "dataset_id": dataset_id}
     files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     there = folder / "facts.yaml"
     if facts and not (there.is_file() and read_facts(there) == facts):

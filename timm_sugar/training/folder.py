@@ -113,8 +113,7 @@ def write_result(
     output: Path, config: TrainConfig, network: nn.Module, images: Images, summary: dict[str, Any]
 ) -> None:
     """Write OUTPUT/model, and then OUTPUT/summary.json, whose presence says that the run is finished."""
-    settings = {name: getattr(config, name) for name in names_of("data", "result")}
-    card = summary | {"settings": to_yaml(settings)}
+    card = summary | {"settings": {name: getattr(config, name) for name in names_of("data", "result")}}
     architecture = config.model.split(".")[0]
     write_model_folder(output / "model", network, architecture, images.class_names, images.data_config, card)
     write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..data import normalize, seed_everything
+from ..hub import dataset_of
 from ..metrics import METRICS, numbers
 from ..settings import TrainConfig
 from .checkpoint import Checkpoint, State, Weights, find_checkpoint, name_latest, write_checkpoint
@@ -80,8 +81,7 @@ class Run:
 
     def check_stop(self, stop: StopSignal) -> None:
         """Raise Stopped where any process was asked to stop."""
-        (signum,) = self.all_reduce_max(stop.number)
-        if signum:
+        if signum := self.all_reduce_max(stop.number)[0]:
             raise Stopped(signum)
 
 
@@ -227,10 +227,9 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
         step = run.step(state)
         loss_sum += loss
         bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss), step, bad_step)
-        now = time.monotonic()
-        state.epoch_seconds = earlier + now - began
+        state.epoch_seconds = earlier + time.monotonic() - began
         progress.step(loss, logits, labels, mixed=run.mixup is not None)
-        due = now - saved > 60 * config.checkpoint_minutes
+        due = time.monotonic() - saved > 60 * config.checkpoint_minutes
         due |= config.checkpoint_steps is not None and state.position % config.checkpoint_steps == 0
         last = state.position == run.steps_per_epoch
         read = device.type == "cpu" or step % _CUDA_CHECK_STEPS == 0 or last or due or stop.number
@@ -332,6 +331,7 @@ def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict
         alpha=line["alpha"],
         parameters=sum(p.numel() for p in run.evaluated.parameters()),
         data=config.data,
+        dataset_id=dataset_of(config.data)[0],
         **{f"{name}_images": size for name, size in images.sizes.items()},
         bad_images=images.bad,
         epochs=config.epochs,
