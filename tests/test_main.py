@@ -62,13 +62,22 @@ def test_exceptions_pass_through(tmp_path, monkeypatch):
         main([str(tmp_path / "fails.py")])
 
 
-@pytest.mark.parametrize(("argv", "message"), [([], ""), (["missing.py"], "no such script: missing.py")])
+@pytest.mark.parametrize(("argv", "message"), [([], ""), (["missing.py"], "no such script or command: missing.py")])
 def test_usage_errors(argv, message, capsys):
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
     assert message in err
     assert "usage: python -m timm_sugar SCRIPT" in err
+
+
+def test_a_command_of_timm_sugar(capsys):
+    assert main(["models", "--json"]) == 0
+    assert "resnet18_sugar_bsilu" in {row["name"] for row in json.loads(capsys.readouterr().out)}
+    with pytest.raises(SystemExit) as stopped:
+        main(["models", "--jsn"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("timm-sugar: error: unrecognized arguments: --jsn")
 
 
 def test_help(capsys):

@@ -1,17 +1,21 @@
 """Settings: ranges, kinds, and that a new one is a field and nothing else."""
 
 import dataclasses
+import string
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from timm_sugar import settings
 from timm_sugar.analysis.report import reproduce_commands
 from timm_sugar.analysis.run import read_run
-from timm_sugar.settings import TrainConfig, all_settings, names_of, setting, setting_types
+from timm_sugar.settings import TrainConfig, all_settings, names_of, setting, setting_types, to_flags
 from timm_sugar.training import config as command_line
 from timm_sugar.training import load_config, train
 
+VALUES = st.integers() | st.booleans() | st.text(string.printable + "é𐀀") | st.lists(st.floats(0, 1))
 SMALL = dict(limit_train=64, limit_val=20, img_size=16, batch_size=16, epochs=1)
 
 
@@ -44,6 +48,18 @@ def test_every_setting_is_of_one_kind():
     assert sorted(name for kind in kinds for name in names_of(kind)) == sorted(all_settings())
     assert names_of("start") == ["output", "resume", "push_to_hub", "eval_only", "dry_run"]
     assert {"workers", "memory_limit", "tracker", "checkpoint_steps"} <= {*names_of("free")}
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    st.booleans(),
+    st.dictionaries(st.text("abc_", min_size=1), VALUES),
+    st.text(string.printable, min_size=1).filter(lambda text: not text.startswith("-") and text != "none"),
+)
+def test_flags_give_the_settings_back(mean, compile, model_args, data):
+    config = TrainConfig(data=data, mean=mean, compile=compile, model_args=model_args, sched="cosine", output="x")
+    argv = ["--recipe", "digits", *to_flags(dataclasses.asdict(config))]
+    assert load_config(argv, "prog", "text", "digits") == config
 
 
 @pytest.fixture

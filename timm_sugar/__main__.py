@@ -1,25 +1,29 @@
-"""``python -m timm_sugar SCRIPT [ARGS]``: run another's script, timm's train.py say, with our models registered."""
+"""``python -m timm_sugar``: a script, such as timm's train.py, with our models registered, or our own commands."""
 
 import runpy
 import sys
 from pathlib import Path
 
-USAGE = "usage: python -m timm_sugar SCRIPT [ARGS]"
+from . import cli
+
+USAGE = "usage: python -m timm_sugar SCRIPT [ARGS], or COMMAND [ARGS] as timm-sugar takes it"
 
 
 def main(argv: list[str]) -> int:
-    """Run ``argv[0]`` as ``python argv[0] ...`` would, after timm_sugar has been imported.
+    """Run a command of timm-sugar, or ``argv[0]`` as ``python argv[0] ...`` would after ``import timm_sugar``.
 
     Returns:
-        0, or 2 after a message on standard error where there is no such script. What the script raises, SystemExit
-        included, passes through.
+        The command's status; 0 after a script, or 2 after a message on standard error where there is no such script.
+        What the script raises, SystemExit included, passes through.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    if argv[0] in cli.COMMANDS or argv[0] == "--version":
+        return cli.main(argv)
     script = Path(argv[0])
     if not script.is_file():
-        print(f"python -m timm_sugar: no such script: {script}; {USAGE}", file=sys.stderr)
+        print(f"python -m timm_sugar: no such script or command: {script}; {USAGE}", file=sys.stderr)
         return 2
     sys.argv = argv
     sys.path[0] = str(script.resolve().parent)

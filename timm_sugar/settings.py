@@ -1,9 +1,11 @@
 """Settings of a training run: one field each, which says what it is, its range and its place in --help."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -210,6 +212,22 @@ def names_of(*kinds: Kind) -> list[str]:
     return [name for name, known in all_settings().items() if known.kind in kinds]
 
 
+def to_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as the command line takes them: ``{"img_size": 32}`` as ``["--img-size", "32"]``."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, dict):
+            flags += [flag, *(f"{key}={json.dumps(item, ensure_ascii=False)}" for key, item in value.items())]
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags += [flag, "none" if value is None else str(value)]
+    return flags
+
+
 def without_none(kind: Any) -> Any:
     """Return the type itself of a type that None may stand in for."""
     if isinstance(kind, types.UnionType):
@@ -219,7 +237,7 @@ def without_none(kind: Any) -> Any:
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """Return `value` as `kind`, from YAML or from the command line's text."""
-    if value is None or (value == "none" and isinstance(kind, types.UnionType)):  # as the command line says it
+    if value is None or (value in ("none", ["none"]) and isinstance(kind, types.UnionType)):  # on the command line
         if isinstance(kind, types.UnionType):
             return None
         raise ValueError(f"{name} must not be empty")

@@ -192,7 +192,7 @@ def test_differences_and_commands(page, folders, tmp_path):
     differing = {row[0]: row[1:] for row in page.tables["differences"][1:]}
     assert differing == {"act_layer": ["–", "relu", "–", "–"]}  # noqa: RUF001
     recipe, rest = page.text.split("cat > relu.yaml <<'END_OF_RECIPE'\n")[1].split("END_OF_RECIPE\n", 1)
-    assert rest.startswith("accelerate launch train/digits.py --recipe relu.yaml --output output/relu\n")
+    assert rest.startswith("accelerate launch -m timm_sugar.training --recipe relu.yaml --output output/relu\n")
     (tmp_path / "relu.yaml").write_text(recipe)
     argv = ["--recipe", str(tmp_path / "relu.yaml"), "--output", "output/relu"]
     config = vars(load_config(argv, "digits", "", "digits"))

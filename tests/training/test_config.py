@@ -78,14 +78,17 @@ def test_unknown_field_of_a_recipe(tmp_path):
     (tmp_path / "broken.yaml").write_text("mean: [0.5\n")
     with pytest.raises(ValueError, match=r"recipe .*broken.yaml is not valid YAML"):
         _load("--recipe", tmp_path / "broken.yaml")
+    (tmp_path / "twice.yaml").write_text("lr: 1\nepochs: 2\nlr: 2\n")
+    with pytest.raises(ValueError, match=r"recipe .*twice.yaml is not valid YAML: lr is given twice"):
+        _load("--recipe", tmp_path / "twice.yaml")
     (tmp_path / "list.yaml").write_text("- lr\n")
     with pytest.raises(ValueError, match="must be a mapping"):
         _load("--recipe", tmp_path / "list.yaml")
 
 
 def test_numbers_in_model_args():
-    given = _load("--model-args", "init_values=1e-6", "depth=3", "act_layer=relu", "cfg=[8, M]").model_args
-    assert given == {"init_values": 1e-6, "depth": 3, "act_layer": "relu", "cfg": [8, "M"]}
+    given = _load("--model-args", "init_values=1e-6", "depth=3", "act_layer=relu", "cfg=[8, M, 2E+3]").model_args
+    assert given == {"init_values": 1e-6, "depth": 3, "act_layer": "relu", "cfg": [8, "M", 2000.0]}
 
 
 def test_help_names_every_setting(capsys):

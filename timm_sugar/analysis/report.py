@@ -14,14 +14,13 @@ import timm_sugar
 
 from ..files import to_yaml, write_file
 from ..metrics import METRICS, Metric
-from ..settings import names_of
+from ..settings import names_of, to_flags
 from . import report_charts as charts
 from .landscape import summarise_landscape
 from .report_pictures import draw_pictures, surface_images
 from .run import RunRecord, finite, read_run, unique_names
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_SCRIPTS = {"digits": "digits", "tiny-imagenet": "tinyimagenet"}
 _WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
 _COLOURS = 8  # of runs, in the template
 _NOTHING = "–"  # noqa: RUF001
@@ -168,23 +167,15 @@ def _commands(record: RunRecord) -> str:
     names = names_of("data", "result", "free")
     recipe = {name: settings[name] for name in names if settings.get(name) not in (None, [], {})}
     name = record.name.replace("/", "-")
-    file, folder, data = shlex.quote(f"{name}.yaml"), shlex.quote(f"output/{name}"), shlex.quote(str(settings["data"]))
-    for name in ("label_column", "image_column"):
-        if settings.get(name):
-            data += f" --{name.replace('_', '-')} {shlex.quote(settings[name])}"
+    file, folder = f"{name}.yaml", f"output/{name}"
     processes = settings.get("processes", 1)
-    several = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
-    script = _SCRIPTS.get(settings["data"], "cifar")
-    return "\n".join(
-        [
-            f"cat > {file} <<'END_OF_RECIPE'",
-            to_yaml(recipe) + "END_OF_RECIPE",
-            f"accelerate launch {several}train/{script}.py --recipe {file} --output {folder}",
-            f"timm-sugar verify {folder} --data {data}",
-            f"timm-sugar profile {folder} --data {data}",
-            f"timm-sugar landscape {folder} --data {data}",
-        ]
-    )
+    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    train = ["accelerate", "launch", *several, "-m", "timm_sugar.training", "--recipe", file, "--output", folder]
+    given = ("data", "label_column", "image_column")
+    data = to_flags({name: settings[name] for name in given if settings.get(name)})
+    commands = [train, *(["timm-sugar", command, folder, *data] for command in ("verify", "profile", "landscape"))]
+    written = [f"cat > {shlex.quote(file)} <<'END_OF_RECIPE'", to_yaml(recipe) + "END_OF_RECIPE"]
+    return "\n".join([*written, *map(shlex.join, commands)])
 
 
 def epoch_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

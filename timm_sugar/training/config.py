@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
+import re
 import typing
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,15 +121,26 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ValueError(f"model_args must be KEY=VALUE pairs, got {pair!r}")
         parsed[key] = _parse_yaml(value, f"model_args {key}")
-        if isinstance(parsed[key], str):  # YAML takes 1e-6, without a point, for text
-            with suppress(ValueError):
-                parsed[key] = float(value)
     return parsed
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-6, without a point, for a number, and a name that is given twice for a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [name for place, name in enumerate(names) if name in names[:place]]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), None)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 

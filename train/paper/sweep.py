@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from timm_sugar.data import available_cpus
-from timm_sugar.settings import TrainConfig, names_of
+from timm_sugar.settings import TrainConfig, names_of, to_flags
 from timm_sugar.surrogates import unknown_name
 from timm_sugar.terminal import Parser
 from timm_sugar.training.config import check_fields, load_config, read_fields
@@ -148,8 +148,7 @@ def plan(
     for seed in dict.fromkeys(seeds or [load_config(base, script.name, "", recipe).seed]):
         for name in dict.fromkeys(names or settings):
             own = {"seed": seed, "output": folder / f"seed{seed}" / name} | settings[name]
-            flags = (("--" + key.replace("_", "-"), str(value)) for key, value in own.items() if key != "paper")
-            argv = [*base, *(part for flag in flags for part in flag)]
+            argv = [*base, *to_flags({key: value for key, value in own.items() if key != "paper"})]
             config = load_config(argv, script.name, "", recipe)
             cells.append(Cell(name, seed, config, (str(script.with_name("cifar.py")), *argv)))
     return cells
