@@ -265,6 +265,16 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(item)
         self._json({"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []})
 
+    def tree(self, repo_id: str, revision: str) -> None:
+        entries = []
+        for name, content in self._commit_at(repo_id, revision).files.items():
+            entry = {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
+            if name.endswith(".safetensors"):
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        self._json(entries)
+
     def validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]
         front = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
@@ -382,6 +392,7 @@ _ROUTES = [
     ("GET", "/api/models", _Handler.list_models),
     ("GET", f"/api/models/{_ID}", _Handler.model_info),
     ("GET", f"/api/models/{_ID}/revision/(.+)", _Handler.model_info),
+    ("GET", f"/api/models/{_ID}/tree/(.+)", _Handler.tree),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", f"/api/models/{_ID}/branch/(.+)", _Handler.branch),
     ("POST", f"/api/models/{_ID}/preupload/(.+)", _Handler.preupload),

@@ -192,6 +192,19 @@ def test_a_lost_answer_makes_no_second_commit(hub, cli, run_folder):
     assert hub.count("POST", "/commit/") == 1
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml"])
+@pytest.mark.parametrize("damage", [lambda content: content[:-1] + bytes([content[-1] ^ 1]), None])
+def test_what_was_stored_otherwise_than_sent_is_named(name, damage, hub, cli, run_folder):
+    def store_otherwise():
+        content = hub.files(REPO).pop(name)
+        if damage:
+            hub.files(REPO)[name] = damage(content)
+
+    hub.fail("GET", "/tree/", store_otherwise)
+    message = one_error(cli("publish", run_folder, "--repo-id", REPO))
+    assert message.endswith(f"{REPO} does not hold {name} as sent")
+
+
 def test_two_publishers_at_once(hub, cli, other_cli, run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     metrics = tmp_path / "run/metrics.jsonl"

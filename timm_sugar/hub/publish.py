@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
 from ..files import to_yaml, write_file
 from ..models import create_model
-from ..models._download import file_hash, patiently
+from ..models._download import patiently
 from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
 from .client import check_destination, check_repo_id, head_of
@@ -272,12 +273,12 @@ def publish(
 
 
 def _check_stored(api: HfApi, files: dict[str, bytes | Path], repo_id: str, commit: str) -> None:
-    stored = patiently(api.model_info, repo_id, revision=commit, files_metadata=True).siblings or []
-    there = {file.rfilename: file for file in stored}
-    for name, content in files.items():
-        file = there.get(name)
-        size = content.stat().st_size if isinstance(content, Path) else len(content)
-        if file is None or file.size != size:
-            raise OSError(f"{repo_id} does not hold the {name} that was sent")
-        if isinstance(content, Path) and file.lfs is not None and file.lfs.sha256 != file_hash(content):
-            raise OSError(f"{repo_id} holds a {name} with another hash than that which was sent")
+    """Raise OSError where a file of the repository has another hash than that which was sent, or is not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.symlink_to(content.resolve()) if isinstance(content, Path) else path.write_bytes(content)
+        found = patiently(api.verify_repo_checksums, repo_id, revision=commit, local_dir=folder)
+    wrong = [*found.extra_paths, *(mismatch["path"] for mismatch in found.mismatches)]
+    if wrong:
+        raise OSError(f"{repo_id} does not hold {', '.join(wrong)} as sent")
