@@ -1,6 +1,7 @@
 """The structure: imports go one way, and every file begins with what it is for."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_settings_recipes_and_templates_say_what_they_are_for():
         assert (second if first.startswith("#!") else first).startswith("# "), path
     for path in (*PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.html")):
         assert path.read_text().startswith("{#- "), path
+
+
+def test_contributing_lists_every_part_and_every_file_of_the_trainer():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall("`(.*?)`", line)}
+    parts = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    missing = {f"timm_sugar/{name}" for name in parts - {"__pycache__/", "__main__.py"}} - listed
+    assert not missing
+    assert {path.name for path in (PACKAGE / "training").glob("*.py")} - {"__init__.py"} <= listed
 
 
 def test_the_trainer_is_one_file_that_can_be_read():

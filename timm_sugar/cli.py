@@ -177,7 +177,7 @@ def _models(args: argparse.Namespace) -> int:
     ),
     _argument("--data", help="where the test images are now (default: where they were in training)"),
     _argument("--to-folder", type=Path, metavar="DIR", help="write the files into DIR, and send nothing"),
-    _switch("--private", "nobody else may see the repository"),
+    _switch("--private", "create a private repository"),
     _argument("--revision", metavar="BRANCH", help="branch to commit to; created if need be"),
     _switch("--create-pr", "open a pull request instead of committing"),
     _switch("--dry-run", "check the run, show what would go up, and stop"),

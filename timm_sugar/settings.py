@@ -14,10 +14,10 @@ from typing import Any, Literal
 from .surrogates import unknown_name
 
 # What a setting decides:
-#   data    which images are trained on, validated and tested, so that only runs that agree in it can be compared
-#   result  the weights besides; like data it may not change between two starts of a run
-#   free    how the run is computed: it may change between two starts
-#   start   one start alone: where it writes, and what it is to do
+#   data    which images are used for training, validation and test; only runs that agree in it are comparable
+#   result  the resulting weights; like data, may not change between two starts of a run
+#   free    how the run is computed; may change between two starts
+#   start   a single invocation: where it writes, what it does
 Kind = Literal["data", "result", "free", "start"]
 
 
@@ -83,16 +83,14 @@ class TrainConfig:
     split_seed: int = _data(
         0, "seed of that split and of --limit-train and --limit-val, apart from --seed", "[0, inf)", kind="data"
     )
-    limit_train: int | None = _data(None, "train on a stratified sample of so many images", "[1, inf)")
-    limit_val: int | None = _data(None, "validate on a stratified sample of so many images", "[1, inf)", kind="data")
-    streaming: bool = _data(False, "read the data once into memory, without a copy on disk", kind="free")
+    limit_train: int | None = _data(None, "train on a stratified sample of this many images", "[1, inf)")
+    limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)", kind="data")
+    streaming: bool = _data(False, "read the data into memory without a cached copy on disk", kind="free")
     skip_bad_images: bool = _data(False, "leave out images that cannot be decoded, and count them")
     memory_limit: float = _data(
-        4.0, "GiB; images that take more when decoded are decoded as they are needed", "[0, inf)", kind="free"
+        4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)", kind="free"
     )
-    workers: int = _data(
-        2, "processes, for each training process, that decode and augment images", "[0, inf)", kind="free"
-    )
+    workers: int = _data(2, "loader processes for each training process", "[0, inf)", kind="free")
 
     crop: Literal["none", "resized", "padded"] = _images(
         "none", "crops in training: none, timm's random resized crop, or random after padding by 4 pixels"
@@ -103,13 +101,13 @@ class TrainConfig:
     )
     auto_augment: str | None = _images(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
     re_prob: float = _images(0.0, "probability of random erasing", "[0, 1]")
-    re_mode: Literal["const", "rand", "pixel"] = _images("pixel", "what random erasing fills in")
+    re_mode: Literal["const", "rand", "pixel"] = _images("pixel", "fill of random erasing")
     re_count: int = _images(1, "areas erased at most", "[1, inf)")
     mixup: float = _images(0.0, "alpha of Mixup; 0 for none", "[0, inf)")
     cutmix: float = _images(0.0, "alpha of CutMix; 0 for none", "[0, inf)")
     mixup_prob: float = _images(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
     mixup_switch_prob: float = _images(0.5, "probability of CutMix where both are on", "[0, 1]")
-    mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "what is mixed alike: a batch, a pair, an image")
+    mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "granularity of mixing")
     smoothing: float = _images(0.0, "label smoothing", "[0, 1)")
 
     model: str = _network("resnet18_sugar_bsilu", "a model of timm's registry, ours included")
@@ -134,7 +132,7 @@ class TrainConfig:
     lr: float = _optimizer(0.001, "learning rate", "[0, inf)")
     lr_base_batch: int | None = _optimizer(
         None,
-        "lr, warmup_lr and min_lr are for a step of so many images, and scaled linearly to the real number",
+        "batch size that lr, warmup_lr and min_lr are given for; they are scaled linearly to the actual one",
         "[1, inf)",
     )
     momentum: float = _optimizer(0.9, "momentum of SGD", "[0, inf)")
@@ -157,7 +155,7 @@ class TrainConfig:
     seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, inf)")
     output: str | None = _run(None, "folder of the run; default: output/RECIPE-MODEL-SEED", kind="start", metavar="DIR")
     resume: str = _run(
-        "auto", "auto: go on where the run in OUTPUT stopped; never; or a checkpoint's folder", kind="start"
+        "auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder", kind="start"
     )
     checkpoint_minutes: float = _run(10.0, "minutes between checkpoints within an epoch", "[0, inf)", kind="free")
     checkpoint_steps: int | None = _run(
@@ -175,7 +173,9 @@ class TrainConfig:
     eval_only: bool = _run(
         False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop", kind="start"
     )
-    dry_run: bool = _run(False, "build everything, run two steps, and say what the run will take", kind="start")
+    dry_run: bool = _run(
+        False, "build everything, run two steps and print an estimate of time, memory and disk", kind="start"
+    )
 
     @property
     def folder(self) -> Path:

@@ -2,7 +2,7 @@
 
     python train/sweep.py --recipe table4_small [--seeds 42 1 10] [--jobs 2] [--data DATA] [--output DIR]
 
-Stop it whenever you like: the same command goes on, and a finished cell is not run again. DIR holds table.md,
+It can be stopped at any time: the same command resumes it, and finished cells are not run again. DIR holds table.md,
 table.json and bars.png; `--table-only` writes them from what is finished.
 """
 

@@ -25,7 +25,7 @@ img_size: 16
 batch_size: 16
 model_args: {channels: [8, 8, 8, 8]}
 epochs: 12
-cells:
+grid:
   relu: {act_layer: relu, paper: [0.7, 0.01]}
   elu: {act_layer: elu, paper: [0.75, 0.02]}
   sugar_elu: {surrogate: elu, paper: [0.9, 0.03]}
@@ -76,7 +76,7 @@ def test_stopped_and_gone_on_with(recipe, tmp_path, capsys):
         run([done, cell], jobs=2)
     watcher.join()
     assert stopped.value.code == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command to resume" in capsys.readouterr().err
     assert any((output / "checkpoints").glob("step-*/manifest.json"))
     assert not (output / "summary.json").exists()
     assert not _is_locked(Path(f"{output}.log"))  # its process is gone
@@ -139,7 +139,7 @@ def _main(monkeypatch, *argv: object) -> int:
         (["--seed", "1"], "a sweep takes --seeds, not --seed"),
         (["--push-to-hub=a/b"], "--push-to-hub is not for a sweep"),
         (["--epoch", "3"], "did you mean '--epochs'"),
-        (["--recipe", "digits"], "recipe digits has no cells"),
+        (["--recipe", "digits"], "recipe digits has no grid"),
         (["--jobs", "0"], "jobs must be at least 1"),
     ],
 )

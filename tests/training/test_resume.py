@@ -74,7 +74,7 @@ def test_ctrl_c_saves_after_the_step_under_way(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(str(ROOT / "train/digits.py"), "text", "digits")
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.startswith("digits.py: stopped by SIGINT at step 1; saved, go on with: ")
+    assert capsys.readouterr().err.startswith("digits.py: stopped by SIGINT at step 1; saved; resume with: ")
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-000000001"
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -86,7 +86,7 @@ def test_the_demo_stops_with_one_line(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "train/demo.py"), run_name="__main__")
     assert stopped.value.code == 130
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("demo.py: stopped by SIGINT at step 1; saved, go on with: ")
+    assert line.startswith("demo.py: stopped by SIGINT at step 1; saved; resume with: ")
     assert line.endswith(f"train/demo.py --output {tmp_path}")
 
 

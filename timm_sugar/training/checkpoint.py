@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not used: written aside, sealed by a manifest of hashes, renamed, then pruned."""
+"""Atomic checkpoints: written to a temporary folder with a manifest of hashes, renamed, then pruned."""
 
 import dataclasses
 import hashlib
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..files import write_file
 
-# 1: the manifest is the hashes alone. 2: it has the format and the hashes.
+# 1: the manifest maps file names to SHA-256. 2: it holds the format version and that mapping.
 FORMAT = 2
-KEPT = 2  # the newest, and the one before in case the disk damages it
+KEPT = 2  # the newest, and the one before it in case of a damaged file
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 
@@ -27,11 +27,11 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class State:
-    """Where a run is: what a checkpoint holds besides weights and optimizer."""
+    """Progress of a run: what a checkpoint holds besides weights and optimizer state."""
 
-    epoch: int = 0  # epochs done
-    position: int = 0  # steps done in the epoch after those
-    loss_sums: list[float] | None = None  # of those steps, one a process
+    epoch: int = 0  # finished epochs
+    position: int = 0  # finished steps of the current epoch
+    loss_sums: list[float] | None = None  # over those steps, one value for each process
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     best_epoch: int | None = None
@@ -41,7 +41,7 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is needed to go on with a run.
+    """Everything needed to resume a run.
 
     Attributes:
         weights: The model's state dict.
@@ -62,8 +62,8 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
     Args:
         folder: OUTPUT/checkpoints.
         step: Optimizer steps done.
-        checkpoint: What is to be written.
-        keep: Complete checkpoints that stay.
+        checkpoint: Its content.
+        keep: Number of checkpoints to keep.
 
     Raises:
         OSError: the disk is full or read-only; the last complete checkpoint stays in place, and the message names it.
@@ -83,12 +83,14 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
         (staging / _PROGRESS).write_text(json.dumps(progress))
         hashes = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
         write_file(staging / _MANIFEST, json.dumps({"format": FORMAT, "sha256": hashes}, indent=2))
-        shutil.rmtree(final, ignore_errors=True)  # damaged, or of the same step before its validation
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, or the same step before its validation
         staging.rename(final)
         _fsync(folder)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # as torch and safetensors say it
+        if not isinstance(
+            error, (OSError, RuntimeError, SafetensorError)
+        ):  # what torch and safetensors raise for a full disk
             raise
         raise OSError(f"checkpoint {final} cannot be written: {error}; {name_latest(folder)}") from error
     for old in list_checkpoints(folder)[:-keep]:
@@ -99,7 +101,7 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return what `write_checkpoint` was given.
+    """Read a checkpoint and verify its hashes.
 
     Raises:
         ValueError: the checkpoint is not complete, a file is not what the manifest says, or a newer version wrote it.
@@ -116,7 +118,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
-    """Return the checkpoint to go on from: the newest in `folder` for "auto", none for "never", else the one named."""
+    """Return the checkpoint to resume from: the newest in `folder` for "auto", None for "never", else the one named."""
     path = latest_checkpoint(folder) if resume == "auto" else None if resume == "never" else Path(resume)
     return None if path is None else read_checkpoint(path)
 
@@ -127,7 +129,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def name_latest(folder: Path) -> str:
-    """Return the end of a message that says where the newest complete checkpoint is."""
+    """Return the end of an error message: where the newest complete checkpoint is."""
     path = latest_checkpoint(folder)
     return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
@@ -138,7 +140,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the manifest is there and every file in it has the hash that it names.
+    """Whether there is a manifest and every file that it lists has the listed hash.
 
     Raises:
         ValueError: a newer version wrote it.

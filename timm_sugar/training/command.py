@@ -1,4 +1,4 @@
-"""Starting a run, from Python or from the command line."""
+"""Entry points: `train` for Python, `main` for the command line."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from .train import build, fit
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train as configured, or go on where the run in `config.output` stopped, and return its summary.
+    """Train, or resume the run in `config.output`, and return its summary.
 
     With `config.dry_run` or `config.eval_only` nothing is trained, and what the run will take, or how good its
     weights are, is returned instead.
@@ -31,7 +31,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError, ModuleNotFoundError: something is wrong with the settings, the data or the output
             folder; raised before anything is trained.
-        Stopped: SIGTERM or SIGINT came; the same call goes on with the run.
+        Stopped: SIGTERM or SIGINT was received; the same call resumes the run.
         FloatingPointError: the loss is not finite.
         OSError: a checkpoint cannot be written; the last good one stays.
     """
@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 @contextmanager
 def _prepared(config: TrainConfig) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Do all that can fail before training, hold the run's folder, and yield what is left to call."""
+    """Lock the run's folder, validate and build everything, and yield the function that trains."""
     writes = not (config.eval_only or config.dry_run)
     if writes:
         check_writable(config.folder)
@@ -58,7 +58,7 @@ def _prepared(config: TrainConfig) -> Iterator[Callable[[], dict[str, Any]]]:
 
 
 def _publish(config: TrainConfig, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Finish a run, and publish it where it is to be; one that is there already is left as it is."""
+    """Run, then publish the result to `config.push_to_hub`; an identical repository is not changed."""
     summary = run()
     if config.push_to_hub and _is_main():
         check_weights(config.folder)
@@ -99,8 +99,8 @@ def one_line_errors(prog: str, before_training: bool = False) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        _exit(f"{prog}: {stopped}; saved, go on with: {resume_command()}", 128 + stopped.signum)
-    except KeyboardInterrupt:  # outside of training there is nothing to save
+        _exit(f"{prog}: {stopped}; saved; resume with: {resume_command()}", 128 + stopped.signum)
+    except KeyboardInterrupt:  # before training there is nothing to save
         raise SystemExit(130) from None
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         wrong_input = before_training or type(error) in (ValueError, ModuleNotFoundError, FileNotFoundError)

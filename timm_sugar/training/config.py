@@ -14,7 +14,7 @@ from ..settings import TrainConfig, all_settings, setting_types, without_none
 from ..surrogates import unknown_name
 
 _PACKAGE = Path(__file__).parents[1]
-# In a wheel the recipes are beside the package's modules; in a checkout they are where the scripts are.
+# A wheel holds the recipes in timm_sugar/recipes; in a checkout they are in train/recipes.
 RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "train" / "recipes"
 
 
@@ -33,7 +33,7 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.error = _raise  # type: ignore[method-assign]  # one line, as every other error here
+    parser.error = _raise  # type: ignore[method-assign]  # a one-line error instead of the usage text
     parser.add_argument(
         "--recipe", default=recipe, help=f"one of {', '.join(_names())}, or a YAML file (default {recipe})"
     )
@@ -45,14 +45,14 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
 
     given = {k: v for k, v in vars(parsed).items() if v is not None and k != "recipe"}
     settings = read_recipe(parsed.recipe)
-    for name in ("act_layer", "surrogate"):  # an activation on the command line replaces the recipe's
+    for name in ("act_layer", "surrogate"):  # an activation given as a flag replaces the recipe's
         if name in given:
             settings = {k: v for k, v in settings.items() if k not in ("act_layer", "surrogate", "alpha")}
     if "model_args" in given:
         given["model_args"] = settings.get("model_args", {}) | _parse_pairs(given["model_args"])
     config = TrainConfig(**settings | given)
     if config.epochs < settings.get("epochs", 0) and "warmup_epochs" in settings and "warmup_epochs" not in given:
-        config.warmup_epochs = min(config.warmup_epochs or 0.0, 0.1 * config.epochs)  # a short trial is not all warm-up
+        config.warmup_epochs = min(config.warmup_epochs or 0.0, 0.1 * config.epochs)  # a short run is not all warm-up
     if config.output is None:
         activation = config.act_layer or config.surrogate
         parts = (Path(parsed.recipe).stem, config.model, *([activation] if activation else []), f"seed{config.seed}")
@@ -63,12 +63,12 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
 def read_recipe(recipe: str) -> dict[str, Any]:
     """Return the settings of a recipe, by name or path, checked for unknown fields."""
     settings = read_fields(recipe)
-    settings.pop("cells", None)
+    settings.pop("grid", None)
     return settings
 
 
 def read_fields(recipe: str) -> dict[str, Any]:
-    """Return what the YAML file of a recipe holds: settings, and ``cells`` where it is for a sweep."""
+    """Return the content of a recipe's YAML file: settings, and the ``grid`` of a sweep if there is one."""
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         if path.parent != RECIPES:
@@ -77,7 +77,7 @@ def read_fields(recipe: str) -> dict[str, Any]:
     settings = _parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path}") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} must be a mapping of settings")
-    check_fields(f"recipe {path}", settings, "cells")
+    check_fields(f"recipe {path}", settings, "grid")
     return settings
 
 
@@ -125,7 +125,7 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes 1e-6, without a point, for a number, and a name that is given twice for a mistake."""
+    """SafeLoader that reads 1e-6 (no decimal point) as a number and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]

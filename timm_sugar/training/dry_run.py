@@ -1,4 +1,4 @@
-"""What can be asked of a run without training it: what it will take, and how good its weights are."""
+"""--dry-run and --eval-only: estimate the cost of a run, or evaluate its weights, without training."""
 
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ _BATCH = 64
 
 
 def dry_run(run: Run) -> dict[str, Any]:
-    """Train two steps, evaluate a batch, and return what the whole run takes; nothing is written.
+    """Time two training steps and one evaluation batch and extrapolate to the whole run; write nothing.
 
     Returns:
         steps_per_epoch, epochs, seconds_per_epoch (training and validation, from the second step), seconds (of all

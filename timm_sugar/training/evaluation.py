@@ -1,4 +1,4 @@
-"""A network measured on images that the processes share."""
+"""Evaluation of a network on images that are sharded over the processes."""
 
 import math
 from collections.abc import Callable
@@ -22,21 +22,21 @@ def measure(
     after_batch: Callable[[], None] | None,
     name: str,
 ) -> dict[str, Any]:
-    """Evaluate a network on the images `name`, with its dead units and sparsity.
+    """Evaluate a network on a split: loss, accuracy, dead units and sparsity.
 
     Args:
         network: In eval mode.
-        images: Of which each process holds a share.
-        accelerator: Of the processes.
-        workers: Processes that decode images which are not in memory.
-        after_batch: Called as often in each process, so it may wait for the others.
+        images: Each process holds its shard.
+        accelerator: Of the run.
+        workers: Loader processes for images that are not held in memory.
+        after_batch: Called equally often in every process, so it may synchronise.
         name: "val" or "test".
 
     Returns:
         The metrics (see `timm_sugar.metrics`) over all processes.
     """
     split: Any = getattr(images, name)
-    # As many batches in each process, though the last may be empty.
+    # The same number of batches in each process; the last may be empty.
     count = math.ceil(math.ceil(images.sizes[name] / accelerator.num_processes) / _BATCH)
     order = [list(range(len(split)))[i * _BATCH : (i + 1) * _BATCH] for i in range(count)]
     mean, std = images.data_config["mean"], images.data_config["std"]

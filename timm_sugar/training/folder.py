@@ -1,4 +1,4 @@
-"""The folder of a run: what is written into it, and what a later start compares with it."""
+"""The folder of a run: the files written into it, and the check of settings against them on resume."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from .processes import from_main_process, process_state
 
 
 def check_writable(output: Path) -> None:
-    """Make the run's folder.
+    """Create the run's folder.
 
     Raises:
         ValueError: it cannot be written to.
@@ -42,7 +42,7 @@ def check_writable(output: Path) -> None:
 
 
 def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the summary of a run that is finished already, None if it is not or is to start afresh.
+    """Return the summary of a finished run; None if it is unfinished or `resume` is "never".
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -62,7 +62,7 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
-    """Return what `finished_summary` does, for a run of so many processes of which this need not be one."""
+    """The same for a run of `processes` processes, callable from any process."""
     path = config.folder / "config.yaml"
     if path.exists() and config.resume == "auto":
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
 
 
 def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the settings of a run with those it was begun with.
+    """Compare the settings of a run with those it was started with.
 
     Raises:
         ValueError: one that changes the result differs; the message names it.
@@ -99,20 +99,20 @@ def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def write_record(output: Path, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
-    """Write OUTPUT/config.yaml, and OUTPUT/metrics.jsonl as far as the run has come."""
+    """Write OUTPUT/config.yaml and OUTPUT/metrics.jsonl."""
     write_file(output / "config.yaml", to_yaml(settings | {"versions": versions()}))
     write_metrics(output, metrics)
 
 
 def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
-    """Write OUTPUT/metrics.jsonl, a line an epoch."""
+    """Write OUTPUT/metrics.jsonl, one line per epoch."""
     write_file(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
 
 
 def write_result(
     output: Path, config: TrainConfig, network: nn.Module, images: Images, summary: dict[str, Any]
 ) -> None:
-    """Write OUTPUT/model, and then OUTPUT/summary.json, whose presence says that the run is finished."""
+    """Write OUTPUT/model, then OUTPUT/summary.json, which marks the run as finished."""
     card = summary | {"settings": {name: getattr(config, name) for name in names_of("data", "result")}}
     architecture = config.model.split(".")[0]
     write_model_folder(output / "model", network, architecture, images.class_names, images.data_config, card)
@@ -120,23 +120,23 @@ def write_result(
 
 
 def start_over(output: Path) -> None:
-    """Remove what an earlier run has left of its progress."""
+    """Remove summary, metrics and checkpoints of an earlier run."""
     for name in ("summary.json", "metrics.jsonl"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes a result."""
+    """Return the versions of Python and the packages that determine a result."""
     modules = (timm_sugar, timm, torch, accelerate)
     return {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules}
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use so far: the GPU's where there is one, else resident memory of this process."""
+    """Return the peak memory in bytes: of the GPU if there is one, else the resident set size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # Unix alone has it
+    import resource  # Unix only
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

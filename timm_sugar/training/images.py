@@ -1,4 +1,4 @@
-"""The images of a run: split, decoded where they fit into memory, shared out, and put in order."""
+"""The images of a run: split, decoded into memory where they fit, sharded over processes, ordered by epoch."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -32,16 +32,16 @@ _STATISTICS_SAMPLE = 10_000
 
 @dataclass
 class Images:
-    """What a run trains on and is measured on.
+    """Training, validation and test images of a run.
 
     Attributes:
         class_names: In the order of the logits.
         data_config: timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved.
         train: All training images.
-        val: This process's share of the validation images; None where the run has none.
-        test: This process's share of the test images.
-        sizes: Images of train, val and test, over all processes.
-        bad: Images that were left out because they cannot be decoded.
+        val: This process's shard of the validation images; None if there is no validation.
+        test: This process's shard of the test images.
+        sizes: Number of images of train, val and test, over all processes.
+        bad: Number of images left out because they cannot be decoded.
     """
 
     class_names: tuple[str, ...]
@@ -54,7 +54,7 @@ class Images:
 
 
 def open_source(config: TrainConfig) -> tuple[Source, int]:
-    """Return the data set, and how many images were left out because they cannot be decoded."""
+    """Return the data set and the number of images left out because they cannot be decoded."""
     seed, columns = config.split_seed, dict(label_column=config.label_column, image_column=config.image_column)
     source = load_source(config.data, split_seed=seed, streaming=config.streaming, **columns)
     if not config.skip_bad_images:
@@ -134,7 +134,7 @@ def _sample(images: LabelledImages, pixels: Tensor | None) -> Iterator[Tensor]:
 
 
 def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """Return timm's Mixup and CutMix, which smooth the targets too; None where neither is on."""
+    """Return timm's Mixup/CutMix, which also applies label smoothing; None if both are off."""
     if not (config.mixup or config.cutmix):
         return None
     return Mixup(
@@ -154,5 +154,5 @@ def mix_seeds(*parts: int) -> int:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """Return the order in which an epoch goes through the training images, a permutation of range(count)."""
+    """Return the order of the training images in an epoch: a permutation of range(count), int64 (count,)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix_seeds(seed, epoch)))

@@ -1,4 +1,4 @@
-"""The network of a run and its optimizer, built from the settings or refused in one line."""
+"""The network and optimizer of a run, and the synchronisation of BatchNorm statistics."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..surrogates import unknown_name
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise ValueError, with the nearest valid name, where there is no such model or optimizer."""
+    """Raise ValueError, with the nearest valid name, for an unknown model or optimizer."""
     if not timm.is_model(config.model.split(".")[0]):
         raise ValueError(unknown_name("model", config.model, timm.list_models()))
     if config.opt not in list_optimizers():
@@ -23,7 +23,7 @@ def check_names(config: TrainConfig) -> None:
 
 
 def build_network(config: TrainConfig, source: Source) -> nn.Module:
-    """Build the network with weights that depend on the seed alone, and try it on one image.
+    """Build the network with weights that depend on the seed only, and run one image of zeros through it.
 
     Raises:
         ValueError: it does not take these arguments, the classes of the data or images of this size.

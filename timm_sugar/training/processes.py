@@ -1,4 +1,4 @@
-"""What the processes of a run do together, and how one is asked to stop."""
+"""Processes of a run: joining, collective decisions, signals, the lock on the folder."""
 
 import os
 import shlex
@@ -29,17 +29,17 @@ from ..settings import TrainConfig
 
 
 def on_cpu() -> bool:
-    """Whether to train on the CPU, asked for or for want of anything else; accelerate joins gloo only where told."""
+    """Whether to train on the CPU: on request, or without an accelerator. accelerate uses gloo only if told so."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def process_state() -> PartialState:
-    """Return this process's place among those of the run, and join them on the first call."""
+    """Return accelerate's state of this process; the first call joins the process group."""
     return PartialState(cpu=on_cpu())
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal and has saved its state."""
+    """A signal stopped the run, after its state was saved."""
 
     def __init__(self, signum: int, step: int | None = None):
         super().__init__(f"stopped by {signal.Signals(signum).name}" + ("" if step is None else f" at step {step}"))
@@ -48,14 +48,14 @@ class Stopped(Exception):
 
 @dataclass
 class StopSignal:
-    """The signal that asked this process to stop, 0 while there is none."""
+    """The signal received by this process, 0 for none."""
 
     number: int = 0
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Note SIGTERM and SIGINT (Ctrl-C) instead of ending at once; a second one ends the process as usual."""
+    """Record SIGTERM and SIGINT (Ctrl-C) instead of exiting; a second signal has its usual effect."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield stop
@@ -80,11 +80,11 @@ def stop_signals() -> Iterator[StopSignal]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run, and wait for another process on this machine that still does.
+    """Lock the folder of a run; wait while another process on this machine holds the lock.
 
-    A launcher that is killed leaves its training processes behind, and the same command may be started at once.
+    A killed launcher may leave its training processes behind while the same command is started again.
     """
-    import fcntl  # Unix alone has it
+    import fcntl  # Unix only
 
     if not process_state().is_main_process:
         yield
@@ -102,18 +102,18 @@ def folder_lock(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(OSError):  # become read-only: that has its own message
+                with suppress(OSError):  # a read-only folder is reported elsewhere
                     path.unlink()
             return
 
 
 class AllReduceMax:
-    """The largest of the numbers that the processes give, in each of them: what they decide at the same step."""
+    """All-reduce with MAX over the processes, of integers held by the host, for decisions taken by all at one step."""
 
     def __init__(self) -> None:
         self._group: Any = None
         if dist.is_initialized() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")  # numbers of the host: no wait for the GPU
+            self._group = dist.new_group(backend="gloo")  # does not synchronise with the GPU
 
     def __call__(self, *values: int) -> list[int]:
         if not dist.is_initialized():
@@ -130,7 +130,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ValueError: precision or BatchNorm over processes that the device does not have.
         ModuleNotFoundError: the tracker is not installed.
     """
-    # Kept for the process, where an earlier run may have had another precision.
+    # accelerate keeps the precision of an earlier run in this process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     available = dict(tensorboard=is_tensorboard_available, trackio=is_trackio_available, wandb=is_wandb_available)
@@ -143,7 +143,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             gradient_accumulation_steps=config.grad_accum,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=config.output,
-            # BatchNorm's statistics are averaged after each step instead.
+            # average_batch_norm does it after each step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
@@ -173,7 +173,7 @@ def from_main_process(value: Any) -> Any:
 
 
 def resume_command() -> str:
-    """Return the command line that goes on with this run."""
+    """Return the command line that resumes this run."""
     arguments = list(sys.argv)
     if Path(arguments[0]).name == "__main__.py":  # started as a module
         arguments[:1] = ["-m", __package__]

@@ -1,4 +1,4 @@
-"""What a run shows on standard error: a progress bar where that is a terminal, nothing otherwise."""
+"""Progress on standard error: a bar on a terminal, nothing otherwise."""
 
 import sys
 import time

@@ -36,11 +36,11 @@ _CUDA_CHECK_STEPS = 20  # reading a loss waits for the GPU
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is there before the first step.
+    """Everything built before the first step.
 
     Attributes:
-        config: The settings, with what was left open resolved.
-        left_open: Names of the settings that were.
+        config: The settings, with open ones (mean, std, warmup_epochs) resolved.
+        left_open: Names of the settings that were open.
         step_images: Images in a step of the optimizer, over all processes.
         steps_per_epoch: Full steps; the images left over differ from epoch to epoch and are not trained on.
         network: Holds the weights that are trained.
@@ -76,17 +76,17 @@ class Run:
         return record | {"left_open": self.left_open, "processes": self.accelerator.num_processes}
 
     def step(self, state: State) -> int:
-        """Return the steps of the optimizer that are done."""
+        """Return the number of optimizer steps done."""
         return state.epoch * self.steps_per_epoch + state.position
 
     def check_stop(self, stop: StopSignal) -> None:
-        """Raise Stopped where any process was asked to stop."""
+        """Raise Stopped if any process has received a signal."""
         if signum := self.all_reduce_max(stop.number)[0]:
             raise Stopped(signum)
 
 
 def build(config: TrainConfig) -> Run:
-    """Build everything, or fail before anything is trained.
+    """Build everything that training needs, or raise before anything is trained.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: one line that says what is wrong with the settings or data.
@@ -127,10 +127,10 @@ def build(config: TrainConfig) -> Run:
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Train from the last checkpoint or from the start, write the run's folder and return its summary.
+    """Train from the last checkpoint or from scratch, write the run's folder and return its summary.
 
     Raises:
-        Stopped: SIGTERM or SIGINT came; the state is saved.
+        Stopped: SIGTERM or SIGINT was received; the state is saved.
         FloatingPointError: the loss is not finite; the message names step, learning rate and the last good checkpoint.
         OSError: a checkpoint cannot be written; the last good one is in place.
         BadImageError: an image that is decoded as it is needed cannot be.
@@ -181,7 +181,7 @@ def fit(run: Run) -> dict[str, Any]:
 
 
 def resume(run: Run) -> tuple[State, Weights | None]:
-    """Load the checkpoint to go on from, and return where the run is and the weights of its best epoch."""
+    """Restore the checkpoint to resume from; return the progress and the weights of the best epoch so far."""
     wanted, checkpoint = run.config.resume, None
     if run.accelerator.is_main_process:  # the others may be on machines that do not see the folder
         if wanted == "never":
@@ -265,7 +265,7 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
     """Train the rest of an epoch step by step; yield the mean loss, and logits and labels of the last forward pass.
 
     Everything random is a function of the seed and of epoch, index, step and rank, and the order of the images one of
-    seed, epoch and position, so a run can go on from any step.
+    seed, epoch and position, so a run can resume from any step.
     """
     config, accelerator, train = run.config, run.accelerator, run.images.train
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -318,7 +318,7 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
 
 
 def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """Test the best epoch, package it, and write summary.json last: its presence says that the run is finished."""
+    """Evaluate the best epoch on the test set, package it and write the summary."""
     config, images = run.config, run.images
     run.evaluated.load_state_dict(best)
     line = state.metrics[(state.best_epoch or len(state.metrics)) - 1]

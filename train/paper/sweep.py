@@ -68,7 +68,7 @@ def main(script: str, description: str, recipe: str) -> None:
             raise ValueError(f"jobs must be at least 1, got {args.jobs}")
         failures = {} if args.table_only else run(cells, args.jobs)
         summaries = [(cell.name, cell.seed, _summary(cell)) for cell in cells]
-        paper = {name: cell.get("paper") for name, cell in read_cells(args.recipe).items()}
+        paper = {name: cell.get("paper") for name, cell in read_grid(args.recipe).items()}
         table = make_table(Path(args.recipe).stem, summaries, paper, _command(args, others))
         write_table(table, folder, args.into)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -87,7 +87,9 @@ def _parser(prog: str, description: str, recipe: str) -> argparse.ArgumentParser
         epilog="Every other flag is one of train/cifar.py and goes to each cell.",
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", default=recipe, help=f"name or YAML file of a recipe with cells (default {recipe})")
+    parser.add_argument(
+        "--recipe", default=recipe, help=f"name or YAML file of a recipe with a grid (default {recipe})"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: the recipe's")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="default: all of the recipe")
     parser.add_argument(
@@ -125,7 +127,7 @@ def plan(
 
     Args:
         script: train/sweep.py; cifar.py is beside it.
-        recipe: Name or file of a recipe that has cells.
+        recipe: Name or file of a recipe that has a grid.
         folder: A cell's folder is ``folder/seedN/NAME``.
         seeds: None for the recipe's.
         names: Cells; None for all.
@@ -139,7 +141,7 @@ def plan(
             raise ValueError("a sweep takes --seeds, not --seed")
         if flag.removeprefix("--").replace("-", "_") in names_of("start"):
             raise ValueError(f"{flag} is not for a sweep")
-    settings = read_cells(recipe)
+    settings = read_grid(recipe)
     for name in names or ():
         if name not in settings:
             raise ValueError(unknown_name("cell", name, list(settings)))
@@ -154,15 +156,15 @@ def plan(
     return cells
 
 
-def read_cells(recipe: str) -> dict[str, dict[str, Any]]:
-    """Return the cells of a recipe: settings in place of its own, and the paper's figure, by the name of each.
+def read_grid(recipe: str) -> dict[str, dict[str, Any]]:
+    """Return the cells of a recipe's grid by name: settings that override its own, and the paper's figure.
 
     Raises:
         ValueError: it has none, or one of them has an unknown field.
     """
-    cells = read_fields(recipe).get("cells")
+    cells = read_fields(recipe).get("grid")
     if not isinstance(cells, dict) or not all(isinstance(cell, dict) for cell in cells.values()):
-        raise ValueError(f"recipe {recipe} has no cells: a mapping of names to settings")
+        raise ValueError(f"recipe {recipe} has no grid: a mapping of cell names to settings")
     for name, cell in cells.items():
         check_fields(f"recipe {recipe}, cell {name}", cell, "paper")
         paper = cell.get("paper", [1.0, 0.0])
@@ -172,7 +174,7 @@ def read_cells(recipe: str) -> dict[str, dict[str, Any]]:
 
 
 def run(cells: Sequence[Cell], jobs: int | None = None) -> dict[Cell, str]:
-    """Train what is not finished, each cell by a process of its own, and go on past those that fail.
+    """Train the unfinished cells, one process each; a failed cell does not stop the others.
 
     Args:
         cells: See `plan`.
@@ -183,7 +185,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None) -> dict[Cell, str]:
         Why each cell that failed did.
 
     Raises:
-        SystemExit: SIGTERM or SIGINT came; all cells have saved and stopped, and another call goes on with them.
+        SystemExit: SIGTERM or SIGINT came; all cells have saved their state and stopped; another call resumes them.
     """
     failures: dict[Cell, str] = {}
     waiting: deque[Cell] = deque()
@@ -218,7 +220,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None) -> dict[Cell, str]:
         finally:
             _stop(running)
     if stop.number:
-        _say("stopped; the same command goes on")
+        _say("stopped; run the same command to resume")
         raise SystemExit(128 + stop.number)
     return failures
 
