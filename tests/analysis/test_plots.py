@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from timm_sugar.analysis import plots, profile
+from timm_sugar.metrics import find_metric
 
 
 def test_profiles_by_layer(tmp_path):
@@ -31,3 +32,18 @@ def test_gradient_norms(tmp_path):
     relu, sugar = (line.get_ydata().tolist() for line in figure.axes[0].lines)
     assert (str(relu[0]), relu[1], sugar) == ("nan", 1.0, [0.5, 1.0])
     plots.save(figure, tmp_path / "norms")
+
+
+def test_metrics_by_epoch():
+    lines = [dict(epoch=i, train_loss=1 / i, val_loss=2 / i, val_top1=i / 10, lr=None) for i in range(1, 5)]
+    shown = [find_metric(key) for key in ("val_loss", "val_top1")]
+    figure = plots.metric_curves({"whole": lines, "begun": lines[:1]}, shown)
+    loss, accuracy = figure.axes
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[2.0, 1.0, 2 / 3, 0.5], [2.0]]
+    assert accuracy.lines[0].get_ydata().tolist() == pytest.approx([10, 20, 30, 40])
+    assert accuracy.get_title() == "validation top-1 accuracy (%)"
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in loss.lines}) == 2
+    for ax in figure.axes:
+        assert all(tick == int(tick) for tick in ax.get_xticks())
+    panels = plots.metric_curves({"whole": lines}).axes
+    assert [len(ax.lines) for ax in panels if ax.get_visible()] == [1, 1, 1, 0, 0, 0]  # no lr, dead units or sparsity

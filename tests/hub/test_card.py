@@ -6,11 +6,9 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from timm_sugar.hub import read_facts
 from timm_sugar.hub.card import dataset_of, escape, model_card, public_settings
-from timm_sugar.hub.curves import training_curves
 
 RUN = dict(
     data="cifar10", test_top1=0.71234, test_top5=0.98, val_top1=0.7, dead_units=0.01, activation_sparsity=0.55,
@@ -146,12 +144,3 @@ def test_wrong_facts(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_facts(tmp_path / "facts.yaml")
     assert "\n" not in str(error.value)
-
-
-def test_curves_are_drawn_over_whole_epochs(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, *args, **kwargs: drawn.append(canvas.figure))
-    training_curves([dict(epoch=i, train_loss=1 / i, val_loss=2 / i, val_top1=i / 10) for i in range(1, 5)])
-    (figure,) = drawn
-    for axis in figure.axes:
-        assert all(tick == int(tick) for tick in axis.get_xticks())

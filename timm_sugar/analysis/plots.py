@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_file
+from ..metrics import METRICS, Metric
 
 try:
     from matplotlib.figure import Figure as Figure
@@ -46,6 +47,34 @@ def save(figure: Figure, path: Path) -> None:
         content = io.BytesIO()
         figure.savefig(content, format=suffix[1:], dpi=110, metadata=metadata)
         write_file(path.with_name(path.name + suffix), content.getvalue())
+
+
+def metric_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[Metric] | None = None) -> Figure:
+    """Metrics by epoch, a panel for each metric and a curve for each run.
+
+    Args:
+        runs: Name of each run -> the lines of its metrics.jsonl.
+        metrics: What is shown; None for the metrics that have a chart.
+    """
+    shown = [metric for metric in METRICS if metric.chart] if metrics is None else metrics
+    columns = min(3, len(shown))
+    figure, axes = new_figure(math.ceil(len(shown) / columns), columns, 11 / 3 * columns, 3)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    for ax, metric in zip(axes.flat, shown, strict=False):
+        for i, (name, lines) in enumerate(runs.items()):
+            colour, dashes, marker, _ = STYLES[i % len(STYLES)]
+            points = [
+                (line["epoch"], metric.scale * line[metric.key]) for line in lines if line.get(metric.key) is not None
+            ]
+            if points:
+                style = {"color": colour, "linestyle": dashes, "marker": marker if len(points) <= 40 else ""}
+                ax.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
+        ax.set(title=metric.axis, xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if len(runs) > 1:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
 
 
 def activation_ridges(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:

@@ -1,7 +1,6 @@
 """The pictures beside a report, for print, and those of landscapes on its page."""
 
 import io
-import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import Any
 
 from matplotlib import rc_context
 
-from ..metrics import METRICS
 from .landscape_plots import highest_loss, landscape_contours, landscape_surfaces
-from .plots import STYLES, Figure, activation_ridges, dead_units_by_layer, new_figure, save
+from .plots import Figure, activation_ridges, dead_units_by_layer, metric_curves, save
 from .run import RunRecord
 
 _INK, _PANE = "#e6e9ec", (1.0, 1.0, 1.0, 0.06)
@@ -29,7 +27,7 @@ def draw_pictures(records: Sequence[RunRecord], path: Path) -> list[Path]:
     """
     figures: dict[str, Figure] = {}
     if any(record.metrics for record in records):
-        figures["curves"] = _curves(records)
+        figures["curves"] = metric_curves({record.name: record.metrics for record in records})
     profiles = {record.name: record.profile for record in records if record.profile is not None}
     if profiles:
         figures["dead_units"] = dead_units_by_layer(profiles)
@@ -61,21 +59,3 @@ def surface_images(landscapes: Mapping[int, dict[str, Any]]) -> dict[int, tuple[
         return b64encode(content.getvalue()).decode()
 
     return {run: (draw(found, {}), draw(found, _ON_DARK)) for run, found in landscapes.items()}
-
-
-def _curves(records: Sequence[RunRecord]) -> Figure:
-    shown = [metric for metric in METRICS if metric.chart]
-    figure, axes = new_figure(math.ceil(len(shown) / 3), 3, 11, 3)
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
-    for ax, metric in zip(axes.flat, shown, strict=False):
-        for i, record in enumerate(records):
-            colour, dashes, marker, _ = STYLES[i % len(STYLES)]
-            found = [(line["epoch"], line.get(metric.key)) for line in record.metrics]
-            points = [(epoch, metric.scale * value) for epoch, value in found if value is not None]
-            if points:
-                style = {"color": colour, "linestyle": dashes, "marker": marker if len(points) <= 40 else ""}
-                ax.plot(*zip(*points, strict=True), label=record.name, markersize=4, **style)
-        ax.set(title=metric.axis, xlabel="epoch")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return figure

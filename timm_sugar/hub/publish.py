@@ -1,5 +1,7 @@
 """Publishing a finished run: what goes up, the checks before, and the one commit."""
 
+import importlib.util
+import io
 import json
 import math
 import tempfile
@@ -16,12 +18,12 @@ from torch import nn
 
 from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
 from ..files import to_yaml, write_file
+from ..metrics import METRICS
 from ..models import create_model
 from ..models._download import patiently
 from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
 from .client import check_destination, check_repo_id, head_of
-from .curves import training_curves
 
 _SAMPLE = 1000  # test images that the weights are checked on
 RUN_FILES = ("summary.json", "metrics.jsonl", "config.yaml")
@@ -80,7 +82,7 @@ def files_of_run(output: Path, repo_id: str, facts: dict[str, Any] | None = None
         "data": public_data(summary["data"], facts["dataset"]),
         "settings": {k: v for k, v in public.items() if k != "versions"},
     }
-    drawn = training_curves(metrics)
+    drawn = _training_curves(metrics)
     files: dict[str, bytes | Path] = {path.name: path for path in sorted(output.glob("*.png"))}
     if drawn is not None:
         files["curves.png"] = drawn
@@ -92,6 +94,19 @@ def files_of_run(output: Path, repo_id: str, facts: dict[str, Any] | None = None
         "metrics.jsonl": output / "metrics.jsonl",
         WEIGHTS: model / WEIGHTS,
     }
+
+
+def _training_curves(lines: list[dict[str, Any]]) -> bytes | None:
+    """Draw loss and accuracy by epoch as PNG; None without matplotlib, which comes with the extra "report"."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from ..analysis.plots import metric_curves
+
+    shown = [metric for metric in METRICS if metric.chart in ("Loss", "Accuracy")]
+    shown = [metric for metric in shown if any(line.get(metric.key) is not None for line in lines)]
+    content = io.BytesIO()
+    metric_curves({"": lines}, shown).savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return content.getvalue()
 
 
 def write_folder(
