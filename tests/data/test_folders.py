@@ -174,7 +174,9 @@ def test_the_same_name_of_a_class_in_two_spellings_of_unicode(tmp_path):
 def test_the_folder_may_be_given_in_any_way(tmp_path, monkeypatch, given):
     files = ["a/1.png", "b/1.png"]
     monkeypatch.chdir(_folder(tmp_path / "data", files, files))
-    assert _found(load_source(given).train, "ab") == [("a", 1), ("b", 2)]
+    source = load_source(given)
+    assert source.name == given
+    assert _found(source.train, "ab") == [("a", 1), ("b", 2)]
 
 
 def test_the_same_file_name_in_several_classes(tmp_path):

@@ -1,8 +1,9 @@
 """Data sets, transforms, batches and evaluation."""
 
 from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
+from .folders import listed
 from .images import BadImageError, LabelledImages
-from .loading import Split, available_cpus, decode, decoded_size, fingerprint, readable, seed_everything
+from .loading import Split, available_cpus, check_readable, decode, decoded_size, fingerprint, readable, seed_everything
 from .sources import Source, load_source, split_validation, stratified_sample
 from .transforms import channel_statistics, eval_transform, normalize, train_transform
 
@@ -15,12 +16,14 @@ __all__ = [
     "Split",
     "available_cpus",
     "channel_statistics",
+    "check_readable",
     "decode",
     "decoded_size",
     "eval_transform",
     "evaluate",
     "evaluate_batches",
     "fingerprint",
+    "listed",
     "load_source",
     "normalize",
     "readable",

@@ -98,6 +98,17 @@ def fingerprint(source: Source, threads: int = 2) -> dict[str, int | str]:
     }
 
 
+def check_readable(images: LabelledImages, threads: int = 2) -> None:
+    """Decode every image.
+
+    Raises:
+        BadImageError: one cannot be decoded; the message names its file or row.
+    """
+    bad = np.setdiff1d(np.arange(len(images)), readable(images, threads))
+    if len(bad):
+        images[int(bad[0])]
+
+
 @dataclass
 class Split:
     """The images of one split, ready to be taken in batches.

@@ -85,7 +85,7 @@ def load_source(
     if (folder / "val" / "val_annotations.txt").is_file():
         return _load_tiny_imagenet(folder)
     if folder.is_dir():
-        return _load_folder(folder, label_column, image_column, streaming)
+        return replace(_load_folder(folder, label_column, image_column, streaming), name=data)
     if data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise FileNotFoundError(f"data folder {data!r} does not exist")
     if data not in NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", data):

@@ -63,9 +63,8 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
     """The same for a run of `processes` processes, callable from any process."""
-    path = config.folder / "config.yaml"
-    if path.exists() and config.resume == "auto":
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = read_record(config.folder)
+    if before is not None and config.resume == "auto":
         check_unchanged(str(config.folder), before, dataclasses.asdict(config) | {"processes": processes})
     path = config.folder / "summary.json"
     summary: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
@@ -74,28 +73,38 @@ def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | N
 
 def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
     """Return the settings with the mean and standard deviation that the run in OUTPUT was trained with."""
-    path = config.folder / "config.yaml"
-    if not path.exists():
+    before = read_record(config.folder)
+    if before is None:
         return config
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
     return dataclasses.replace(config, mean=config.mean or before["mean"], std=config.std or before["std"])
 
 
+def read_record(output: Path) -> dict[str, Any] | None:
+    """Return what OUTPUT/config.yaml holds, None where there is none."""
+    path = output / "config.yaml"
+    if not path.exists():
+        return None
+    record: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return record
+
+
 def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the settings of a run with those it was started with.
+    """Compare the settings of a run, and its data where that is known, with those it was started with.
 
     Raises:
         ValueError: one that changes the result differs; the message names it.
     """
+    remedy = "give another --output, or --resume never to start over"
+    data, found = (record.get("data_fingerprint") or {} for record in (before, now))
+    changed = [f"{name}={data[name]}, not {found[name]}" for name in data if data[name] != found.get(name, data[name])]
+    if changed:
+        raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {remedy}")
     for name in (*names_of("data", "result"), "processes"):
         if name not in before:
             continue
-        both_open = name in before.get("left_open", ()) and (now[name] is None or name in now.get("left_open", ()))
-        if not both_open and now[name] != before[name]:
-            raise ValueError(
-                f"{where} holds a run with {name}={before[name]}, not {now[name]}; "
-                "give another --output, or --resume never to start over"
-            )
+        not_resolved = now[name] is None and name in before.get("left_open", ())
+        if not not_resolved and now[name] != before[name]:
+            raise ValueError(f"{where} holds a run with {name}={before[name]}, not {now[name]}; {remedy}")
 
 
 def write_record(output: Path, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
@@ -119,9 +128,23 @@ def write_result(
     write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def start_over(output: Path) -> None:
-    """Remove summary, metrics and checkpoints of an earlier run."""
-    for name in ("summary.json", "metrics.jsonl"):
+def begin_or_compare(output: Path, resume: str, settings: dict[str, Any]) -> None:
+    """Remove an earlier run if `resume` is "never", else compare its settings and data with those of this run.
+
+    Raises:
+        ValueError: see `check_unchanged`.
+    """
+    record = None
+    if process_state().is_main_process:
+        if resume == "never":
+            _start_over(output)
+        record = read_record(output)
+    check_unchanged(str(output), from_main_process(record) or {}, settings)
+
+
+def _start_over(output: Path) -> None:
+    """Remove configuration, summary, metrics and checkpoints of an earlier run."""
+    for name in ("config.yaml", "summary.json", "metrics.jsonl"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 

@@ -1,12 +1,14 @@
 """The images of a run: split, decoded into memory where they fit, sharded over processes, ordered by epoch."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from timm.data import Mixup
 from torch import Tensor
 
@@ -16,9 +18,12 @@ from ..data import (
     Split,
     available_cpus,
     channel_statistics,
+    check_readable,
     decode,
     decoded_size,
     eval_transform,
+    fingerprint,
+    listed,
     load_source,
     readable,
     split_validation,
@@ -42,6 +47,7 @@ class Images:
         test: This process's shard of the test images.
         sizes: Number of images of train, val and test, over all processes.
         bad: Number of images left out because they cannot be decoded.
+        fingerprint: Fingerprint of the data, see `timm_sugar.data.fingerprint`.
     """
 
     class_names: tuple[str, ...]
@@ -51,15 +57,27 @@ class Images:
     test: Split
     sizes: dict[str, int]
     bad: int
+    fingerprint: dict[str, int | str]
 
 
 def open_source(config: TrainConfig) -> tuple[Source, int]:
-    """Return the data set and the number of images left out because they cannot be decoded."""
+    """Return the data set and the number of images left out because they cannot be decoded.
+
+    Raises:
+        ValueError: see `timm_sugar.data.load_source`; or no test image, or no training image of a class, is left.
+    """
     seed, columns = config.split_seed, dict(label_column=config.label_column, image_column=config.image_column)
     source = load_source(config.data, split_seed=seed, streaming=config.streaming, **columns)
     if not config.skip_bad_images:
         return source, 0
     train, test = (images.subset(readable(images, available_cpus())) for images in (source.train, source.test))
+    for name, found, kept in (("training", source.train, train), ("test", source.test, test)):
+        if not len(kept):
+            raise ValueError(f"data set {source.name!r}: none of the {len(found)} {name} images can be decoded")
+    lost = np.setdiff1d(source.train.labels, train.labels)
+    if len(lost):
+        names = listed([source.class_names[label] for label in lost])
+        raise ValueError(f"data set {source.name!r}: no training image of class {names} can be decoded")
     bad = len(source.train) + len(source.test) - len(train) - len(test)
     return dataclasses.replace(source, train=train, test=test), bad
 
@@ -68,9 +86,18 @@ def load_images(config: TrainConfig, source: Source, bad: int, rank: int, proces
     """Split the images, decode those that fit into `memory_limit`, and resolve mean and standard deviation.
 
     Raises:
-        ValueError: there are too few images for a step or for validation.
+        ValueError: there are too few images for a step or for validation, an image cannot be decoded, or the
+            processes do not have the same data.
     """
-    parts = _split(config, source)
+    found = fingerprint(source, available_cpus())
+    first, *others = gather_object([found])
+    for process, other in enumerate(others, 1):
+        differs = [f"{name}={first[name]} and {other[name]}" for name in first if other[name] != first[name]]
+        if differs:
+            raise ValueError(
+                f"processes 0 and {process} do not have the same data {source.name!r}: {'; '.join(differs)}"
+            )
+    parts = _split(config, source, warn=rank == 0)
     _check_sizes(config, len(parts["train"]), processes)
     sizes = {name: len(part) for name, part in parts.items()}
     shares = {name: parts[name].subset(np.arange(rank, sizes[name], processes)) for name in ("val", "test")}
@@ -88,6 +115,8 @@ def load_images(config: TrainConfig, source: Source, bad: int, rank: int, proces
         room -= decoded_size(part, data_config)
         held = room >= 0 and len(part) > 0 and not (name == "train" and augmented)
         pixels[name] = decode(part, evaluation, available_cpus()) if held else None
+        if name == "test" and not held and not config.skip_bad_images:
+            check_readable(part, available_cpus())  # they are not needed before the end
 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
@@ -101,10 +130,10 @@ def load_images(config: TrainConfig, source: Source, bad: int, rank: int, proces
         Split(torch.from_numpy(part.labels), pixels[name], part, transforms[name])
         for name, part in (("train", parts["train"]), *shares.items())
     )
-    return Images(source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, bad)
+    return Images(source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, bad, found)
 
 
-def _split(config: TrainConfig, source: Source) -> dict[str, LabelledImages]:
+def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, LabelledImages]:
     train, val = split_validation(source.train, config.val_fraction, config.split_seed)
     if config.limit_train is not None:
         train = train.subset(stratified_sample(train.labels, config.limit_train, config.split_seed))
@@ -112,12 +141,18 @@ def _split(config: TrainConfig, source: Source) -> dict[str, LabelledImages]:
         val = val.subset(stratified_sample(val.labels, config.limit_val, config.split_seed))
     if config.val_fraction and not len(val):
         raise ValueError(f"val_fraction {config.val_fraction} of {len(source.train)} images leaves none to validate on")
+    for name, part in (("training", train), ("validation", val)):
+        missing = np.setdiff1d(source.train.labels, part.labels)
+        if warn and len(part) and len(missing):
+            warnings.warn(f"no {name} image of {listed([source.class_names[m] for m in missing])}", stacklevel=2)
     return dict(train=train, val=val, test=source.test)
 
 
 def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:
+    if count < 2 * processes and config.batch_size > 1:  # of one image BatchNorm has no variance
+        raise ValueError(f"{count} training images are too few: a forward pass takes at least two in each process")
     wanted = config.batch_size * config.grad_accum * processes
-    if count < wanted and (config.grad_accum > 1 or config.mixup or config.cutmix or count < processes):
+    if count < wanted and (config.grad_accum > 1 or config.mixup or config.cutmix):
         raise ValueError(
             f"{count} training images are fewer than a step takes: batch_size {config.batch_size} x grad_accum "
             f"{config.grad_accum} x {processes} processes"

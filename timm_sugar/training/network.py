@@ -1,5 +1,6 @@
 """The network and optimizer of a run, and the synchronisation of BatchNorm statistics."""
 
+import copy
 from typing import Any
 
 import timm
@@ -39,14 +40,23 @@ def build_network(config: TrainConfig, source: Source) -> nn.Module:
         network = build(config.model, **activation, **arguments)
     except TypeError as error:
         raise ValueError(f"model {config.model} does not take these arguments: {error}") from error
-    training = network.training
+    training, image = network.training, torch.zeros(1, 3, config.img_size, config.img_size)
     try:
         with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, config.img_size, config.img_size))
+            network.eval()(image)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = f"{error}".partition("\n")[0]
         message = f"model {config.model} does not take images of img_size {config.img_size}: {reason}"
         raise ValueError(message) from error
+    if config.batch_size == 1 and not (config.sync_bn or config.eval_only):
+        try:
+            with torch.no_grad():
+                copy.deepcopy(network).train()(image)
+        except ValueError as error:  # of BatchNorm, to which a channel of one image is one value
+            raise ValueError(
+                f"model {config.model} cannot be trained with batch_size 1 at img_size {config.img_size}: BatchNorm "
+                "would see one value a channel; give it two images or more"
+            ) from error
     return network.train(training)
 
 

@@ -24,7 +24,7 @@ from ..metrics import METRICS, numbers
 from ..settings import TrainConfig
 from .checkpoint import Checkpoint, State, Weights, find_checkpoint, name_latest, write_checkpoint
 from .evaluation import measure
-from .folder import check_unchanged, peak_memory, start_over, versions, write_metrics, write_record, write_result
+from .folder import begin_or_compare, check_unchanged, peak_memory, versions, write_metrics, write_record, write_result
 from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, open_source
 from .network import average_batch_norm, build_network, check_names, create_optimizer
 from .processes import AllReduceMax, Stopped, StopSignal, from_main_process, make_accelerator, stop_signals
@@ -71,8 +71,8 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting as resolved, which of them were left open, and the number of processes."""
-        record = dataclasses.asdict(self.config)
+        """Every setting as resolved, which of them were left open, the number of processes, and what tells the data."""
+        record = dataclasses.asdict(self.config) | {"data_fingerprint": self.images.fingerprint}
         return record | {"left_open": self.left_open, "processes": self.accelerator.num_processes}
 
     def step(self, state: State) -> int:
@@ -183,14 +183,13 @@ def fit(run: Run) -> dict[str, Any]:
 def resume(run: Run) -> tuple[State, Weights | None]:
     """Restore the checkpoint to resume from; return the progress and the weights of the best epoch so far."""
     wanted, checkpoint = run.config.resume, None
+    begin_or_compare(run.output, wanted, run.settings)
     if run.accelerator.is_main_process:  # the others may be on machines that do not see the folder
-        if wanted == "never":
-            start_over(run.output)
         checkpoint = find_checkpoint(run.output / "checkpoints", wanted)
     checkpoint = from_main_process(checkpoint)
     if checkpoint is None:
         return State(), None
-    check_unchanged(wanted, checkpoint.state.settings, run.settings)
+    check_unchanged(str(run.output) if wanted == "auto" else wanted, checkpoint.state.settings, run.settings)
     run.network.load_state_dict(checkpoint.weights)
     run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
     if run.accelerator.scaler is not None:
