@@ -1,18 +1,39 @@
 """SUGAR as functions: ReLU forward with the derivative of a surrogate backward, and forward gradient injection.
 
+Which path a call takes, and why:
+
+================================  ==============================================================================
+where                             path
+================================  ==============================================================================
+gradients off                     ``relu``
+plain tensors, eager              an `autograd.Function` whose backward is a kernel
+under a `torch.func` transform    the `autograd.Function` that torch.func batches and differentiates forward
+compiled                          the same Functions, opaque to Dynamo (`allow_in_graph`), which drops the backward of
+                                  a Function that it looks into, and transparent to AOTAutograd
+exported or traced                in train() the composed formula, plain operations that any tracer differentiates;
+                                  in eval() ``relu``
+DTensor, nested, fake tensors,    the composed formula: a kernel cannot read their memory
+any dispatch mode
+`fx`                              one call of `activate`, which decides when the graph runs
+================================  ==============================================================================
+
+Dynamo is never asked whether it exports: before torch 2.12 it answers True whenever it compiles.
+
 Source: Horuz et al., "The Resurrection of the ReLU", arXiv:2505.22074, equations 1 to 6.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .kernels.compiled import is_transformed, opmath
+from ._torch import is_dispatched, is_trace_check, is_transformed
 from .kernels.exact import times_derivative
 from .kernels.lean import Code, Levels, encode, levels_of, times_decoded
+from .kernels.memory import opmath
 from .surrogates import Surrogate, get_surrogate, unknown_name
 
 SAVE_MODES = ("exact", "uint8", "uint4")
@@ -21,7 +42,7 @@ SAVE_MODES = ("exact", "uint8", "uint4")
 def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save: str = "exact") -> Tensor:
     """ReLU whose gradient is the derivative of a smooth surrogate (eq. 4 to 6).
 
-    With gradients off, and in export, ONNX and tracing, this is exactly `torch.relu`.
+    With gradients off this is exactly `torch.relu`.
 
     Args:
         x: Pre-activation of any shape and memory format, float16, bfloat16, float32 or float64. The derivative of a
@@ -30,37 +51,120 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
         alpha: Shape parameter of the surrogate; None takes its default.
         save: What is kept for the backward: "exact", the pre-activation itself; "uint8" or "uint4", a code for it of
             one byte or half a byte an element, which needs a bounded derivative and forbids differentiating twice.
-            `torch.func` transforms and forward-mode differentiation are exact in every mode.
+            `torch.func` transforms, forward-mode differentiation, export, and tensors that are not plain ones are
+            exact in every mode.
 
     Returns:
         ``relu(x)``, of the shape, dtype and memory format of x; its gradient with respect to x is
         ``surrogate'(x)``. It can be differentiated again: the second derivative is that of the surrogate. Where a
-        compiler is installed, the gradient comes from a kernel that is compiled at the first backward (a few seconds,
-        once for each surrogate and dtype) and kept in Inductor's cache.
+        compiler is installed, the gradient comes from a kernel that is compiled at the first backward (about a second,
+        once for each surrogate) and kept.
 
     Raises:
         TypeError: x is not a tensor of real floating-point numbers.
         ValueError: no such surrogate or save mode, an alpha that it does not take, or a derivative without bounds
             where the save mode needs them.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> y = sugar(x, "nelu", alpha=0.1)  # (2,) -> (2,)
+        >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()
+        ([0.0, 2.0], [-0.05000000074505806, 1.0])
+    """
+    return activate(x, surrogate, alpha, save)
+
+
+def activate(
+    x: Tensor, surrogate: str, alpha: float | None, save: str, inplace: bool = False, training: bool = True
+) -> Tensor:
+    """`sugar` with what a module adds.
+
+    Args:
+        x, surrogate, alpha, save: As `sugar`.
+        inplace: Overwrite x where gradients are off.
+        training: Whether export and tracing keep the surrogate gradient; without, they get ``relu``.
     """
     if has_torch_function_unary(x):
-        overridden: Tensor = handle_torch_function(sugar, (x,), x, surrogate, alpha, save)
+        overridden: Tensor = handle_torch_function(activate, (x,), x, surrogate, alpha, save, inplace, training)
         return overridden
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
     check_save(save)
     _check_dtype(x)
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return torch.relu(x)
-    if save == "exact" or not x.requires_grad or (not torch.compiler.is_compiling() and is_transformed()):
-        return _inject(x, torch.relu, entry, alpha)
-    y: Tensor = _LeanInjection.apply(x, save, levels_of(entry.name, f"{alpha}", save))[0]
+    if not torch.is_grad_enabled() and not (training and is_trace_check()):
+        return torch.relu_(x) if inplace else torch.relu(x)
+    if torch.compiler.is_compiling():
+        if save != "exact":
+            levels_of(entry.name, f"{alpha}", save)  # fitted here, since a graph's function sees fake tensors
+        graph: Tensor = _in_graph(x, entry.name, alpha, save, training)
+        return graph
+    if _reference is not None:
+        return _reference(x, entry, alpha)
+    if _is_plain(x) or is_transformed():
+        return _differentiable(x, entry, alpha, save)
+    return _traceable(x, entry, alpha, training)
+
+
+@torch.compiler.allow_in_graph
+def _in_graph(x: Tensor, surrogate: str, alpha: float | None, save: str, training: bool) -> Tensor:
+    # Called by AOTAutograd, by a backend that runs graphs as they are, and by export, but never read by Dynamo.
+    if torch.compiler.is_exporting():
+        return _traceable(x, get_surrogate(surrogate), alpha, training)
+    return _differentiable(x, get_surrogate(surrogate), alpha, save)
+
+
+def _differentiable(x: Tensor, surrogate: Surrogate, alpha: float | None, save: str) -> Tensor:
+    if is_transformed():  # not always: its setup_context takes five times as long as ReLU on a small tensor
+        y: Tensor = _TransformableInjection.apply(x, torch.relu, surrogate, alpha)
+    elif save == "exact" or not x.requires_grad:
+        y = _Injection.apply(x, torch.relu, surrogate, alpha)
+    else:
+        y = _LeanInjection.apply(x, save, levels_of(surrogate.name, f"{alpha}", save))[0]
     return y
+
+
+def _traceable(x: Tensor, surrogate: Surrogate, alpha: float | None, training: bool) -> Tensor:
+    exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.relu(x) if exported and not training else composed(x, surrogate, alpha)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and not is_dispatched() and not torch.jit.is_tracing()
+
+
+def composed(x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
+    """ReLU with the surrogate's first and second derivative, as operations that any tracer differentiates by itself.
+
+    ``relu(x)`` plus a difference that is 0 and whose derivative is 1, times ``s'(x)``. Half of ``s'(x)`` is detached,
+    since the product rule counts it twice in the second derivative. Where x is not finite the difference would be NaN:
+    there it is a constant 0, and so is the gradient at +-inf.
+
+    Args, returns: as `sugar`, with an entry of the table.
+    """
+    derivative = surrogate.derivative(opmath(x), alpha)
+    difference = torch.where(x.isfinite(), x - x.detach(), 0.0)
+    y = torch.relu(x).detach() + difference * ((derivative + derivative.detach()) / 2)
+    return y.to(x.dtype)
+
+
+_reference: Callable[[Tensor, Surrogate, float | None], Tensor] | None = None
+
+
+@contextmanager
+def computed_by(reference: Callable[[Tensor, Surrogate, float | None], Tensor]) -> Iterator[None]:
+    """Have every SUGAR activation that runs eagerly in this context computed by `reference`, to compare with."""
+    global _reference
+    _reference = reference
+    try:
+        yield
+    finally:
+        _reference = None
 
 
 def surrogate_activation(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None) -> Tensor:
     """The surrogate's own function in both passes, the "non-SUGAR" baselines of tables 4 and 5.
 
+    In eager mode it saves x alone and its backward is a kernel; elsewhere it is the function's plain operations.
     Shapes, dtypes and errors are those of `sugar`; a surrogate registered without a function is a ValueError.
     """
     if has_torch_function_unary(x):
@@ -69,13 +173,15 @@ def surrogate_activation(x: Tensor, surrogate: str = "bsilu", alpha: float | Non
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
     _check_dtype(x)
+    function = _function_of(entry)
 
     def forward(x: Tensor) -> Tensor:
-        return _function_of(entry)(opmath(x), alpha).to(x.dtype)
+        return function(opmath(x), alpha).to(x.dtype)
 
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed() or not _is_plain(x):
         return forward(x)
-    return _inject(x, forward, entry, alpha)
+    y: Tensor = _Injection.apply(x, forward, entry, alpha)
+    return y
 
 
 def forward_gradient_injection(
@@ -101,15 +207,6 @@ def forward_gradient_injection(
     else:
         g = surrogate(x)
     return g - g.detach() + forward(x).detach()
-
-
-def _inject(x: Tensor, forward: Callable[[Tensor], Tensor], surrogate: Surrogate, alpha: float | None) -> Tensor:
-    # torch.compile refuses an autograd.Function with a jvp of its own, and setup_context, which torch.func needs, costs
-    # more than five times as long as ReLU itself on a small tensor.
-    transformed = not torch.compiler.is_compiling() and is_transformed()
-    function = _TransformableInjection if transformed else _Injection
-    y: Tensor = function.apply(x, forward, surrogate, alpha)
-    return y
 
 
 class _Injection(torch.autograd.Function):

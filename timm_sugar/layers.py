@@ -1,16 +1,16 @@
 """SUGAR as modules, and their registration in timm's activation factory."""
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerType, create_act, register_notrace_module
 from torch import Tensor, nn
 
 from ._timm import ACT_FUNCTIONS, ACT_LAYERS
-from .functional import check_save, sugar, surrogate_activation
+from .functional import activate, check_save, sugar, surrogate_activation
 from .surrogates import (
     Surrogate,
     SurrogateFunction,
@@ -56,12 +56,11 @@ class Sugar(nn.Module):
         self.save = save
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return F.relu(x)
-        else:  # the script compiler leaves out this branch only where there is an else
-            if self.inplace and not torch.is_grad_enabled():
-                return F.relu(x, inplace=True)
-            return sugar(x, self.surrogate, self.alpha, self.save)
+        return activate(x, self.surrogate, self.alpha, self.save, self.inplace, self.training)
+
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script takes what this returns in place of the module
+        _warn_of_script()
+        return nn.ReLU()
 
     def extra_repr(self) -> str:
         parts = [self.surrogate]
@@ -72,6 +71,14 @@ class Sugar(nn.Module):
         if self.save != "exact":
             parts.append(f"save={self.save}")
         return ", ".join(parts)
+
+
+@lru_cache
+def _warn_of_script() -> None:  # once
+    warnings.warn(
+        "torch.jit.script compiles SUGAR activations as ReLU, gradient included: train the network before it is scripted",
+        stacklevel=2,
+    )
 
 
 def _alpha_of(surrogate: str, alpha: float | None) -> float:

@@ -95,20 +95,8 @@ def _selu_derivative(x: Tensor, alpha: None) -> Tensor:
 
 
 def _gelu_derivative(x: Tensor, alpha: None) -> Tensor:
-    if x.dtype == torch.float32:
-        return _gelu_derivative_in_float32(x)
     density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x.clamp(-_GAUSS_UNDERFLOW, _GAUSS_UNDERFLOW) * density
-
-
-def _gelu_derivative_in_float32(x: Tensor) -> Tensor:
-    # Abramowitz and Stegun 7.1.26: erfc(z) = exp(-z^2) p(t), t = 1 / (1 + 0.3275911 z), to 1.5e-7 for z >= 0. It
-    # shares its exponential with the density, and takes three quarters of the time.
-    z = torch.where(x < 0, -x, x).clamp(max=_GAUSS_UNDERFLOW) * math.sqrt(0.5)  # abs is not differentiable at 0
-    t = 1 / (1 + 0.3275911 * z)
-    p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    below = torch.exp(-z * z) * (0.5 * p - z * (1 / math.sqrt(math.pi)))  # the derivative at -|x|
-    return torch.where(x < 0, below, 1 - below)
 
 
 def _silu_derivative(x: Tensor, alpha: None) -> Tensor:

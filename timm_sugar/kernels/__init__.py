@@ -1,1 +1,1 @@
-"""The fast paths: elementwise bodies, each compiled once by Inductor and run on flat views of the tensors' memory."""
+"""Kernels for eager mode, where a formula is one pass over memory: exact and lean, for the CPU and for GPUs."""

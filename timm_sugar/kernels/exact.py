@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..surrogates import Surrogate
-from .compiled import flat, is_plain, opmath, run
+from . import cpu, cuda
+from .memory import as_laid_out, may_read, opmath
 
 
 def times_derivative(grad: Tensor, x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
@@ -19,15 +20,17 @@ def times_derivative(grad: Tensor, x: Tensor, surrogate: Surrogate, alpha: float
     Returns:
         The gradient with respect to x, in its shape, dtype and memory format. Differentiable where grad mode is on.
     """
-    if is_plain(grad, x) and grad.dtype == x.dtype and x.numel() > 0:
-        out = torch.empty_like(x)
-        if out.stride() == x.stride():  # empty_like keeps the strides of dense tensors only
-            if grad.stride() != x.stride():  # an expanded scalar, say
-                grad = out.copy_(grad)
-            run(write_product, surrogate, (flat(grad), flat(x), flat(out)), () if alpha is None else (alpha,))
+    if may_read(grad, x) and grad.dtype == x.dtype:
+        if x.is_cuda:
+            kernel = cuda.exact(surrogate, x.dtype)
+            if kernel is not None:
+                product: Tensor = kernel(x, grad, alpha=alpha or 0.0)
+                return product
+        elif (library := cpu.library(surrogate)) is not None:
+            out = torch.empty_like(x)
+            x, grad = as_laid_out(x, out), as_laid_out(grad, out)
+            function = getattr(library, f"multiply_{str(x.dtype)[6:]}")
+            count, threads = x.numel(), torch.get_num_threads()
+            function(grad.data_ptr(), x.data_ptr(), out.data_ptr(), count, alpha or 0.0, threads)
             return out
     return (opmath(grad) * surrogate.derivative(opmath(x), alpha)).to(x.dtype)
-
-
-def write_product(surrogate: Surrogate, grad: Tensor, x: Tensor, out: Tensor, alpha: float | None = None) -> None:
-    out.copy_(opmath(grad) * surrogate.derivative(opmath(x), alpha))

@@ -9,21 +9,21 @@ arXiv:2202.00441.
 
 Two codes of half a byte share a byte: one from the first half of the flat tensor and one from the second, so that
 loads stay contiguous; where there is an odd number of elements, both hold the middle one. On the CPU the passes are
-those of lean.cpp, on a GPU Inductor's.
+those of kernels.cpp, on a GPU those of lean_triton.py.
 """
 
 import math
 from collections.abc import Callable
-from ctypes import Array, c_double, c_int64, c_void_p
+from ctypes import Array, c_double
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..surrogates import Surrogate, get_surrogate
-from .compiled import flat, is_plain, library, opmath, run
+from . import cpu, cuda
+from .memory import as_laid_out, may_read, opmath, opmath_dtype
 
 
 class Grid(NamedTuple):
@@ -53,7 +53,6 @@ class Code(NamedTuple):
 
 
 _CODES = {"uint8": 256, "uint4": 16}
-_SOURCE = Path(__file__).with_name("lean.cpp")
 
 
 @torch.compiler.assume_constant_result  # torch.compile evaluates it once for each graph
@@ -178,17 +177,11 @@ def _middle(codes: Tensor, step: float, offset: float, below: float, above: floa
 
 def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
     """Return relu(x), and the codes of x, from one pass over memory."""
-    if not _has_kernel(x) or x.numel() == 0:
+    if not _has_kernel(x):
         return torch.relu(x), Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
-    y = torch.empty_like(x)
-    if y.stride() != x.stride():  # y is dense, x is not
-        x = y.clone().copy_(x)
-    count = x.numel()
+    y, count = torch.empty_like(x), x.numel()
     codes = torch.empty(count if save == "uint8" else (count + 1) // 2, dtype=torch.uint8, device=x.device)
-    if x.device.type == "cpu":
-        _call("encode", save, x, y, codes, levels.encoder)
-    else:
-        run(write_codes[save], None, (*_parts(flat(x), save), *_parts(flat(y), save), codes), levels.encoder)
+    _call("encode", save, as_laid_out(x, y), y, codes, levels.encoder)
     return y, Code(codes, save, levels, y.stride())
 
 
@@ -197,17 +190,7 @@ def times_decoded(grad: Tensor, code: Code) -> Tensor:
     codes, save, levels, strides = code
     if strides is not None and _has_kernel(grad, codes):
         out = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
-        if grad.stride() != strides:
-            grad = torch.empty_like(out).copy_(grad)
-        if grad.device.type == "cpu":
-            _call("decode", save, grad, out, codes, levels.table)
-        else:
-            run(
-                write_product[save],
-                None,
-                (*_parts(flat(grad), save), *_parts(flat(out), save), codes),
-                table=levels.table,
-            )
+        _call("decode", save, as_laid_out(grad, out), out, codes, levels.table)
         return out
     numbers = _unpack(codes, save, grad.numel())
     numbers = numbers.view(grad.shape) if strides is None else numbers.as_strided(grad.shape, strides)
@@ -217,13 +200,19 @@ def times_decoded(grad: Tensor, code: Code) -> Tensor:
 
 
 def _has_kernel(*tensors: Tensor) -> bool:
-    return is_plain(*tensors) and (tensors[0].device.type != "cpu" or library(_SOURCE) is not None)
+    return may_read(*tensors) and (cuda.lean() if tensors[0].is_cuda else cpu.library(None)) is not None
 
 
-def _call(name: str, save: str, x: Tensor, out: Tensor, codes: Tensor, levels: tuple[float, ...]) -> None:
-    function = getattr(library(_SOURCE), f"{name}_{save}_{str(x.dtype).removeprefix('torch.')}")
-    memory = (c_void_p(tensor.data_ptr()) for tensor in (x, out, codes))
-    function(*memory, c_int64(x.numel()), _doubles(levels))
+def _call(name: str, save: str, source: Tensor, out: Tensor, codes: Tensor, levels: tuple[float, ...]) -> None:
+    count, dtype = source.numel(), source.dtype
+    if source.is_cuda:
+        if count:
+            constant = cuda.constant(levels, opmath_dtype(dtype), source.device)
+            getattr(cuda.lean(), name)(source, out, codes, constant, save)
+        return
+    function = getattr(cpu.library(None), f"{name}_{save}_{str(dtype)[6:]}")
+    pointers = (tensor.data_ptr() for tensor in (source, out, codes))
+    function(*pointers, count, _doubles(levels), torch.get_num_threads())
 
 
 @lru_cache(maxsize=256)
@@ -235,36 +224,6 @@ def _parts(x: Tensor, save: str) -> tuple[Tensor, ...]:
     """Return what of a 1-D tensor goes into one byte: the whole, or one half each."""
     half = (x.shape[0] + 1) // 2
     return (x,) if save == "uint8" else (x[:half], x[x.shape[0] - half :])
-
-
-def _write_bytes(_: None, x: Tensor, y: Tensor, codes: Tensor, *encoder: Any) -> None:
-    codes.copy_(_codes(x, *encoder))
-    y.copy_(torch.relu(x))
-
-
-def _write_half_bytes(_: None, *tensors: Any) -> None:
-    low, high, y_low, y_high, codes, *encoder = tensors
-    codes.copy_(_codes(low, *encoder) + 16 * _codes(high, *encoder))
-    y_low.copy_(torch.relu(low))
-    y_high.copy_(torch.relu(high))
-
-
-def _write_product_of_bytes(_: None, grad: Tensor, out: Tensor, codes: Tensor, table: Tensor) -> None:
-    out.copy_(opmath(grad) * table[codes.to(torch.int64)])
-
-
-def _write_product_of_half_bytes(_: None, *tensors: Tensor) -> None:
-    low, high, out_low, out_high, codes, table = tensors
-    numbers = codes.to(torch.int64)
-    out_low.copy_(opmath(low) * table[numbers & 15])
-    out_high.copy_(opmath(high) * table[numbers >> 4])
-
-
-write_codes: dict[str, Callable[..., None]] = {"uint8": _write_bytes, "uint4": _write_half_bytes}
-write_product: dict[str, Callable[..., None]] = {
-    "uint8": _write_product_of_bytes,
-    "uint4": _write_product_of_half_bytes,
-}
 
 
 def _codes(x: Tensor, *encoder: float) -> Tensor:

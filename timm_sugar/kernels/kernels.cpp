@@ -1,15 +1,14 @@
-// Lean saving on the CPU, for lean.py, which says what codes are: one pass over memory each way, for every surrogate.
+// The passes of both ways to save, on the CPU: one pass over memory each, for every dtype.
+//
+// cpu.py compiles it once for each surrogate, with the derivative as the bodies DERIVATIVE_FLOAT and DERIVATIVE_DOUBLE
+// of a function of x and alpha; and once without them, for lean saving, which serves every surrogate.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #ifdef __AVX2__
 #include <immintrin.h>
-#endif
-
-// Inductor's flags leave it out.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("tree-loop-vectorize")
 #endif
 
 namespace {
@@ -73,6 +72,113 @@ struct BFloat16 : Bits {
     return static_cast<uint16_t>((rounded >> 16 & ~nan) | (0x7fc0 & nan));
   }
 };
+
+#ifdef DERIVATIVE_FLOAT
+
+// What a derivative calls. The functions of the C library do not vectorise; these do, in float and exp in double too,
+// and none has an absolute error above 2e-7 where it is at most 1. NaN gives NaN.
+
+using std::atan;
+using std::cos;
+using std::log;
+using std::log1p;
+using std::pow;
+using std::sin;
+using std::sqrt;
+
+// 2^(n - 1) and 2^f, where n + f = x / log(2) and n is an integer: adding 1.5 * 2^23 rounds to it, and leaves n + 126,
+// the exponent of 2^(n - 1), in the lowest bits. The smallest exponent stands for 0.
+
+inline float scale_of(float& x) {
+  x = x < -87.33f ? -87.33f : x;
+  x = x > 89 ? 89 : x;
+  const float shifted = x * 1.44269504f + (12582912.f + 126);
+  x = x * 1.44269504f - (shifted - (12582912.f + 126));
+  return as<float>(as<uint32_t>(shifted) << 23);
+}
+
+// The polynomial of degree 5 with the least largest relative error, 9.2e-8, that is exact at 0; times 2. In pairs: a
+// chain of operations, each waiting for the one before, would take longer.
+inline float twice_power(float f) {
+  const float square = f * f;
+  return (2 + 1.3862939f * f) + square * ((0.48044484f + 0.11101467f * f) + square * (0.019343025f + 0.00265295f * f));
+}
+
+inline float exp(float x) {
+  const float scale = scale_of(x);
+  return twice_power(x) * scale;
+}
+
+inline float expm1(float x) {
+  const float scale = scale_of(x), square = x * x;
+  const float less = 1.3862944f * x +
+                     square * ((0.48044484f + 0.11101467f * x) + square * (0.019343025f + 0.00265295f * x));
+  return less * scale + 2 * (scale - 0.5f);
+}
+
+inline float tanh(float x) {
+  const float m = expm1(x < 0 ? 2 * x : -2 * x), t = -m / (m + 2);
+  return x < 0 ? -t : t;
+}
+
+inline float erf(float x) {  // Abramowitz and Stegun 7.1.26, to 1.5e-7
+  const float z = x < 0 ? -x : x, t = 1 / (1 + 0.3275911f * z);
+  const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  const float y = 1 - p * exp(-z * z);
+  return x < 0 ? -y : y;
+}
+
+inline double exp(double x) {
+  x = x < -708 ? -709 : x;
+  x = x > 710 ? 710 : x;
+  const double shifted = x * 1.4426950408889634 + 6755399441055744., n = shifted - 6755399441055744.;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  const double a = 1. / 479001600 + r * (1. / 6227020800);  // Taylor's polynomial
+  const double b = 1. / 40320 + r * (1. / 362880 + r * (1. / 3628800 + r * (1. / 39916800 + r * a)));
+  const double p = 1 + r * (1 + r * (1. / 2 + r * (1. / 6 + r * (1. / 24 + r * (1. / 120 + r * (1. / 720 + r * (1. / 5040 + r * b)))))));
+  const int64_t exponent = as<int64_t>(shifted) - 0x4338000000000000 + 1022;
+  return 2 * p * as<double>((exponent < 0 ? 0 : exponent) << 52);
+}
+
+inline double expm1(double x) { return std::expm1(x); }
+inline double tanh(double x) { return std::tanh(x); }
+inline double erf(double x) { return std::erf(x); }
+
+inline float derivative(float x, float alpha) {
+  using T = float;
+  DERIVATIVE_FLOAT
+}
+
+inline double derivative(double x, double alpha) {
+  using T = double;
+  DERIVATIVE_DOUBLE
+}
+
+template <typename D, typename T = typename D::stored>
+void multiply(const T* grad, const T* x, T* out, int64_t count, double alpha, int threads) {
+  const typename D::computed a = alpha;
+#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL)
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const int64_t end = std::min(start + BLOCK, count);
+#pragma omp simd
+    for (int64_t i = start; i < end; i++) out[i] = D::store(D::load(grad[i]) * derivative(D::load(x[i]), a));
+  }
+}
+
+}  // namespace
+
+#define EXPORT(dtype, D)                                                                                           \
+  extern "C" void multiply_##dtype(const D::stored* grad, const D::stored* x, D::stored* out, int64_t count,       \
+                                   double alpha, int threads) {                                                    \
+    multiply<D>(grad, x, out, count, alpha, threads);                                                              \
+  }
+
+EXPORT(float16, Float16)
+EXPORT(bfloat16, BFloat16)
+EXPORT(float32, Plain<float>)
+EXPORT(float64, Plain<double>)
+
+#else  // lean saving; lean.py says what codes are
 
 // As _number in lean.py, without branches, so that it vectorises.
 template <typename Op> struct Encoder {
@@ -210,8 +316,8 @@ void decode_uint4(const T* grad, T* out, uint8_t* codes, int64_t count, const do
 }
 
 template <typename T, typename Loop, typename... Last>
-void in_blocks(Loop loop, const T* in, T* out, uint8_t* codes, int64_t count, const double* levels, Last... last) {
-#pragma omp parallel for schedule(static) if (count >= PARALLEL)
+void in_blocks(Loop loop, const T* in, T* out, uint8_t* codes, int64_t count, const double* levels, int threads, Last... last) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL)
   for (int64_t i = 0; i < count; i += BLOCK) {
     loop(in + i, out + i, codes + i, std::min(BLOCK, count - i), levels, last...);
   }
@@ -222,12 +328,12 @@ void in_blocks(Loop loop, const T* in, T* out, uint8_t* codes, int64_t count, co
 // A function for each save mode and dtype, which lean.py calls by name.
 #define EXPORT(name, dtype, D)                                                                                     \
   extern "C" void name##_uint8_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
-                                       const double* levels) {                                                     \
-    in_blocks(name##_uint8<D>, in, out, codes, count, levels);                                                     \
+                                       const double* levels, int threads) {                                        \
+    in_blocks(name##_uint8<D>, in, out, codes, count, levels, threads);                                                     \
   }                                                                                                                \
   extern "C" void name##_uint4_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
-                                       const double* levels) {                                                     \
-    in_blocks(name##_uint4<D>, in, out, codes, (count + 1) / 2, levels, count / 2);                                \
+                                       const double* levels, int threads) {                                        \
+    in_blocks(name##_uint4<D>, in, out, codes, (count + 1) / 2, levels, threads, count / 2);                                \
   }
 
 EXPORT(encode, float16, Float16)
@@ -238,3 +344,5 @@ EXPORT(encode, float32, Plain<float>)
 EXPORT(decode, float32, Plain<float>)
 EXPORT(encode, float64, Plain<double>)
 EXPORT(decode, float64, Plain<double>)
+
+#endif

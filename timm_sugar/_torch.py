@@ -1,0 +1,50 @@
+"""The private parts of torch that are relied on, each with its reason and with what is done where it is gone."""
+
+import sys
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform or a forward-mode level is active; True where it cannot be known.
+
+    There is no public way to ask. The function that is right under transforms is right without them too, but slower.
+    """
+    try:
+        return bool(_functorch_active()) or forward_ad._current_level >= 0
+    except AttributeError:
+        return True
+
+
+def is_dispatched() -> bool:
+    """Whether a dispatch mode sees every operation (tracing, fake tensors, counters); True where it cannot be known.
+
+    There is no public way to ask. What is right under a mode, plain operations, is right without it too, but slower.
+    """
+    return bool(_modes() != 0)
+
+
+def is_trace_check() -> bool:
+    """Whether `torch.jit.trace` is at its second trace, which it makes with gradients off and compares with the first.
+
+    That it is so stands nowhere but on the stack. Where it is not recognised, the comparison fails with an error.
+    """
+    frame = sys._getframe() if torch.jit.is_tracing() else None
+    while frame is not None and frame.f_code.co_name != "_check_trace":
+        frame = frame.f_back
+    return frame is not None
+
+
+_functorch_active: Any = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def jiterator(code: str) -> Any:
+    """Return an elementwise CUDA or HIP kernel compiled from C++; None where torch has no such compiler.
+
+    ``torch.cuda.jiterator._create_jit_fn``: torch documents the module as a prototype.
+    """
+    create = getattr(getattr(torch.cuda, "jiterator", None), "_create_jit_fn", None)
+    return None if create is None else create(code, alpha=0.0)

@@ -1,0 +1,95 @@
+"""Lean saving on a GPU in Triton: encode and decode, for one byte an element and for half a byte.
+
+lean.py says what codes are. Offsets are 64 bits wide: a tensor may have more than 2^31 elements. `levels` holds
+``Levels.encoder`` or ``Levels.table``, in the dtype that is computed in.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+def encode(x: Tensor, y: Tensor, codes: Tensor, levels: Tensor, save: str) -> None:
+    """Write relu(x) and the codes of x, for dense tensors of the same strides."""
+    _launch(_encode_uint8 if save == "uint8" else _encode_uint4, x, y, codes, levels)
+
+
+def decode(grad: Tensor, out: Tensor, codes: Tensor, levels: Tensor, save: str) -> None:
+    """Write grad times what the codes stand for, for dense tensors of the same strides."""
+    _launch(_decode_uint8 if save == "uint8" else _decode_uint4, grad, out, codes, levels)
+
+
+def _launch(kernel: "triton.JITFunction", source: Tensor, target: Tensor, codes: Tensor, levels: Tensor) -> None:
+    with torch.cuda.device_of(source):
+        kernel[(triton.cdiv(codes.numel(), _BLOCK),)](source, target, codes, levels, source.numel(), BLOCK=_BLOCK)
+
+
+@triton.jit
+def _offsets(BLOCK: tl.constexpr):
+    return tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _number(x, levels):
+    # as _number of lean.py; NaN is 0
+    lowest, highest, outer = tl.load(levels), tl.load(levels + 1), tl.load(levels + 2)
+    below, above, inner = tl.load(levels + 3), tl.load(levels + 4), tl.load(levels + 5)
+    offset, zero = tl.load(levels + 6).to(tl.int32), tl.load(levels + 7).to(tl.int32)
+    within = tl.where(x > lowest, x, lowest)
+    within = tl.where(within < highest, within, highest)
+    near = tl.where(x > below, x, below)
+    near = tl.where(near < above, near, above)
+    code = (within * outer + near * inner).to(tl.int32) + tl.where(x < 0, offset - 1, offset)
+    return tl.where(x == x, tl.where(x == 0, zero, code), 0)
+
+
+@triton.jit
+def _encode_part(x_ptr, y_ptr, levels, offsets, mask):
+    stored = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    x = stored.to(levels.dtype.element_ty)
+    tl.store(y_ptr + offsets, tl.where(x < 0, 0.0, stored).to(stored.dtype), mask=mask)
+    return _number(x, levels)
+
+
+@triton.jit
+def _decode_part(grad_ptr, out_ptr, levels, codes, offsets, mask):
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    factor = tl.load(levels + codes)
+    tl.store(out_ptr + offsets, (grad.to(factor.dtype) * factor).to(grad.dtype), mask=mask)
+
+
+@triton.jit
+def _encode_uint8(x_ptr, y_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+    offsets = _offsets(BLOCK)
+    mask = offsets < count
+    code = _encode_part(x_ptr, y_ptr, levels, offsets, mask)
+    tl.store(codes_ptr + offsets, code.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _decode_uint8(grad_ptr, out_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+    offsets = _offsets(BLOCK)
+    mask = offsets < count
+    codes = tl.load(codes_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    _decode_part(grad_ptr, out_ptr, levels, codes, offsets, mask)
+
+
+@triton.jit
+def _encode_uint4(x_ptr, y_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+    offsets = _offsets(BLOCK)
+    mask = offsets < (count + 1) // 2
+    low = _encode_part(x_ptr, y_ptr, levels, offsets, mask)
+    high = _encode_part(x_ptr, y_ptr, levels, offsets + count // 2, mask)
+    tl.store(codes_ptr + offsets, (low + 16 * high).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _decode_uint4(grad_ptr, out_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+    offsets = _offsets(BLOCK)
+    mask = offsets < (count + 1) // 2
+    codes = tl.load(codes_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    _decode_part(grad_ptr, out_ptr, levels, codes & 15, offsets, mask)
+    _decode_part(grad_ptr, out_ptr, levels, codes >> 4, offsets + count // 2, mask)
