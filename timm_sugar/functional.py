@@ -91,12 +91,12 @@ def activate(
     alpha = entry.resolve_alpha(alpha)
     check_save(save)
     _check_dtype(x)
-    if not torch.is_grad_enabled() and not (training and is_trace_check()):
-        return torch.relu_(x) if inplace else torch.relu(x)
+    if not torch.is_grad_enabled() and not is_trace_check():
+        return _relu(x, inplace)
     if torch.compiler.is_compiling():
         if save != "exact":
             levels_of(entry.name, f"{alpha}", save)  # fitted here, since a graph's function sees fake tensors
-        graph: Tensor = _in_graph(x, entry.name, alpha, save, training)
+        graph: Tensor = _in_graph(x, entry.name, entry.number, alpha, save, training)
         return graph
     if _reference is not None:
         return _reference(x, entry, alpha)
@@ -106,8 +106,9 @@ def activate(
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(x: Tensor, surrogate: str, alpha: float | None, save: str, training: bool) -> Tensor:
-    # Called by AOTAutograd, by a backend that runs graphs as they are, and by export, but never read by Dynamo.
+def _in_graph(x: Tensor, surrogate: str, number: int, alpha: float | None, save: str, training: bool) -> Tensor:
+    # Called by AOTAutograd, by a backend that runs graphs as they are, and by export, but never read by Dynamo, which
+    # compiles again where another surrogate of this name has another number.
     if torch.compiler.is_exporting():
         return _traceable(x, get_surrogate(surrogate), alpha, training)
     return _differentiable(x, get_surrogate(surrogate), alpha, save)
@@ -125,7 +126,12 @@ def _differentiable(x: Tensor, surrogate: Surrogate, alpha: float | None, save: 
 
 def _traceable(x: Tensor, surrogate: Surrogate, alpha: float | None, training: bool) -> Tensor:
     exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return torch.relu(x) if exported and not training else composed(x, surrogate, alpha)
+    return _relu(x) if exported and not training else composed(x, surrogate, alpha)
+
+
+def _relu(x: Tensor, inplace: bool = False) -> Tensor:
+    # In one place: torch.jit.trace compares the lines of two traces.
+    return torch.relu_(x) if inplace else torch.relu(x)
 
 
 def _is_plain(x: Tensor) -> bool:

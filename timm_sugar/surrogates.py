@@ -9,9 +9,10 @@ Source: Horuz et al., "The Resurrection of the ReLU", arXiv:2505.22074, section 
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ class Surrogate:
         derivative: ``(x, alpha) -> s'(x)``, elementwise, of the shape and dtype of x.
         function: ``(x, alpha) -> s(x)``, or None where only the derivative is known.
         alpha: Default shape parameter, or None for a surrogate that has none.
+        number: Tells surrogates apart that had the same name, one after the other.
     """
 
     name: str
     derivative: SurrogateFunction
     function: SurrogateFunction | None = None
     alpha: float | None = None
+    number: int = field(default_factory=itertools.count().__next__, init=False)
 
     def resolve_alpha(self, alpha: float | None) -> float | None:
         """Return `alpha`, or the default where it is None.
