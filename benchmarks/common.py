@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,19 @@ def run_self(arguments: list[str], allocator: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions and the machine that a figure belongs to."""
+    """Return the versions and the machine that a figure belongs to: processor, widest vector, compiler, GPU."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].partition(":")[2].strip() if models else cpu
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = subprocess.run([found, "--version"], capture_output=True, text=True).stdout if found else "none"
+    machine = {"cpu": cpu, "vector": torch.backends.cpu.get_cpu_capability(), "compiler": compiler.partition("\n")[0]}
+    machine |= {"kernel_flags": os.environ.get("TIMM_SUGAR_CXXFLAGS", "-march=native")}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "timm": timm.__version__, "timm_sugar": timm_sugar.__version__}
-    return {**versions, "python": platform.python_version(), "cpu": cpu, "threads": torch.get_num_threads()}
+    return {**versions, "python": platform.python_version(), **machine, "threads": torch.get_num_threads()}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

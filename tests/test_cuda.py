@@ -46,7 +46,9 @@ def test_kernels(name, dtype, save):
             assert torch.equal(y, torch.relu(x))
             (result,) = torch.autograd.grad(y, x, upstream)
             wanted = upstream.double() * entry.derivative(x.detach().double(), entry.alpha)
-            bound = (1.5 * EPSILONS[dtype] + CODE_ERRORS[save]) * upstream.double().abs() + 1e-7 * (dtype != torch.float64)
+            bound = (1.5 * EPSILONS[dtype] + CODE_ERRORS[save]) * upstream.double().abs() + 1e-7 * (
+                dtype != torch.float64
+            )
             assert ((result.double() - wanted).abs() <= bound + 1e-12).all(), (layout, upstream_layout)
     assert cuda.exact(entry, dtype) is not None
     assert cuda.lean() is not None

@@ -76,7 +76,7 @@ class Sugar(nn.Module):
 @lru_cache
 def _warn_of_script() -> None:  # once
     warnings.warn(
-        "torch.jit.script compiles SUGAR activations as ReLU, gradient included: train the network before it is scripted",
+        "torch.jit.script compiles SUGAR activations as ReLU, gradient included: train before you script",
         stacklevel=2,
     )
 

@@ -61,8 +61,9 @@ def bench(
     surrogate: str = "bsilu",
     only: Sequence[str] | None = None,
     rounds: int = 15,
-    compiled: bool = False,
+    compiled: bool | str = False,
     device: str | torch.device = "cpu",
+    precision: str = "float32",
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Time a training step (forward, loss, backward, SGD) of one network with each activation, side by side.
@@ -74,8 +75,9 @@ def bench(
         surrogate: The surrogate of SUGAR and of forward gradient injection.
         only: Names of `activations`; "relu", which the others are compared with, is always among them.
         rounds: Steps of each, every round in a new random order, after two to warm up.
-        compiled: Train through ``torch.compile(fullgraph=True)``.
+        compiled: Train through ``torch.compile(fullgraph=True)``, in the mode that is named.
         device: Where; a GPU is waited for after each step.
+        precision: "float32", or "bfloat16" or "float16" for autocast with the network and images in channels_last.
         kwargs: Further arguments of the model.
 
     Returns:
@@ -94,20 +96,26 @@ def bench(
         raise ValueError(unknown_name("model", model, timm.list_models()))
     names = list(dict.fromkeys(["relu", *(known if only is None else only)]))
     kwargs = {**size_arguments(model, img_size), **kwargs}
-    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    layout = torch.contiguous_format if precision == "float32" else torch.channels_last
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device).contiguous(memory_format=layout)
+    autocast = partial(torch.autocast, torch.device(device).type, getattr(torch, precision), precision != "float32")
     labels = torch.arange(batch_size, device=device) % 10
     contestants: dict[str, Callable[[], float]] = {}
     memory: dict[str, int] = {}
     for name in names:
         torch.manual_seed(0)
         try:
-            network = timm.create_model(model, num_classes=10, act_layer=known[name], **kwargs).to(device).train()
+            network = timm.create_model(model, num_classes=10, act_layer=known[name], **kwargs).train()
+            network = network.to(device, memory_format=layout)
         except TypeError as error:
             raise ValueError(f"model {model} takes no act_layer, or not these arguments: {error}") from error
-        memory[name] = saved_bytes(network, images)
+        with autocast():
+            memory[name] = saved_bytes(network, images)
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-        run: Any = torch.compile(network, fullgraph=True) if compiled else network
-        contestants[name] = partial(_step, run, optimizer, images, labels)
+        run: Any = network
+        if compiled:
+            run = torch.compile(network, fullgraph=True, mode=compiled if isinstance(compiled, str) else None)
+        contestants[name] = partial(_step, run, optimizer, images, labels, autocast)
     seconds = time_shuffled(contestants, rounds)
     return [
         {
@@ -153,11 +161,33 @@ def time_shuffled(contestants: dict[str, Callable[[], float]], rounds: int, seed
     return {name: statistics.median(times[name]) for name in contestants}
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, autocast: Callable[[], Any]
+) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
     start = time.perf_counter()
     optimizer.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
+    with autocast():
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
     optimizer.step()
-    if images.device.type == "cuda":
+    if images.is_cuda:
         torch.cuda.synchronize(images.device)
     return time.perf_counter() - start
+
+
+def time_on_gpu(work: Callable[[], Any], repeats: int = 10) -> float:
+    """Return the seconds that a GPU takes for `work`, by its own events, without the time of the host.
+
+    The GPU is kept busy until the host has submitted everything, so that it never waits for it.
+    """
+    work()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(50_000_000)  # cycles
+    start.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats

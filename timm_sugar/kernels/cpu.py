@@ -95,7 +95,10 @@ def _load(source: str, name: str) -> CDLL:
 
 def _declared(found: CDLL) -> CDLL:
     for dtype in ("float16", "bfloat16", "float32", "float64"):
-        for name in (f"multiply_{dtype}", *(f"{way}code_{n}_{dtype}" for way in ("en", "de") for n in ("uint8", "uint4"))):
+        for name in (
+            f"multiply_{dtype}",
+            *(f"{way}code_{n}_{dtype}" for way in ("en", "de") for n in ("uint8", "uint4")),
+        ):
             function = getattr(found, name, None)
             if function is not None:
                 function.argtypes, function.restype = _ARGUMENTS[name.partition("_")[0]], None

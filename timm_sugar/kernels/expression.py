@@ -105,7 +105,9 @@ def _formula(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         scale = f" * {_text(kwargs['alpha'])}" if "alpha" in kwargs else ""
         return f"{_text(args[0])} {'+' if name == 'add' else '-'} {_text(args[1])}{scale}"
     if name in ("clamp", "clamp_min", "clamp_max"):  # NaN stays
-        low, high = {"clamp_min": (args[-1], None), "clamp_max": (None, args[-1])}.get(name, (*args[1:], None, None)[:2])
+        low, high = {"clamp_min": (args[-1], None), "clamp_max": (None, args[-1])}.get(
+            name, (*args[1:], None, None)[:2]
+        )
         low, high = kwargs.get("min", low), kwargs.get("max", high)
         text = _text(args[0])
         if low is not None:
