@@ -1,4 +1,4 @@
-"""SUGAR on a GPU: jiterator's and Triton's kernels in every dtype, layout and save mode, in CUDA graphs, beyond 2^31."""
+"""SUGAR on a GPU: kernels in every dtype, layout and save mode, in CUDA graphs, beyond 2^31 elements."""
 
 import pytest
 import torch

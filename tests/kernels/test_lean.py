@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from timm_sugar import list_surrogates, sugar, surrogates
-from timm_sugar.kernels import compiled, lean
 from timm_sugar.kernels.lean import Code, _codes, _pack, encode, levels_of, times_decoded
 from timm_sugar.surrogates import Surrogate, add_surrogate, get_surrogate
 
@@ -90,28 +89,6 @@ def test_nan_has_a_code_and_only_nan(save):
         result = times_decoded(torch.ones_like(x), code)
     assert torch.equal(y.isnan(), x.isnan())
     assert torch.equal(result.isnan(), x.isnan())
-
-
-@pytest.mark.parametrize("save", CODES)
-@pytest.mark.parametrize("size", [2, 1001])
-def test_bodies_for_a_gpu_do_what_the_kernels_do(save, size):
-    """Inductor makes kernels for a GPU of them; here it makes some for the CPU."""
-    x, upstream = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
-    levels = levels_of("elu", "1.0", save)
-    y, result = torch.empty(2, size)
-    with torch.no_grad():
-        expected, code = encode(x, save, levels)
-        codes = torch.empty_like(code.codes)
-        encoded = *lean._parts(x, save), *lean._parts(y, save), codes
-        compiled.run(lean.write_codes[save], None, encoded, levels.encoder)
-        decoded = *lean._parts(upstream, save), *lean._parts(result, save), codes
-        compiled.run(lean.write_product[save], None, decoded, table=levels.table)
-    assert torch.equal(y, expected)
-    assert torch.equal(codes, code.codes)
-    assert torch.equal(result, times_decoded(upstream, code))
-    made = {body: kernel for (body, *_), kernel in compiled._kernels.items()}
-    assert made[lean.write_codes[save]] is not None  # Inductor did make them
-    assert made[lean.write_product[save]] is not None
 
 
 @pytest.mark.parametrize("width", [0.03, 0.1, 0.3, 1.0, 5.0])

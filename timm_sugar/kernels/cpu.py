@@ -20,6 +20,7 @@ from .expression import derivative_source
 _logger = logging.getLogger("timm_sugar")
 _lock = threading.Lock()
 _libraries: dict[Surrogate | None, CDLL | None] = {}
+_said: set[str] = set()
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Without the last two, loops that compute exponentials or compare do not vectorise.
 _FLAGS = ["-x", "c++", "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
@@ -51,9 +52,14 @@ def library(surrogate: Surrogate | None) -> CDLL | None:
 
 
 def tell_why_not(name: str, error: Exception) -> None:
-    """Say at WARNING that a kernel's place is taken by composed operations, which are right and slower, and why."""
+    """Say at WARNING that a kernel's place is taken by composed operations, which are right and slower, and why.
+
+    Each reason is said once.
+    """
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    _logger.warning("%s: no kernel, composed operations are used, right but slower: %s", name, reason)
+    if reason not in _said:
+        _said.add(reason)
+        _logger.warning("%s: no kernel, composed operations are used, right but slower: %s", name, reason)
 
 
 def _source(surrogate: Surrogate | None) -> str:

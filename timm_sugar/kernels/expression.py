@@ -47,7 +47,10 @@ _FORMULAS = {
 
 
 class UnknownOperation(Exception):
-    """A derivative uses an operation that has no C++ form here; the text is its name."""
+    """A derivative uses an operation that has no C++ form here; the text names it."""
+
+    def __init__(self, name: str):
+        super().__init__(f"{name} has no C++ form")
 
 
 def derivative_source(surrogate: Surrogate, dtype: torch.dtype) -> tuple[str, str]:
@@ -90,8 +93,8 @@ class _Traced(Tensor):
         traced = [value for value in args if isinstance(value, _Traced)]
         on_meta = [_on_meta(value) if isinstance(value, Tensor) else value for value in args]
         result = func(*on_meta, **{key: value for key, value in kwargs.items() if key != "device"})
-        floats = {value.dtype for value in (*traced, result) if value.is_floating_point()}
-        if len(floats) > 1 or not (result.dtype == torch.bool or result.is_floating_point()):
+        narrower = any(value.is_floating_point() and value.itemsize > result.itemsize for value in traced)
+        if result.dtype != torch.bool and (narrower or not result.is_floating_point()):
             raise UnknownOperation(f"{name} with a result of {result.dtype}")
         made = cls(f"v{len(traced[0].statements)}", traced[0].statements, result.dtype, tuple(result.shape))
         made.statements.append(f"const {'bool' if result.dtype == torch.bool else 'T'} {made.text} = {text};")
