@@ -121,6 +121,7 @@ def test_onnx_by_torch_export(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.:FutureWarning", "ignore:.*torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.jit.script compiles SUGAR activations as ReLU")
 @each_class
 def test_torchscript_file(name, tmp_path):
     model, x = network(name), images(name)

@@ -2,6 +2,7 @@
 
 from .convert import convert, to_relu
 from .functional import forward_gradient_injection, sugar
+from .gradients import check_gradients
 from .layers import Sugar, register_surrogate
 from .models import create_model
 from .surrogates import list_surrogates
@@ -9,6 +10,7 @@ from .surrogates import list_surrogates
 __version__ = "0.1.0.dev0"
 __all__ = [
     "Sugar",
+    "check_gradients",
     "convert",
     "create_model",
     "forward_gradient_injection",

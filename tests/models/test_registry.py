@@ -295,6 +295,7 @@ def test_torchscript(name):
         torch.testing.assert_close(scripted(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:torch.jit.script compiles SUGAR activations as ReLU")
 @each_class
 @scripting
 def test_fx_trace_and_its_torchscript(name):

@@ -1,0 +1,264 @@
+"""A guard for any training loop: does the surrogate gradient arrive in this model, as it is compiled and wrapped?"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from .functional import composed, computed_by
+from .surrogates import Surrogate
+
+# A parameter's gradient counts as the surrogate's where it is nearer to that than this part of what tells it from
+# ReLU's; two ways to compute it differ by up to the rounding, as a part of the gradient.
+_NEAR = 0.25
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3}  # float32 may be TensorFloat-32
+_LOW_ROUNDING = 0.05
+
+Gradients = dict[str, Tensor]
+
+
+def check_gradients(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
+    """Check that every SUGAR activation of a model passes on its surrogate's gradient, before hours are spent.
+
+    One forward and backward pass of the model as it stands: compiled, wrapped by DDP or FSDP, under the autocast of
+    the caller. The gradients of its parameters are compared with those of the same network run eagerly with the
+    composed formula, and with those of plain ReLU. Gradients, buffers, random state and mode are left as they were;
+    hooks on parameters run. In a compiled network dropout and drop path are off meanwhile, since it draws other random
+    numbers than in eager mode: it is compiled once more afterwards.
+
+    Args:
+        model: Any network. With several processes each has to call this, as for a training step.
+        *inputs, **kwargs: What the model is called with: a batch as in training. The outputs' floating-point tensors
+            are differentiated, wherever in lists, tuples and dicts they are.
+
+    Raises:
+        RuntimeError: the gradient of an activation is not its surrogate's; the message names the first such layer.
+
+    Warns:
+        UserWarning: it cannot be told, and why: no SUGAR activation runs in eager mode (an exported or scripted
+            network), no parameter before one is trained, the surrogate is nearer to ReLU than the rounding of the
+            dtype, or the network draws random numbers in a way that differs between calls.
+
+    Example:
+        >>> model = torch.compile(timm.create_model("resnet18_sugar_bsilu", num_classes=10))
+        >>> timm_sugar.check_gradients(model, torch.randn(8, 3, 32, 32))
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with _left_as_it_was(model, inputs, kwargs) as again, torch.enable_grad():
+
+        def gradients(seed: int = 0) -> Gradients:
+            again(seed)
+            _backward(model(*inputs, **kwargs))
+            return {name: _whole(p.grad) for name, p in trained.items() if p.grad is not None}
+
+        found = gradients()
+        calls = _Calls(model)
+
+        def as_reference(lost: set[int], seed: int = 0) -> Gradients:
+            with torch.compiler.set_stance("force_eager"), calls.with_relu_at(lost):
+                return gradients(seed)
+
+        wanted = as_reference(set())
+        if not calls.names:
+            return _cannot_tell("no SUGAR activation runs eagerly in this model")
+        everything = {*range(len(calls.names))}
+        relu = as_reference(everything)
+        verdicts = _verdicts(found, wanted, relu)
+        if "wrong" in verdicts.values():
+            if "wrong" in _verdicts(as_reference(set(), seed=1), wanted, relu).values():
+                return _cannot_tell("the network draws random numbers, and other ones than it does in eager mode")
+            raise RuntimeError(_explanation(calls, found, relu, as_reference, verdicts))
+    unclear = [name for name, verdict in verdicts.items() if verdict == "unclear"]
+    if unclear:
+        _cannot_tell(f"the surrogate's gradient is as near to ReLU's as this dtype rounds, first at {unclear[0]}")
+    elif "right" not in verdicts.values():
+        _cannot_tell("no parameter before a SUGAR activation is trained")
+
+
+def _cannot_tell(why: str) -> None:
+    warnings.warn(f"check_gradients cannot tell whether the surrogate gradient arrives: {why}", stacklevel=3)
+
+
+def _verdicts(found: Gradients, wanted: Gradients, relu: Gradients) -> dict[str, str]:
+    """Return for each parameter "right", "wrong", "unclear", or "same" where the surrogate makes no difference to it."""
+    low = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    sizes = sorted(float(value.double().square().mean().sqrt()) for value in wanted.values())
+    typical = sizes[len(sizes) // 2] if sizes else 0.0
+    verdicts = {}
+    for name in wanted:
+        rounding = _LOW_ROUNDING if low else _ROUNDING.get(wanted[name].dtype, _LOW_ROUNDING)
+        two = [reference[name].double() for reference in (wanted, relu)]
+        verdicts[name] = _verdict(found[name].double() if name in found else None, *two, rounding, typical)
+    return verdicts
+
+
+def _verdict(found: Tensor | None, wanted: Tensor, relu: Tensor, rounding: float, typical: float) -> str:
+    size, apart = wanted.norm(), (wanted - relu).norm()
+    error, lost = (size, relu.norm()) if found is None else ((found - wanted).norm(), (found - relu).norm())
+    if not error.isfinite():
+        return "wrong" if wanted.isfinite().all() else "unclear"
+    if max(size, error, relu.norm()) <= rounding * typical * wanted.numel() ** 0.5:
+        return "same"  # 0 but for rounding, as that of a bias before BatchNorm
+    if error > rounding * size and error > _NEAR * apart:
+        return "wrong"
+    if apart <= 1e-2 * rounding * size:
+        return "same" if apart == 0 else "unclear"
+    if error <= _NEAR * apart:
+        return "right"
+    return "wrong" if lost <= _NEAR * apart else "unclear"
+
+
+class _Calls:
+    """The SUGAR activations that run eagerly, in the order of a forward pass."""
+
+    def __init__(self, model: nn.Module):
+        self.names: list[str] = []
+        self.order: list[tuple[str, int]] = []  # modules as they are entered, with how many activations ran before
+        self._model = model
+
+    @contextmanager
+    def with_relu_at(self, lost: set[int]) -> Iterator[None]:
+        """Compute the activations whose numbers are in `lost` as ReLU, the others by the composed formula."""
+        self.names, self.order, inside = [], [], [""]
+
+        def reference(x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
+            name, number = inside[-1] or "the network", len(self.names)
+            self.names.append(name)
+            return torch.relu(x) if number in lost else composed(x, surrogate, alpha)
+
+        def enter(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                inside.append(name)
+                self.order.append((name, len(self.names)))
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            inside.pop()
+
+        with ExitStack() as hooks, computed_by(reference):
+            for name, module in self._model.named_modules():
+                hooks.callback(module.register_forward_pre_hook(enter(name)).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+            yield
+
+
+def _explanation(
+    calls: _Calls,
+    found: Gradients,
+    relu: Gradients,
+    as_reference: Callable[[set[int]], Gradients],
+    verdicts: dict[str, str],
+) -> str:
+    """Find which activations lost their gradient, from the last to the first: each explains what lies before it."""
+
+    def distance(reference: Gradients, names: list[str]) -> float:
+        return sum(float((found[n].double() - reference[n].double()).norm()) for n in names if n in found)
+
+    everything = {*range(len(calls.names))}
+    order = dict(calls.order)
+    before = {name: order.get(name.rpartition(".")[0], 0) for name in relu}
+    lost = everything
+    if distance(relu, [*relu]) > 1e-3 * sum(float(value.double().norm()) for value in relu.values()):
+        lost, current = set(), as_reference(set())
+        for number in sorted(everything, reverse=True):
+            nearest = max((place for place in before.values() if place <= number), default=0)
+            names = [name for name, place in before.items() if place == nearest]
+            candidate = as_reference(lost | {number})
+            if distance(candidate, names) < distance(current, names):
+                lost, current = lost | {number}, candidate
+    if distance(as_reference(lost), [*relu]) > _NEAR * distance(relu, [*relu]) and lost != everything or not lost:
+        wrong = [name for name in relu if verdicts.get(name) == "wrong"]
+        last = max(wrong, key=lambda name: before[name])
+        culprit = calls.names[min(before[last], len(calls.names) - 1)]
+        return (
+            f"the gradient that {culprit} passes on is neither its surrogate's nor ReLU's (seen at the parameter {last}): "
+            "is its input overwritten after the activation, or its alpha another in a compiled network?"
+        )
+    others = f", and so do {len(lost) - 1} of the others" if len(lost) > 1 else ""
+    return (
+        f"{calls.names[min(lost)]} passes on ReLU's gradient, not its surrogate's{others} (of {len(calls.names)} SUGAR "
+        "activations): as this model is compiled or wrapped, it would train as a ReLU network; train it without "
+        "torch.compile, or with another backend"
+    )
+
+
+def _backward(outputs: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    total: Any = 0.0
+    for value in _tensors(outputs):
+        if value.is_floating_point() and value.requires_grad:
+            weights = torch.randn(value.shape, generator=generator).to(value.device)
+            total = total + (value.float() * weights).mean()
+    if isinstance(total, Tensor):
+        total.backward()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _whole(grad: Tensor) -> Tensor:
+    whole: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.detach().clone()  # FSDP's are parts
+    return whole
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, *inputs: Any) -> Iterator[Callable[[int], None]]:
+    """Give a function that sets the state for a pass from a seed, and restore all of it at the end."""
+    leaves = [*model.parameters(), *(t for t in _tensors(inputs) if t.is_leaf and t.requires_grad)]
+    grads = [leaf.grad for leaf in leaves]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {t.device.index for t in (*leaves, *_tensors(inputs)) if t.is_cuda}
+    rates = _random_rates(model) if _is_compiled(model) else []
+    python, numpy = random.getstate(), np.random.get_state()
+
+    def again(seed: int) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+    with torch.random.fork_rng([*devices]):
+        try:
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)
+            yield again
+        finally:
+            for module, name, rate in rates:
+                setattr(module, name, rate)
+            again(0)
+            for leaf, grad in zip(leaves, grads, strict=True):
+                leaf.grad = grad
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+
+
+def _random_rates(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    found = []
+    for module in model.modules():
+        for kind, name in ((nn.modules.dropout._DropoutNd, "p"), (DropPath, "drop_prob")):
+            if isinstance(module, kind) and getattr(module, name):
+                found.append((module, name, getattr(module, name)))
+    return found
