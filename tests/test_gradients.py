@@ -72,7 +72,7 @@ def test_a_gradient_that_is_neither():
             alpha = self.alpha if functional._reference is not None else 0.1
             return functional.sugar(x, self.surrogate, alpha)
 
-    with pytest.raises(RuntimeError, match="^the gradient that 6 passes on is neither its surrogate's nor ReLU's"):
+    with pytest.raises(RuntimeError, match=r"^the gradient that 6 passes on is neither its surrogate's nor ReLU's"):
         check_gradients(network(Sugar(), OtherAlpha(), Sugar()), X)
 
 

@@ -86,21 +86,21 @@ def _cannot_tell(why: str) -> None:
 
 
 def _verdicts(found: Gradients, wanted: Gradients, relu: Gradients) -> dict[str, str]:
-    """Return for each parameter "right", "wrong", "unclear", or "same" where the surrogate makes no difference to it."""
+    """Return for each parameter "right", "wrong", "unclear", or "same" where the surrogate makes no difference."""
     low = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
     sizes = sorted(float(value.double().square().mean().sqrt()) for value in wanted.values())
     typical = sizes[len(sizes) // 2] if sizes else 0.0
     verdicts = {}
     for name in wanted:
         rounding = _LOW_ROUNDING if low else _ROUNDING.get(wanted[name].dtype, _LOW_ROUNDING)
-        two = [reference[name].double() for reference in (wanted, relu)]
-        verdicts[name] = _verdict(found[name].double() if name in found else None, *two, rounding, typical)
+        mine = found[name].double() if name in found else torch.zeros_like(wanted[name]).double()
+        verdicts[name] = _verdict(mine, wanted[name].double(), relu[name].double(), rounding, typical)
     return verdicts
 
 
-def _verdict(found: Tensor | None, wanted: Tensor, relu: Tensor, rounding: float, typical: float) -> str:
+def _verdict(found: Tensor, wanted: Tensor, relu: Tensor, rounding: float, typical: float) -> str:
     size, apart = wanted.norm(), (wanted - relu).norm()
-    error, lost = (size, relu.norm()) if found is None else ((found - wanted).norm(), (found - relu).norm())
+    error, lost = (found - wanted).norm(), (found - relu).norm()
     if not error.isfinite():
         return "wrong" if wanted.isfinite().all() else "unclear"
     if max(size, error, relu.norm()) <= rounding * typical * wanted.numel() ** 0.5:
@@ -173,13 +173,13 @@ def _explanation(
             candidate = as_reference(lost | {number})
             if distance(candidate, names) < distance(current, names):
                 lost, current = lost | {number}, candidate
-    if distance(as_reference(lost), [*relu]) > _NEAR * distance(relu, [*relu]) and lost != everything or not lost:
+    if (distance(as_reference(lost), [*relu]) > _NEAR * distance(relu, [*relu]) and lost != everything) or not lost:
         wrong = [name for name in relu if verdicts.get(name) == "wrong"]
         last = max(wrong, key=lambda name: before[name])
         culprit = calls.names[min(before[last], len(calls.names) - 1)]
         return (
-            f"the gradient that {culprit} passes on is neither its surrogate's nor ReLU's (seen at the parameter {last}): "
-            "is its input overwritten after the activation, or its alpha another in a compiled network?"
+            f"the gradient that {culprit} passes on is neither its surrogate's nor ReLU's (seen at the parameter "
+            f"{last}): is its input overwritten after the activation, or its alpha another in a compiled network?"
         )
     others = f", and so do {len(lost) - 1} of the others" if len(lost) > 1 else ""
     return (
@@ -256,7 +256,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _random_rates(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    found = []
+    found: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for kind, name in ((nn.modules.dropout._DropoutNd, "p"), (DropPath, "drop_prob")):
             if isinstance(module, kind) and getattr(module, name):

@@ -106,7 +106,7 @@ def bench(
         torch.manual_seed(0)
         try:
             network = timm.create_model(model, num_classes=10, act_layer=known[name], **kwargs).train()
-            network = network.to(device, memory_format=layout)
+            network = network.to(device).to(memory_format=layout)
         except TypeError as error:
             raise ValueError(f"model {model} takes no act_layer, or not these arguments: {error}") from error
         with autocast():
@@ -190,4 +190,5 @@ def time_on_gpu(work: Callable[[], Any], repeats: int = 10) -> float:
         work()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    seconds: float = start.elapsed_time(end) / 1e3 / repeats
+    return seconds

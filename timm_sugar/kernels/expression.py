@@ -87,7 +87,9 @@ class _Traced(Tensor):
         return value
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> "_Traced":
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> "_Traced":
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         text = _formula(name, args, kwargs)
         traced = [value for value in args if isinstance(value, _Traced)]
