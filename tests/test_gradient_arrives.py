@@ -511,3 +511,19 @@ def test_two_processes():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_on_two_processes, (port,), nprocs=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:FutureWarning", "ignore:.*torch.jit.:DeprecationWarning")
+def test_scripted_it_is_relu_and_says_so_once():
+    from timm_sugar import layers
+
+    layers._warn_of_script.cache_clear()
+    net = network(Sugar())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scripted = torch.jit.script(net)
+        torch.jit.script(network(Sugar("nelu")))
+    said = [str(warning.message) for warning in caught if "SUGAR" in str(warning.message)]
+    assert said == ["torch.jit.script compiles SUGAR activations as ReLU, gradient included: train before you script"]
+    torch.testing.assert_close(backward(scripted), backward(network(nn.ReLU())))
+    check(backward(net))  # the network itself is left as it was

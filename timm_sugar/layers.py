@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerType, create_act, register_notrace_module
 from torch import Tensor, nn
 
@@ -56,11 +57,14 @@ class Sugar(nn.Module):
         self.save = save
 
     def forward(self, x: Tensor) -> Tensor:
-        return activate(x, self.surrogate, self.alpha, self.save, self.inplace, self.training)
+        if torch.jit.is_scripting():
+            return F.relu(x)
+        else:  # the script compiler leaves out this branch only where there is an else
+            return activate(x, self.surrogate, self.alpha, self.save, self.inplace, self.training)
 
-    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script takes what this returns in place of the module
+    def __prepare_scriptable__(self) -> nn.Module:  # called by torch.jit.script, which compiles what it returns
         _warn_of_script()
-        return nn.ReLU()
+        return self
 
     def extra_repr(self) -> str:
         parts = [self.surrogate]
