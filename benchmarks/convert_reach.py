@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from timm_sugar import Sugar, convert
-from timm_sugar.convert import NOT_RECORDED
+from timm_sugar.convert import NOT_RECORDED, read_note
 from timm_sugar.files import write_file
 
 ACT_CLASS = timm.layers.get_act_layer("sugar_bsilu")
@@ -58,6 +58,7 @@ class Row(NamedTuple):
         converted: What `convert` replaces, such as "12 GELU"; empty where there is nothing that it replaces.
         left: What it leaves: gates, opt-in activations, and what a forward calls.
         recorded: Whether a saved model comes back converted; None where the library keeps no configuration.
+        stock: Whether timm alone loads what it saved of the converted network, as a ReLU network.
     """
 
     family: str
@@ -67,6 +68,7 @@ class Row(NamedTuple):
     converted: str
     left: str
     recorded: bool | None
+    stock: bool
 
 
 def smallest() -> dict[str, str]:
@@ -99,7 +101,7 @@ def reach(family: str, model: str, build: Callable[..., nn.Module], argument: st
             report = convert(network).sugar_report
         except ValueError as e:
             left = str(e).partition(": ")[2]
-            return Row(family, model, takes("sugar_bsilu"), takes(ACT_CLASS), "", left, None)
+            return Row(family, model, takes("sugar_bsilu"), takes(ACT_CLASS), "", left, None, False)
         left = [f"{_count(report.gates.values())} in gates"] if report.gates else []
         for name, calls in report.unreached.items():
             left += [f"{call} in `{type(network.get_submodule(name)).__name__}.forward`" for call in calls]
@@ -111,6 +113,7 @@ def reach(family: str, model: str, build: Callable[..., nn.Module], argument: st
             converted=_count(report.converted.values()),
             left=", ".join(dict.fromkeys(left)),
             recorded=report.recorded,
+            stock=read_note(getattr(network, "pretrained_cfg", {})) is not None,
         )
 
 
@@ -159,9 +162,14 @@ def render(rows: list[Row]) -> str:
         "`convert` replaces activation modules and attributes that hold a function. It leaves the gates alone:",
         "squeeze-excite, coordinate attention, sigmoid, hard-sigmoid, hard-swish. ReLU6 and hard-swish are replaced on",
         'request: `convert(model, replace=["relu", "relu6"])`. What a forward calls by name (`F.relu(x)`) is out of',
-        "reach; a warning names it. *Comes back* says whether a saved model comes back converted: through `model_args`",
-        "in timm's `config.json`, through `config.hidden_act` in transformers. Where it does not, `convert` warns, and",
-        "the model is to be converted again after loading. torchvision keeps no configuration.",
+        "reach; a warning names it.",
+        "",
+        "*Comes back* says whether a saved model comes back converted. What timm's `save_for_hf` or `push_to_hf_hub`",
+        "writes, with the surrogate and alpha of that moment, `timm_sugar.create_model` loads with SUGAR. With *yes*,",
+        "stock timm loads it as the ReLU network that it is at inference; with *here alone*, stock timm has no such",
+        "network and refuses it. In transformers it is `config.hidden_act`, with `import timm_sugar.transformers`.",
+        "Where neither can say it, `convert` warns. torchvision keeps no configuration. Apply `timm_sugar.to_relu`",
+        "before you share a network of transformers, or one that you save in another way.",
         "",
         f"Of timm's {len(timm_rows)} model modules {name} take a name, {class_only} only a class, and "
         f"{len(timm_rows) - name - class_only} neither. `convert` reaches {sum(bool(r.converted) for r in timm_rows)}",
@@ -173,10 +181,11 @@ def render(rows: list[Row]) -> str:
         "| family | network | by name | by class | by convert | left alone, or out of reach | comes back |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    mark = {True: "yes", False: "no", None: ""}
+    mark = {True: "yes", False: "no", None: "", "alone": "here alone"}
     for r in rows:
         converted = r.converted or ("on request" if "left" in r.left else "no")
-        cells = (r.family, r.model, mark[r.by_name], mark[r.by_class], converted, r.left, mark[r.recorded])
+        back = "alone" if r.recorded and not r.stock and r.family != "transformers" else r.recorded
+        cells = (r.family, r.model, mark[r.by_name], mark[r.by_class], converted, r.left, mark[back])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

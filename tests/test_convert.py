@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import re
 import warnings
 from functools import partial
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from timm_sugar import Sugar, convert, sugar, to_relu
+from timm_sugar import Sugar, convert, create_model, sugar, to_relu
 from timm_sugar.convert import SugarReport
+from timm_sugar.hub.reload import check_reload
 
 not_recorded = pytest.mark.filterwarnings("ignore:the conversion is not part of what a saved model records")
 
@@ -268,31 +270,76 @@ def test_errors_are_one_line_and_change_nothing(model, kwargs, message):
     [
         ("test_vit", {}),
         ("test_resnet", dict(num_classes=3)),
+        ("vgg11", dict(num_classes=3, mlp_ratio=1 / 64)),
         ("resnet18_sugar_bsilu", dict(num_classes=3)),
         ("conv2next_tiny", dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))),
         ("swin_tiny_sugar_nelu", dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))),
     ],
 )
 @pytest.mark.parametrize("alpha", [None, 0.4])
-def test_saved_timm_models_come_back_converted_and_deployed(name, kwargs, alpha, tmp_path):
-    model = timm.create_model(name, **kwargs)
-    stock_with_alpha = name.startswith("test_") and alpha is not None  # a name cannot express an alpha
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        convert(model, "nelu", alpha)
-    assert bool(caught) == stock_with_alpha == (not model.sugar_report.recorded)
-    if not stock_with_alpha:
-        timm.models.save_for_hf(model, tmp_path / "sugar")
-        again = timm.create_model(f"local-dir:{tmp_path / 'sugar'}", pretrained=True)
-        assert sugars(again).keys() == sugars(model).keys()
-        assert {(m.surrogate, m.alpha) for m in sugars(again).values()} == {("nelu", alpha or 0.01)}
-    to_relu(model)
-    timm.models.save_for_hf(model, tmp_path / "relu")
-    plain = timm.create_model(f"local-dir:{tmp_path / 'relu'}", pretrained=True)
-    assert not sugars(plain)
+def test_models_saved_by_timm_come_back_as_they_are(name, kwargs, alpha, tmp_path):
+    model = convert(timm.create_model(name, **kwargs), "nelu", alpha, save="uint8").eval()
+    assert model.sugar_report.recorded
     x = torch.randn(1, *model.default_cfg["input_size"])
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(x), model.eval()(x), rtol=0, atol=0)
+        expected = model(x)
+
+    def save(place):
+        timm.models.save_for_hf(model, tmp_path / place, safe_serialization=True)
+        check_reload(tmp_path / place, model)  # stock timm has no SUGAR, but the same logits
+        again = create_model(f"local-dir:{tmp_path / place}", pretrained=True).eval()
+        with torch.no_grad():
+            assert torch.equal(again(x), expected)
+        assert sugars(again).keys() == sugars(model).keys()
+        return {(m.surrogate, m.alpha, m.save) for m in sugars(again).values()}
+
+    assert save("sugar") == {("nelu", alpha or 0.01, "uint8")}
+    for activation in sugars(model).values():
+        activation.alpha = 0.7  # as a schedule does
+    assert save("changed") == {("nelu", 0.7, "uint8")}
+    to_relu(model)
+    assert save("relu") == set()
+
+
+def test_a_registered_model_whose_alpha_changed_comes_back_with_it(tmp_path):
+    model = timm.create_model("resnet18_sugar_bsilu", num_classes=3)
+    for alpha, recorded in ((1.67, {}), (0.5, {"surrogate": "bsilu", "alpha": 0.5}), (1.67, {})):
+        for activation in sugars(model).values():
+            activation.alpha = alpha
+        timm.models.save_for_hf(model, tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert {k: v for k, v in config["model_args"].items() if k in ("surrogate", "alpha")} == recorded
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert {m.alpha for m in sugars(again).values()} == {alpha}
+    model.layer1[0].act1.alpha = 0.1
+    with pytest.warns(UserWarning, match="the surrogates of this network differ"):
+        model.state_dict()
+
+
+def test_stock_timm_refuses_what_it_cannot_build(tmp_path):
+    """timm's Swin takes no activation: it would load the weights under GELU."""
+    small = dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), num_classes=3)
+    model = convert(timm.create_model("swin_tiny_patch4_window7_224", **small), "nelu", 0.2).eval()
+    assert model.sugar_report.recorded
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(TypeError, match="surrogate"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    again = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert {(m.surrogate, m.alpha) for m in sugars(again).values()} == {("nelu", 0.2)}
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    with pytest.warns(UserWarning, match="a reload does not give ReLU"):
+        to_relu(model)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(TypeError, match="surrogate"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_a_conversion_of_a_part_says_that_it_is_not_recorded():
+    with pytest.warns(UserWarning, match="convert it again; to share the network, apply to_relu"):
+        model = convert(timm.create_model("test_vit"), include="blocks.0*")
+    assert model.sugar_report.recorded is False
 
 
 def test_a_pickled_model_comes_back_converted(tmp_path):

@@ -4,6 +4,7 @@ What is a module or an attribute that holds a function is swapped. What a forwar
 found by reading the forward's source, and reported.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -15,7 +16,8 @@ from typing import Any, TypeVar
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import get_act_layer, register_notrace_module
+from timm.models import get_model_args, is_model, model_entrypoint, split_model_name_tag
 from torch import Tensor, nn
 
 from ._timm import model_args, set_model_args
@@ -30,13 +32,16 @@ from .activations import (
     name_of,
 )
 from .functional import sugar
-from .layers import Sugar, apply_sugar
+from .layers import BSiLU, NeLU, Sugar, apply_sugar
 from .surrogates import get_surrogate, unknown_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _REPLACEABLE = KINDS.keys() - LEARNED  # what has parameters stays: the state dict is not to change
 _OPT_IN = ("relu6", "hard_swish")
+ACTIVATION_ARGUMENTS = ("surrogate", "alpha", "act_layer", "save")  # of our entrypoints
+OURS_ALONE = ("surrogate", "alpha", "save", "zero_init_last")  # timm's entrypoints take the last too, of ResNets alone
+_NOTE = "timm_sugar: "
 NOT_RECORDED = "the conversion is not part of what a saved model records"
 
 
@@ -114,6 +119,28 @@ def convert(
         ValueError: there is nothing to replace, or a name, alpha or save mode is not valid.
     """
     new = Sugar(surrogate, alpha, save=save)
+    report = _convert(model, new, replace, include, exclude)
+    report.recorded = _record(model, new)
+    converted: Any = model
+    converted.sugar_report = report
+    if report.unreached:
+        warnings.warn(f"convert does not reach {calls_summary(model, report.unreached)}", stacklevel=2)
+    if report.recorded is False:
+        warnings.warn(
+            f"{NOT_RECORDED}: a reload gives the original activations, so convert it again; "
+            "to share the network, apply to_relu and save its state dict",
+            stacklevel=2,
+        )
+    return model
+
+
+def _convert(
+    model: nn.Module,
+    new: Sugar,
+    replace: str | type | Iterable[str | type] | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> SugarReport:
     kinds, classes = _resolve_replace(replace)
     report = SugarReport(new.surrogate, new.alpha, new.save)
     swaps = []
@@ -139,14 +166,7 @@ def convert(
 
     _swap(swaps, make)
     _disable_fast_paths(model)
-    report.recorded = _record(model, new)
-    converted: Any = model
-    converted.sugar_report = report
-    if report.unreached:
-        warnings.warn(f"convert does not reach {calls_summary(model, report.unreached)}", stacklevel=2)
-    if report.recorded is False:
-        warnings.warn(f"{NOT_RECORDED}: a reload gives the original activations; convert it again", stacklevel=2)
-    return model
+    return report
 
 
 def to_relu(model: ModuleT) -> ModuleT:
@@ -241,25 +261,125 @@ def _record(model: nn.Module, new: Sugar | None) -> bool | None:
 
 
 def _record_in_timm(model: Any, new: Sugar | None) -> bool:
-    own = ("surrogate", "alpha", "save", "act_layer")
-    kept = {k: v for k, v in (model_args(model) or {}).items() if k not in own}
-    if new is None:
-        candidates: list[dict[str, Any]] = [{}, {"act_layer": "relu"}]
+    """Record in what timm saves with a model; its own saving functions and ours write config.json from it.
+
+    An architecture of timm gets the arguments that make it the ReLU network that this is at inference, since stock timm
+    knows no others, and the surrogate as a note; where timm has no such arguments, it gets ours, which stock timm
+    refuses rather than build another network. An architecture of this package gets ours.
+    """
+    architecture = model.pretrained_cfg["architecture"]
+    kept = {key: value for key, value in (model_args(model) or {}).items() if key not in ACTIVATION_ARGUMENTS}
+    build = partial(timm.create_model, architecture, **kept)
+    ours = {"act_layer": "relu"} if new is None else _arguments(new)
+    write_note(model, None)
+    if is_own(architecture):
+        recorded = _builds(model, partial(build, **ours))
+        arguments = ours if recorded else None
     else:
-        ours: dict[str, Any] = {
-            "surrogate": new.surrogate,
-            "alpha": new.alpha,
-            "save": new.save if new.save != "exact" else None,
-        }
-        candidates = [{k: v for k, v in ours.items() if v is not None}]
-        if _is_default(new):
-            candidates.append({"act_layer": f"sugar_{new.surrogate}"})
-    for candidate in candidates:
-        args = kept | candidate
-        if _builds(model, partial(timm.create_model, model.pretrained_cfg["architecture"], **args)):
-            set_model_args(model, args)
-            return True
-    return False
+        arguments = stock_arguments(model, architecture)
+        recorded = arguments is not None if new is None else _builds(model, lambda: _converted(build(), new))
+        if recorded and arguments is None:
+            arguments = ours
+        elif recorded and new is not None:
+            write_note(model, ours)
+    if arguments is not None:
+        set_model_args(model, kept | arguments)
+    if recorded and new is not None:
+        keep_record(model, arguments or {})
+    return recorded
+
+
+def _arguments(new: Sugar) -> dict[str, Any]:
+    """Return the arguments of our entrypoints, and of `create_model`, that give activations like `new`."""
+    found = {"surrogate": new.surrogate, "alpha": new.alpha, "save": None if new.save == "exact" else new.save}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _converted(model: nn.Module, new: Sugar) -> nn.Module:
+    _convert(model, new)
+    return model
+
+
+def is_own(architecture: str) -> bool:
+    """Whether `architecture` is registered by this package, rather than by timm."""
+    name = split_model_name_tag(architecture)[0]
+    return is_model(name) and model_entrypoint(name).__module__.startswith(f"{__package__}.")
+
+
+def stock_arguments(model: Any, architecture: str) -> dict[str, Any] | None:
+    """Return the act_layer with which stock timm builds the network that `model` is at inference.
+
+    Args:
+        model: A model that timm built, with or without SUGAR.
+        architecture: One of timm's, with the same weights.
+
+    Returns:
+        ``{}``, or act_layer by a name that timm has; None where no such argument gives the same activations at the same
+        places and the same tensors.
+    """
+    arguments = {key: value for key, value in get_model_args(model).items() if key not in OURS_ALONE}
+    given = arguments.pop("act_layer", None)
+    names: list[str | None] = [None, "relu"]
+    if given is not None:
+        stock = isinstance(given, str) and not given.startswith("sugar_") and get_act_layer(given) not in (BSiLU, NeLU)
+        names = [given if stock else "relu", *names]
+    for name in names:
+        candidate: dict[str, Any] = {} if name is None else {"act_layer": name}
+        if _builds(model, partial(timm.create_model, architecture, **arguments, **candidate), plain=True):
+            return candidate
+    return None
+
+
+def write_note(model: Any, arguments: dict[str, Any] | None) -> None:
+    """Put a surrogate into the notes of a model's pretrained_cfg, which timm saves and reads and does nothing with."""
+    notes = [note for note in model.pretrained_cfg.get("notes") or () if not note.startswith(_NOTE)]
+    notes += [] if arguments is None else [_NOTE + json.dumps(arguments)]
+    if notes:
+        model.pretrained_cfg["notes"] = tuple(notes)
+    else:
+        model.pretrained_cfg.pop("notes", None)
+
+
+def read_note(cfg: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what `write_note` put into a pretrained_cfg, None if nothing."""
+    found = [note.removeprefix(_NOTE) for note in cfg.get("notes") or () if note.startswith(_NOTE)]
+    arguments: dict[str, Any] | None = json.loads(found[-1]) if found else None
+    return arguments
+
+
+def keep_record(model: Any, given: dict[str, Any]) -> None:
+    """Keep what timm saves with a model in step with its Sugar modules, whose alpha may change in training.
+
+    Every saving function asks for the state dict first, and then the record is brought up to date.
+
+    Args:
+        model: A model with SUGAR, as it was built.
+        given: The arguments for which it was built so.
+    """
+    if not hasattr(model, "_sugar_record"):
+        model.register_state_dict_pre_hook(_update_record)
+    given = {key: value for key, value in given.items() if key in ACTIVATION_ARGUMENTS}
+    model._sugar_record = (_states(model), given)
+
+
+def _update_record(model: Any, prefix: str, keep_vars: bool) -> None:
+    built, given = model._sugar_record
+    now = _states(model)
+    if len(now) > 1 and now != built:
+        warnings.warn("the surrogates of this network differ; what is saved with it names one for all", stacklevel=4)
+    if len(now) != 1:
+        return
+    arguments = given if now == built else _arguments(Sugar(*now[0][:2], save=now[0][2]))
+    if read_note(model.pretrained_cfg) is not None:
+        write_note(model, _arguments(Sugar(*now[0][:2], save=now[0][2])))
+    elif model_args(model) is not None:
+        kept = {key: value for key, value in (model_args(model) or {}).items() if key not in ACTIVATION_ARGUMENTS}
+        set_model_args(model, kept | arguments)
+
+
+def _states(model: nn.Module) -> list[tuple[str, float | None, str]]:
+    """Return the different states of a network's Sugar modules."""
+    return sorted({(m.surrogate, m.alpha, m.save) for m in model.modules() if isinstance(m, Sugar)}, key=str)
 
 
 def _record_in_transformers(model: Any, new: Sugar | None) -> bool:
@@ -287,15 +407,22 @@ def _is_default(new: Sugar) -> bool:
     return new.alpha == get_surrogate(new.surrogate).alpha and new.save == "exact"
 
 
-def _builds(model: nn.Module, build: Callable[[], nn.Module]) -> bool:
-    """Whether `build` gives a network with the same activations at the same places."""
+def _builds(model: nn.Module, build: Callable[[], nn.Module], plain: bool = False) -> bool:
+    """Whether `build` gives a network with the same activations at the same places.
+
+    With `plain`, SUGAR counts as the ReLU that it is at inference, and the tensors of both must have the same shapes.
+    """
 
     def layout(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-        return {
-            name: (old.surrogate, old.alpha, old.save) if isinstance(old, Sugar) else (name_of(old),)
-            for _, _, name, old, kind, _ in find_activations(model)
-            if kind is not None
-        }
+        found: dict[str, tuple[Any, ...]] = {}
+        for _, _, name, value, kind, _ in find_activations(model):
+            if isinstance(value, Sugar) and not plain:
+                found[name] = (value.surrogate, value.alpha, value.save)
+            elif kind == "relu" or isinstance(value, Sugar) or function_of(value) in (apply_sugar, sugar):
+                found[name] = ("relu",)
+            elif kind is not None:
+                found[name] = (name_of(value),)
+        return found | {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if plain}
 
     try:
         with torch.device("meta"), warnings.catch_warnings():

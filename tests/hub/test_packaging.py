@@ -1,16 +1,23 @@
 """Packaged folders: what config.json says for each kind of network, the weights, and the card."""
 
+import copy
 import json
+import sys
+import types
 
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from timm.models import _registry
 
 import timm_sugar
-from timm_sugar.hub import surrogate_of, write_model_folder
+from timm_sugar.hub import packaging, surrogate_of, write_model_folder
+from timm_sugar.hub.packaging import _write_config
+from timm_sugar.hub.reload import loads_in
 from timm_sugar.models import build
+from timm_sugar.models.swin_transformer import SugarSwinTransformer
 
 DATA_CONFIG = dict(
     input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
@@ -75,6 +82,76 @@ def test_config(tmp_path, name, arguments, architecture, model_args):
     assert surrogate_of(loaded) == (surrogate, alpha)
     transform = timm.data.resolve_model_data_config(loaded)
     assert (transform["input_size"], transform["crop_pct"]) == ((3, 32, 32), 1.0)
+
+
+NEW_FAMILY = """
+from timm.models import generate_default_cfgs, register_model
+from timm.models.{module} import {cls}
+from timm_sugar.models._pretrained import IMAGENET_INPUT, build_variant, cfg
+default_cfgs = generate_default_cfgs({{"{name}": cfg(**IMAGENET_INPUT, first_conv="stem.0", classifier="head.fc")}})
+@register_model
+def {name}(pretrained=False, **kwargs):
+    return build_variant({cls}, "{name}", pretrained, "nelu", **dict({arguments}, **kwargs))
+"""
+
+
+@pytest.fixture
+def new_family(monkeypatch):
+    """Register an entrypoint as CONTRIBUTING says, in a module of this package, and take it back afterwards."""
+    for table in ("_model_entrypoints", "_model_to_module", "_model_pretrained_cfgs", "_model_default_cfgs"):
+        monkeypatch.setattr(_registry, table, dict(getattr(_registry, table)))
+    for table in ("_module_to_models", "_model_with_tags"):
+        monkeypatch.setattr(_registry, table, copy.deepcopy(getattr(_registry, table)))
+
+    def register(name, **code):
+        module = types.ModuleType(f"timm_sugar.models.{code['module']}_of_a_test")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(NEW_FAMILY.format(name=name, **code), vars(module))
+
+    return register
+
+
+def test_a_new_family_that_timm_builds_with_relu_is_named_as_stock(new_family, tmp_path):
+    arguments = "dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True)"
+    new_family("convnext_atto_sugar_nelu", module="convnext", cls="ConvNeXt", arguments=arguments)
+    _, config = _package(tmp_path / "model", "convnext_atto_sugar_nelu")  # loads it back with stock timm
+    assert config["architecture"] == "convnext_atto"
+    assert config["model_args"]["act_layer"] == "relu"
+
+
+def test_a_new_family_that_timm_cannot_build_names_itself(new_family, tmp_path):
+    name = "swin_tiny_patch4_window7_224_sugar_nelu"
+    arguments = "dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))"
+    new_family(name, module="swin_transformer", cls="SwinTransformer", arguments=arguments)
+    sys.modules["timm_sugar.models.swin_transformer_of_a_test"].SwinTransformer = SugarSwinTransformer
+    model = timm.create_model(name, num_classes=3)
+    data_config = DATA_CONFIG | {"input_size": (3, 224, 224)}
+    config = _write_config(tmp_path / "config.json", model, name, ("ant", "bee", "cat"), data_config)
+    assert (config["architecture"], loads_in(config)) == (name, "plugin")
+
+
+def test_an_architecture_of_timm_without_relu_is_for_this_package_alone(tmp_path):
+    name = "swin_tiny_patch4_window7_224"
+    small = dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), img_size=64)
+    model = build(name, surrogate="nelu", alpha=0.3, num_classes=3, **small)
+    data_config = DATA_CONFIG | {"input_size": (3, 64, 64)}
+    write_model_folder(tmp_path / "model", model, name, ("ant", "bee", "cat"), data_config, FACTS)
+    card = (tmp_path / "model/README.md").read_text()
+    assert 'timm_sugar.create_model("local-dir:FOLDER", pretrained=True).eval()' in card
+    assert "transformers" not in card
+    with pytest.raises(TypeError, match="surrogate"):  # stock timm would load it under GELU
+        timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert surrogate_of(timm_sugar.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)) == ("nelu", 0.3)
+
+
+def test_a_package_that_stock_timm_loads_as_another_network_is_not_written(tmp_path, monkeypatch):
+    _package(tmp_path / "model", "resnet18_sugar_bsilu")
+    before = (tmp_path / "model/config.json").read_bytes()
+    monkeypatch.setattr(packaging, "stock_arguments", lambda model, architecture: {})
+    with pytest.raises(ValueError, match=r"timm without timm_sugar loads .* as another network: logits differ by"):
+        _package(tmp_path / "model", "convnext_atto", surrogate="nelu", ls_init_value=1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert (tmp_path / "model/config.json").read_bytes() == before
 
 
 def test_weights_are_safetensors_that_transformers_accepts(tmp_path):

@@ -134,6 +134,19 @@ def test_weights_of_another_run(hub, cli, run_folder, tmp_path):
     assert hub.requests == []
 
 
+def test_a_package_that_others_load_as_another_network(hub, cli, run_folder, parquet_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    config = tmp_path / "run/model/config.json"
+    config.write_text(config.read_text().replace('"model_args": {', '"model_args": {"act_layer": "gelu",'))
+    for argv in (
+        ["publish", tmp_path / "run", "--repo-id", REPO],
+        ["verify", tmp_path / "run", "--data", parquet_folder],
+    ):
+        message = one_error(cli(*argv))
+        assert "timm without timm_sugar loads the package as another network: logits differ by" in message
+    assert hub.requests == []
+
+
 def test_data_that_is_not_at_hand(hub, cli, run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     config = tmp_path / "run/config.yaml"

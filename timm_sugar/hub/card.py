@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import NAMES
 from ..metrics import METRICS
-from ..models import is_own
 from ..settings import names_of
 from ..surrogates import unknown_name
+from .reload import loads_in
 
 _TEMPLATE = Path(__file__).with_name("card.md")
 _FACTS = ("license", "dataset", "dataset_note", "limits", "paper", "baseline")
@@ -70,7 +70,7 @@ def model_card(
         metadata,
         template_path=str(_TEMPLATE),
         model_name=name,
-        stock=not is_own(config["architecture"]),
+        loads=loads_in(config),
         source=f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER",
         location=repo_id or "FOLDER",
         own=own,

@@ -47,6 +47,15 @@ class NamedModel:
         """Build the network, with the surrogate that it was trained with, and load its weights."""
         return create_model(self.source, pretrained=True)
 
+    def folder(self, network: nn.Module) -> Path:
+        """Return where the files are from which `load` made the network."""
+        kind, _, place = self.source.partition(":")
+        if kind == "local-dir":
+            return Path(place)
+        cfg: Any = network.pretrained_cfg
+        repo_id, _, commit = cfg["hf_hub_id"].partition("@")
+        return download(repo_id, "config.json", commit).parent
+
     def claim(self) -> EvalResult | None:
         """Return the accuracy that the card claims, with the data that it was measured on; None if it claims none.
 

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 from safetensors.torch import save_file
-from timm.layers import get_act_layer
 from torch import nn
 
 from .._timm import model_args as timm_arguments
 from .._timm import save_config_for_hf
-from ..layers import BSiLU, NeLU, Sugar
+from ..convert import OURS_ALONE, stock_arguments
+from ..layers import Sugar
 from ..models import stock_architecture
 from ..models._weights import WEIGHTS
 from .card import model_card
-
-_OWN_ARGUMENTS = ("surrogate", "alpha", "save", "zero_init_last")
+from .reload import check_reload
 
 
 def surrogate_of(model: nn.Module) -> tuple[str | None, float | None]:
@@ -46,7 +44,8 @@ def write_model_folder(
 
     Where timm has the architecture, config.json names the stock one, so that timm and transformers load the folder
     without this package, as the plain ReLU network that it is at inference. What it was trained with is recorded
-    under ``"timm_sugar"``, for `timm_sugar.create_model`.
+    under ``"timm_sugar"``, for `timm_sugar.create_model`. Before the folder is there, it is loaded back as its card
+    says, see `timm_sugar.hub.reload.check_reload`.
 
     Args:
         folder: Output folder.
@@ -57,64 +56,54 @@ def write_model_folder(
         run: What the card tells, see `timm_sugar.hub.card.model_card`.
 
     Raises:
-        ValueError: as many class names as logits are needed.
+        ValueError: as many class names as logits are needed; or the package does not load as its card says, or as
+            another network. Then nothing is left behind, and an earlier folder stays.
     """
     if len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-
-    surrogate, alpha = surrogate_of(model)
-    stock, model_args = _as_stock(model, architecture)
-    record = dict(architecture=architecture, surrogate=surrogate, alpha=alpha)
-    if surrogate is None and stock and not model_args and (timm_arguments(model) or {}).get("act_layer"):
-        record["act_layer"] = "relu"  # which the architecture of the record does not have by itself
-    save_config_for_hf(
-        model,
-        str(staging / "config.json"),
-        model_config=dict(
-            architecture=stock or architecture,
-            label_names=list(class_names),
-            dtype="float32",
-            timm_sugar=record,
-        ),
-        model_args=model_args,
-        data_config=data_config,
-    )
-    config = json.loads((staging / "config.json").read_text())
-    # transformers passes num_classes itself and fails on a second one.
-    hidden = ("num_classes", *(_OWN_ARGUMENTS if stock else ()), *(() if model_args else ("act_layer",)))
-    config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in hidden}
-    config["pretrained_cfg"]["hf_hub_filename"] = WEIGHTS  # so that timm does not fall back to a pickled .bin
-    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-    (staging / "README.md").write_text(model_card(config, run), encoding="utf-8")
-
+    try:
+        config = _write_config(staging / "config.json", model, architecture, class_names, data_config)
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        (staging / "README.md").write_text(model_card(config, run), encoding="utf-8")
+        check_reload(staging, model)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
     _replace_folder(staging, folder)
 
 
-def _as_stock(model: nn.Module, architecture: str) -> tuple[str | None, dict[str, Any]]:
-    """Return the timm architecture that the network plainly is, and its act_layer; None where timm has none.
-
-    timm alone has neither B-SiLU nor NeLU, so a network that has them in both passes is one of ours.
-    """
-    stock, given = stock_architecture(architecture), (timm_arguments(model) or {}).get("act_layer")
-    if given is None:
-        return stock, {}
-    if not isinstance(given, str) or (stock and given.startswith("sugar_")):
-        given = "relu"
-    if stock not in (None, architecture):
-        if get_act_layer(given) in (BSiLU, NeLU):
-            return None, {"act_layer": given}
-        try:
-            timm.create_model(stock, act_layer=given, device="meta")
-        except TypeError:  # VGG takes no names, and has ReLU by itself
-            return (stock, {}) if given == "relu" else (None, {"act_layer": given})
-    return stock, {"act_layer": given}
+def _write_config(
+    path: Path, model: nn.Module, architecture: str, class_names: Sequence[str], data_config: dict[str, Any]
+) -> dict[str, Any]:
+    surrogate, alpha = surrogate_of(model)
+    record = dict(architecture=architecture, surrogate=surrogate, alpha=alpha)
+    given = (timm_arguments(model) or {}).get("act_layer")
+    stock = stock_architecture(architecture)
+    arguments = stock_arguments(model, stock) if stock else None
+    if arguments is None:  # timm has none that is the same network: it is named as it is, which timm alone refuses
+        stock, hidden = architecture, {"num_classes"}
+    else:
+        hidden = {"num_classes", *OURS_ALONE, *({"act_layer"} - arguments.keys())}
+        if given and not arguments and surrogate is None:
+            record["act_layer"] = "relu"  # which the architecture of the record does not have by itself
+    save_config_for_hf(
+        model,
+        str(path),
+        model_config=dict(architecture=stock, label_names=list(class_names), dtype="float32", timm_sugar=record),
+        model_args={"act_layer": None} if arguments == {} and given else arguments,
+        data_config=data_config,
+    )
+    config: dict[str, Any] = json.loads(path.read_text())
+    # transformers passes num_classes itself and fails on a second one.
+    config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in hidden}
+    config["pretrained_cfg"]["hf_hub_filename"] = WEIGHTS  # so that timm does not fall back to a pickled .bin
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    return config
 
 
 def _replace_folder(staging: Path, folder: Path) -> None:

@@ -24,6 +24,7 @@ from ..models._download import patiently
 from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
 from .client import check_destination, check_repo_id, head_of
+from .reload import check_reload
 
 _SAMPLE = 1000  # test images that the weights are checked on
 RUN_FILES = ("summary.json", "metrics.jsonl", "config.yaml")
@@ -187,13 +188,15 @@ def check_weights(output: Path, data: str | None = None) -> str:
         What was found, for a person to read. Data that is not at hand is not downloaded for it, unless it is `data`.
 
     Raises:
-        ValueError, OSError, RuntimeError: the weights do not load, give no numbers, or not the recorded accuracy.
+        ValueError, OSError, RuntimeError: the weights do not load, here or where the card says that they do, give no
+            numbers, or not the recorded accuracy.
     """
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     folder = model_folder(output)
     model = create_model(f"local-dir:{folder}", pretrained=True).eval()
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
         raise ValueError(f"{folder / WEIGHTS} holds numbers that are not finite")
+    check_reload(folder, model)
     try:
         test = read_test_images(output, data)
     except (OSError, ModuleNotFoundError, ValueError) as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from .loading import find_model
 from .publish import measure
+from .reload import check_reload
 
 # A claim has four digits, and float32 rounds differently on other hardware: one image in 10,000.
 TOLERANCE = 0.5e-4 + 1e-4
@@ -39,7 +40,7 @@ def verify(
         revision: Of a repository: branch, tag or commit.
 
     Raises:
-        ValueError: the card claims no accuracy, or the data has other classes.
+        ValueError: the card claims no accuracy, the network does not load as it says, or the data has other classes.
         OSError: there is no such model, or a file of it is missing or corrupted.
     """
     found = find_model(model, revision)
@@ -49,6 +50,7 @@ def verify(
     if claim is None:
         raise ValueError(f"the card of {model} claims no accuracy")
     network = found.load()
+    check_reload(found.folder(network), network)
     images = found.load_data(network, data, label_column, image_column)
     top1, count = measure(network, images.test)
     return Verification(claim.metric_value, top1, count)

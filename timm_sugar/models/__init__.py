@@ -1,7 +1,8 @@
 """The registered models; the files carry timm's own module names, so timm.list_models(module="resnet") counts them."""
 
+from ..convert import is_own
 from . import conv2next, resnet, swin_transformer, vgg
-from ._pretrained import build, create_model, is_own, size_arguments, stock_architecture
+from ._pretrained import build, create_model, size_arguments, stock_architecture
 
 __all__ = [
     "build",

@@ -11,14 +11,13 @@ from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
     is_model,
-    model_entrypoint,
     parse_model_name,
     split_model_name_tag,
 )
 from torch import Tensor, nn
 
 from .._timm import set_model_args
-from ..convert import NOT_RECORDED, convert
+from ..convert import NOT_RECORDED, convert, is_own, keep_record
 from ..layers import sugar_act_layer
 from ._weights import WEIGHTS, read_config, read_published
 
@@ -88,13 +87,13 @@ def build_variant(
         RuntimeError: there are no weights, or they are those of another architecture, or of another number of classes
             than the network has without `num_classes`.
     """
-    recorded: dict[str, Any] = {}
     if pretrained and not _has_source(kwargs):
         found = read_published(variant, kwargs.get("pretrained_cfg"), kwargs.get("cache_dir"))
         kwargs["pretrained_cfg"] = found.pretrained_cfg
         if surrogate is None and alpha is None and act_layer is None:
             recorded = found.activation
             surrogate, alpha, act_layer = (recorded.get(key) for key in ("surrogate", "alpha", "act_layer"))
+            save = save or recorded.get("save")
     layer = sugar_act_layer(default, surrogate, alpha, act_layer, save, default_alpha)
     if layer is not None:
         kwargs["act_layer"] = layer
@@ -106,8 +105,10 @@ def build_variant(
         return state_dict
 
     model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
-    if recorded:
-        set_model_args(model, recorded)  # a saved model comes back with it
+    given = dict(surrogate=surrogate, alpha=alpha, act_layer=act_layer, save=save)
+    given = {key: value for key, value in given.items() if value is not None}
+    set_model_args(model, given)  # a saved model comes back with them
+    keep_record(model, given)
     built: ModelT = model
     return built
 
@@ -178,7 +179,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     found = read_config(f"{source}:{model_id}", kwargs.get("cache_dir"), weights=pretrained)
     activation = found.activation
     if any(kwargs.get(key) is not None for key in ("surrogate", "act_layer")):
-        activation = {}  # another surrogate starts from its own default alpha
+        # Another surrogate starts from its own default alpha.
+        activation = {key: activation[key] for key in ("save",) if key in activation and not kwargs.get("act_layer")}
     arguments = {**found.model_args, **activation, **kwargs}
     saved: dict[str, Any] = dict(pretrained_cfg=found.pretrained_cfg, pretrained_model_args=found.model_args)
     return build(found.architecture, pretrained=pretrained, **saved, **arguments)
@@ -205,12 +207,6 @@ def build(
     with warnings.catch_warnings():  # whoever calls this keeps the surrogate next to the weights
         warnings.filterwarnings("ignore", message=NOT_RECORDED)
         return convert(model, surrogate, alpha, save or "exact")
-
-
-def is_own(architecture: str) -> bool:
-    """Whether `architecture` is registered by this package, rather than by timm."""
-    name = split_model_name_tag(architecture)[0]
-    return is_model(name) and model_entrypoint(name).__module__.startswith(__package__)
 
 
 def stock_architecture(architecture: str) -> str | None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, is_model
 
 from .._timm import parse_model_config
+from ..convert import ACTIVATION_ARGUMENTS, read_note
 from ._download import download, reach_hub, refuse_bad_token
 
 ORGANISATION = "timm-sugar"
@@ -33,8 +34,7 @@ _NOT_MODEL_ARGUMENTS = {
 }
 # Arguments that every entrypoint takes from its pretrained_cfg, or whose effect is over once weights are loaded. Drop
 # rates, which have none at inference, are not recorded by timm.
-_OF_ANY_ENTRYPOINT = {"num_classes", "in_chans", "global_pool", "img_size", "zero_init_last", "ls_init_value", "save"}
-_ACTIVATION = ("surrogate", "alpha", "act_layer")
+_OF_ANY_ENTRYPOINT = {"num_classes", "in_chans", "global_pool", "img_size", "zero_init_last", "ls_init_value"}
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,13 @@ class PublishedConfig:
     Attributes:
         source: ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``.
         architecture: Name in timm's registry; the recorded one of this package where there is a record.
-        recorded: Whether there is a record of this package.
-        activation: The recorded surrogate and alpha, or act_layer where the network has none.
+        activation: The recorded surrogate, alpha and save, or act_layer where the network has none.
         model_args: Arguments of the model apart from those.
         pretrained_cfg: For timm: input, classes, and where the weights are.
     """
 
     source: str
     architecture: str
-    recorded: bool
     activation: dict[str, Any]
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
@@ -209,8 +207,10 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
         where = {"file": model_id, "source": "local-dir"}
     try:
         config = json.loads(paths[0].read_text(encoding="utf-8"))
-        record = config.get("timm_sugar")
         cfg, architecture, model_args = parse_model_config(config)
+        record = config.get("timm_sugar")
+        if record is None and (noted := read_note(cfg)) is not None:
+            record = {"architecture": architecture} | noted
         architecture, activation = _read_record(record, architecture, model_args)
         if not is_model(architecture):
             raise ValueError(f"it names {architecture!r}, which is no model of timm's registry")
@@ -222,26 +222,26 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
             raise ValueError(f"it names {file!r} as its weights; only {WEIGHTS} is loaded")
         fields = {field.name for field in dataclasses.fields(PretrainedCfg)} - _SOURCES
         cfg = {key: value for key, value in cfg.items() if key in fields} | where
-        others = {key: value for key, value in model_args.items() if key not in _ACTIVATION}
+        others = {key: value for key, value in model_args.items() if key not in ACTIVATION_ARGUMENTS}
         _check_sizes(cfg, others)
         if weights:
             _check_shapes(paths[1], architecture, cfg, others)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"config.json of {model_id} cannot be used: {reason}") from error
-    return PublishedConfig(source, architecture, record is not None, activation, others, cfg)
+    return PublishedConfig(source, architecture, activation, others, cfg)
 
 
 def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    given = {key: model_args[key] for key in _ACTIVATION if model_args.get(key) is not None}
+    given = {key: model_args[key] for key in ACTIVATION_ARGUMENTS if model_args.get(key) is not None}
     if record is not None:
         architecture = record["architecture"]
-        recorded = {key: record[key] for key in ("surrogate", "alpha") if record.get(key) is not None}
+        recorded = {key: record[key] for key in ("surrogate", "alpha", "save") if record.get(key) is not None}
         # Where there is a surrogate, act_layer is the plain ReLU that stands in for it elsewhere.
         plain = {"act_layer": record.get("act_layer", given.get("act_layer")), "alpha": given.get("alpha")}
         plain = {key: value for key, value in plain.items() if value is not None}
         given = recorded or (plain if "act_layer" in plain else {})
-    kinds: dict[str, Any] = {"surrogate": str, "alpha": (int, float), "act_layer": str}
+    kinds: dict[str, Any] = {"surrogate": str, "alpha": (int, float), "act_layer": str, "save": str}
     for key, value in given.items():
         if not isinstance(value, kinds[key]):
             raise ValueError(f"{key} is {value!r}")

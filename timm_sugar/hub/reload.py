@@ -1,0 +1,132 @@
+"""Loading a package back where its card says that it loads, in a process of its own, and comparing the logits."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..models import is_own
+
+_TOLERANCE = 1e-4  # of the largest logit: as far as two processes round differently
+
+# Run by `python -c`, so that no import of this package comes first. It answers a line of JSON with another.
+_LOADER = """
+import importlib.util, json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+if sys.argv[1] == "plugin":
+    import timm_sugar
+import timm, torch
+from safetensors.torch import load_file
+
+def load(library, folder):
+    if library == "transformers":
+        from transformers import AutoModelForImageClassification
+        return AutoModelForImageClassification.from_pretrained(folder)
+    create = timm.create_model if library == "timm" else timm_sugar.create_model
+    return create("local-dir:" + folder, pretrained=True)
+
+for line in sys.stdin:
+    folder, libraries, reference = json.loads(line)
+    expected, answer = load_file(reference), {}
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            continue
+        try:
+            with torch.inference_mode():
+                logits = load(library, folder).eval()(expected["images"])
+            logits = getattr(logits, "logits", logits)
+            same = logits.shape == expected["logits"].shape
+            answer[library] = (logits - expected["logits"]).abs().max().item() if same else str(tuple(logits.shape))
+        except Exception as error:
+            answer[library] = f"{type(error).__name__}: {error}"
+    if sys.argv[1] != "plugin" and "timm_sugar" in sys.modules:
+        answer = {"timm": "timm_sugar was imported by another package"}
+    print(json.dumps(answer), file=answers, flush=True)
+"""
+
+
+def loads_in(config: dict[str, Any]) -> str:
+    """Return what a packaged network needs by its config.json: "timm" alone, timm with our "plugin", or "timm_sugar".
+
+    The last is an architecture of timm which timm cannot build with ReLU, so that `timm_sugar.create_model` must.
+    """
+    if is_own(config["architecture"]):
+        return "plugin"
+    return "timm_sugar" if "surrogate" in config.get("model_args", {}) else "timm"
+
+
+def check_reload(folder: Path, model: nn.Module) -> None:
+    """Load a package in another process as its card says, and compare its logits on fixed images with those of `model`.
+
+    timm does it without this package where config.json names what timm has, and transformers where it is installed.
+
+    Args:
+        folder: With config.json and model.safetensors.
+        model: The network that is in it, on any device.
+
+    Raises:
+        ValueError: it does not load, or computes something else.
+        RuntimeError: the process did not answer.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    needs = loads_in(config)
+    libraries = ["timm_sugar" if needs == "timm_sugar" else "timm"]
+    if needs != "timm_sugar" and "timm_sugar" in config:
+        libraries.append("transformers")
+    plain = copy.deepcopy(model).cpu().float().eval()
+    size = config["pretrained_cfg"]["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = plain(images).clone()
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"the network of {folder} gives logits that are not finite")
+    with tempfile.TemporaryDirectory() as place:
+        reference = Path(place, "reference.safetensors")
+        save_file({"images": images, "logits": logits}, reference)
+        found = _ask(needs != "timm", [str(folder.resolve()), libraries, str(reference)])
+    tolerance = _TOLERANCE * logits.abs().max().item() + 1e-6
+    for library, difference in found.items():
+        where = library if needs != "timm" else f"{library} without timm_sugar"
+        if isinstance(difference, str):
+            raise ValueError(f"{where} does not load the package: {' '.join(difference.split())[:500]}")
+        if not difference <= tolerance:
+            raise ValueError(f"{where} loads the package as another network: logits differ by {difference:.3g}")
+
+
+def _ask(plugin: bool, request: list[Any]) -> dict[str, float | str]:
+    loader = _loader(plugin)
+    assert loader.stdin
+    assert loader.stdout
+    try:
+        loader.stdin.write(json.dumps(request) + "\n")
+        loader.stdin.flush()
+        answer: dict[str, float | str] = json.loads(loader.stdout.readline())
+    except (OSError, ValueError) as error:
+        _loader.cache_clear()
+        loader.kill()
+        raise RuntimeError(f"the process that loads a package back ended with status {loader.wait()}") from error
+    return answer
+
+
+@cache
+def _loader(plugin: bool) -> "subprocess.Popen[str]":
+    """Start the process once: importing torch takes longer than loading a network. It ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _LOADER, "plugin" if plugin else "alone"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tempfile.gettempdir(),  # which is the first entry of its sys.path
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
