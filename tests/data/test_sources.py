@@ -108,8 +108,24 @@ def test_folder_without_images_or_held_out_split(tmp_path):
         load_source(str(other))
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match="cannot load folder"):
+    with pytest.raises(FileNotFoundError, match="holds no files; images belong in train/CLASS and test/CLASS, parquet"):
         load_source(str(empty))
+    (empty / "train.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FileNotFoundError, match=r"cannot load folder .*empty': An error occurred .*: ") as caught:
+        load_source(str(empty))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_rows(tmp_path, streaming):
+    folder = _write_table(tmp_path)
+    pq.write_table(pq.read_table(tmp_path / "train.parquet").slice(0, 0), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="has no images to train on; a classifier needs two classes or more"):
+        load_source(folder, streaming=streaming)
+    folder = _write_table(tmp_path)
+    pq.write_table(pq.read_table(tmp_path / "train.parquet").slice(0, 0), tmp_path / "train-0.parquet")
+    source = load_source(folder, streaming=streaming)
+    assert _names_seen(source.train, [*COLOURS]) == ([*COLOURS], [*COLOURS])
 
 
 def test_unlabelled_test_split_gives_way_to_validation(tmp_path):

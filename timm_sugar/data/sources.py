@@ -160,6 +160,11 @@ def _load_tiny_imagenet(folder: Path) -> Source:
 
 def _load_folder(folder: Path, label_column: str | None, image_column: str | None, streaming: bool) -> Source:
     data, files = str(folder), files_below(folder)
+    if not files:
+        raise FileNotFoundError(
+            f"data folder {data!r} holds no files; images belong in train/CLASS and test/CLASS, parquet files are "
+            "named train-*.parquet and test-*.parquet"
+        )
     parquet = parquet_by_split(folder, files)
     if parquet:
         return _load_parquet(data, parquet, label_column, image_column, streaming)
@@ -330,13 +335,13 @@ def _load_parquet(
 
         if streaming:
             columns = [read(path, [image_column])[image_column] for path in paths]
-        else:
+        elif filled := [path for path, part in zip(paths, labels, strict=True) if len(part.numbers)]:
             loaded = _load_dataset(
                 data,
                 "parquet",
-                # The cache knows files by path and time alone.
+                # The cache of datasets identifies files by path and modification time only.
                 name=hashlib.sha256(repr([os.path.getsize(path) for path in paths]).encode()).hexdigest()[:16],
-                data_files={split: [glob.escape(path) for path in paths]},
+                data_files={split: [glob.escape(path) for path in filled]},  # it fails on files without rows
                 columns=[image_column],
                 features=datasets.Features({image_column: datasets.Image()}),
             )
@@ -407,7 +412,8 @@ def _load_dataset(data: str, path: str, streaming: bool = False, **arguments: An
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "folder" if Path(data).is_dir() else "Hub data set"
-        raise FileNotFoundError(f"cannot load {kind} {data!r}: {_first_line(error)}") from error
+        cause = f": {_first_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
+        raise FileNotFoundError(f"cannot load {kind} {data!r}: {_first_line(error)}{cause}") from error
 
 
 class _LayoutError(ValueError):
