@@ -16,7 +16,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from tests.conftest import coloured_images, image_folder
-from timm_sugar.hub import verify
+from timm_sugar.hub import check_weights, verify
 from timm_sugar.training import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,15 @@ def test_another_mean_of_the_same_data_is_refused(tmp_path):
 
 def _nothing_trained(run):
     return not list(run.rglob("*.safetensors"))
+
+
+def test_a_run_without_its_bad_images_is_measured_on_the_same_again(tmp_path):
+    image_folder(tmp_path / "data", 24, ("train", "test"), corrupt=[("train", 3), ("test", 0), ("test", 9)])
+    summary = train(_config(tmp_path / "data", tmp_path / "run", skip_bad_images=True))
+    assert (summary["bad_images"], summary["test_images"]) == (3, 22)
+    assert check_weights(tmp_path / "run").startswith("accuracy on 22 of 22 test images: ")
+    found = verify(str(tmp_path / "run"), str(tmp_path / "data"))
+    assert (found.holds, found.images) == (True, 22)
 
 
 def test_corrupt_images_that_leave_nothing_are_refused(tmp_path):

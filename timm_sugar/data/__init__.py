@@ -2,8 +2,8 @@
 
 from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
 from .folders import listed
-from .images import BadImageError, LabelledImages
-from .loading import Split, available_cpus, check_readable, decode, decoded_size, fingerprint, readable, seed_everything
+from .images import BadImageError, LabelledImages, available_cpus, check_readable, readable
+from .loading import Split, decode, decoded_size, fingerprint, seed_everything
 from .sources import Source, load_source, split_validation, stratified_sample
 from .transforms import channel_statistics, eval_transform, normalize, train_transform
 

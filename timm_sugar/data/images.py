@@ -1,7 +1,9 @@
 """Labelled images, decoded to RGB as they are read: orientation, bit depths, and errors that name the image."""
 
 import io
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,7 +71,7 @@ class LabelledImages:
         try:
             return get(row)
         except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-            if is_trouble_of_the_machine(error):
+            if _is_trouble_of_the_machine(error):
                 message = f"cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
             else:
                 unknown = isinstance(error, UnidentifiedImageError)
@@ -82,7 +84,7 @@ class LabelledImages:
         return LabelledImages(self.read, self.rows[indices], self.labels[indices], self.place, self.stored)
 
 
-def is_trouble_of_the_machine(error: BaseException | None) -> bool:
+def _is_trouble_of_the_machine(error: BaseException | None) -> bool:
     """Whether an image could not be read for a reason that is not in the image, and may be gone at the next try."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
@@ -130,3 +132,47 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if not (largest > least and np.isfinite(pixels).all()):
         raise ValueError(f"its pixels are not finite, or their range from {least:g} to {largest:g} is empty")
     return Image.fromarray(np.clip(np.round((pixels - least) * (255 / (largest - least))), 0, 255).astype(np.uint8))
+
+
+def readable(images: LabelledImages, threads: int = 2) -> np.ndarray:
+    """Decode every image and return the indices of those that can be, int64.
+
+    Raises:
+        BadImageError: a file cannot be read, which says nothing of the image in it.
+    """
+
+    def check(chunk: range) -> list[int]:
+        good = []
+        for index in chunk:
+            try:
+                images[index]
+            except BadImageError as error:
+                if _is_trouble_of_the_machine(error.__cause__):
+                    raise
+                continue
+            good.append(index)
+        return good
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.array([index for part in pool.map(check, chunks(len(images))) for index in part], np.int64)
+
+
+def check_readable(images: LabelledImages, threads: int = 2) -> None:
+    """Decode every image.
+
+    Raises:
+        BadImageError: one cannot be decoded; the message names its file or row.
+    """
+    bad = np.setdiff1d(np.arange(len(images)), readable(images, threads))
+    if len(bad):
+        images[int(bad[0])]
+
+
+def chunks(count: int, size: int = 256) -> list[range]:
+    """Split range(count) into ranges of `size` indices, for threads."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def available_cpus() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

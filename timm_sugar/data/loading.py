@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .images import BadImageError, LabelledImages, is_trouble_of_the_machine
+from .images import BadImageError, LabelledImages, available_cpus, chunks
 from .sources import Source
 from .transforms import ImageTransform
 
@@ -37,31 +37,8 @@ def decode(images: LabelledImages, transform: ImageTransform, threads: int = 2) 
             pixels[index] = transform(images[index])
 
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the interpreter lock
-        list(pool.map(fill, _chunks(len(images))))
+        list(pool.map(fill, chunks(len(images))))
     return torch.from_numpy(pixels)
-
-
-def readable(images: LabelledImages, threads: int = 2) -> np.ndarray:
-    """Decode every image and return the indices of those that can be, int64.
-
-    Raises:
-        BadImageError: a file cannot be read, which says nothing of the image in it.
-    """
-
-    def check(chunk: range) -> list[int]:
-        good = []
-        for index in chunk:
-            try:
-                images[index]
-            except BadImageError as error:
-                if is_trouble_of_the_machine(error.__cause__):
-                    raise
-                continue
-            good.append(index)
-        return good
-
-    with ThreadPoolExecutor(threads) as pool:
-        return np.array([index for part in pool.map(check, _chunks(len(images))) for index in part], np.int64)
 
 
 def fingerprint(source: Source, threads: int = 2) -> dict[str, int | str]:
@@ -83,7 +60,7 @@ def fingerprint(source: Source, threads: int = 2) -> dict[str, int | str]:
 
     splits = (source.train, source.test)
     with ThreadPoolExecutor(threads) as pool:
-        content = [pool.map(partial(hash_chunk, images), _chunks(len(images))) for images in splits]
+        content = [pool.map(partial(hash_chunk, images), chunks(len(images))) for images in splits]
         digests = [part for parts in content for part in parts]
     hashed = {
         "class_names": "\0".join(source.class_names).encode(),
@@ -96,17 +73,6 @@ def fingerprint(source: Source, threads: int = 2) -> dict[str, int | str]:
         "classes": len(source.class_names),
         **{name: hashlib.sha256(content).hexdigest()[:16] for name, content in hashed.items()},
     }
-
-
-def check_readable(images: LabelledImages, threads: int = 2) -> None:
-    """Decode every image.
-
-    Raises:
-        BadImageError: one cannot be decoded; the message names its file or row.
-    """
-    bad = np.setdiff1d(np.arange(len(images)), readable(images, threads))
-    if len(bad):
-        images[int(bad[0])]
 
 
 @dataclass
@@ -185,11 +151,6 @@ class _Images(Dataset[Any]):
         return torch.as_tensor(transformed), self._split.labels[index]
 
 
-def available_cpus() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def seed_everything(seed: int) -> None:
     """Seed the global generators that transforms and Mixup draw from: Python's, NumPy's and torch's on the CPU."""
     random.seed(seed)
@@ -214,10 +175,6 @@ def _begin_worker(parent: int, worker: int) -> None:
     # Ctrl-C and a batch system's SIGTERM reach the workers too; the training process saves first, then ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _chunks(count: int, size: int = 256) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def decoded_size(images: LabelledImages, data_config: dict[str, Any]) -> int:

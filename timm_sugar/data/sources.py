@@ -28,7 +28,7 @@ from .folders import (
     split_folders,
     split_of,
 )
-from .images import LabelledImages, to_rgb
+from .images import LabelledImages, available_cpus, readable, to_rgb
 
 NAMES = {
     "digits": "scikit-learn",
@@ -42,12 +42,17 @@ _IMAGE_COLUMNS = ("image", "img")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the images to train on, those held out for the final test, and the names of the classes."""
+    """A data set: the images to train on, those held out for the final test, and the names of the classes.
+
+    Attributes:
+        bad_images: Number of images left out because they cannot be decoded.
+    """
 
     name: str
     train: LabelledImages
     test: LabelledImages
     class_names: tuple[str, ...]
+    bad_images: int = 0
 
 
 def load_source(
@@ -56,6 +61,7 @@ def load_source(
     split_seed: int = 0,
     streaming: bool = False,
     image_column: str | None = None,
+    skip_bad_images: bool = False,
 ) -> Source:
     """Load a data set by name, Hub id or folder.
 
@@ -68,6 +74,7 @@ def load_source(
         streaming: Read the files once, as stored, into memory, instead of through a copy in the cache on disk. Splits,
             order and images are the same.
         image_column: Column of the images; None takes image, img, or the only one that holds images.
+        skip_bad_images: Decode every image, and leave out those that cannot be decoded.
 
     The held-out images are those of the split test, or where there is none, or it has no labels, of validation.
     Labels go by the names of the classes, whatever numbers a file gives them. A class without images for training or
@@ -75,10 +82,16 @@ def load_source(
 
     Raises:
         ValueError: the name is unknown, there is no label column, image column or held-out split, a label is missing,
-            or the test has classes that the training images lack.
+            the test has classes that the training images lack, or `skip_bad_images` leaves no test image, or no
+            training image of a class.
         FileNotFoundError: the folder does not exist, or holds no images.
         ModuleNotFoundError: the extra "train" is not installed.
     """
+    source = _load(data, label_column, split_seed, streaming, image_column)
+    return _without_bad_images(source) if skip_bad_images else source
+
+
+def _load(data: str, label_column: str | None, split_seed: int, streaming: bool, image_column: str | None) -> Source:
     if data == "digits":
         return _load_digits(split_seed)
     folder = Path(data)
@@ -91,6 +104,19 @@ def load_source(
     if data not in NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
         raise ValueError(f"{unknown_name('data set', data, [*NAMES])} (or give ORG/NAME of the Hub, or a folder)")
     return _load_columns(data, label_column, image_column, streaming, path=NAMES.get(data, data))
+
+
+def _without_bad_images(source: Source) -> Source:
+    train, test = (images.subset(readable(images, available_cpus())) for images in (source.train, source.test))
+    for name, found, kept in (("training", source.train, train), ("test", source.test, test)):
+        if not len(kept):
+            raise ValueError(f"data set {source.name!r}: none of the {len(found)} {name} images can be decoded")
+    lost = np.setdiff1d(source.train.labels, train.labels)
+    if len(lost):
+        names = listed([source.class_names[label] for label in lost])
+        raise ValueError(f"data set {source.name!r}: no training image of class {names} can be decoded")
+    bad = len(source.train) + len(source.test) - len(train) - len(test)
+    return replace(source, train=train, test=test, bad_images=bad)
 
 
 def split_validation(images: LabelledImages, fraction: float, split_seed: int) -> tuple[LabelledImages, LabelledImages]:

@@ -50,7 +50,8 @@ def model_card(
         dataset_type=dataset_id or dataset_name,
         dataset_name=dataset_name,
         dataset_split="test",
-        dataset_args={key: settings.get(key) for key in ("label_column", "image_column", "split_seed")},
+        dataset_args={key: settings.get(key) for key in ("label_column", "image_column", "split_seed")}
+        | ({"skip_bad_images": True} if settings.get("skip_bad_images") else {}),
         metric_type="accuracy",
         metric_name="top-1 accuracy",
         metric_value=round(run["test_top1"], 4),

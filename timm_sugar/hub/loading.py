@@ -109,6 +109,7 @@ class NamedModel:
             label_column or arguments.get("label_column"),
             arguments.get("split_seed") or 0,
             image_column=image_column or arguments.get("image_column"),
+            skip_bad_images=bool(arguments.get("skip_bad_images")),
         )
 
     def validation_images(self, source: Source) -> tuple[str, LabelledImages]:

@@ -171,8 +171,8 @@ def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
         dataset_id = dataset_of(data)[0]
         if dataset_id and not Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}").is_dir():
             raise FileNotFoundError(f"{data} is not here, --data may say where it is")
-    columns = {name: settings.get(name) for name in ("label_column", "image_column")}
-    return load_source(data, split_seed=settings.get("split_seed", 0), **columns).test
+    names = ("label_column", "image_column", "split_seed", "skip_bad_images")
+    return load_source(data, **{name: settings[name] for name in names if name in settings}).test
 
 
 def check_weights(output: Path, data: str | None = None) -> str:

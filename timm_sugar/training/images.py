@@ -1,6 +1,5 @@
 """The images of a run: split, decoded into memory where they fit, sharded over processes, ordered by epoch."""
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from ..data import (
     fingerprint,
     listed,
     load_source,
-    readable,
     split_validation,
     stratified_sample,
     train_transform,
@@ -60,29 +58,13 @@ class Images:
     fingerprint: dict[str, int | str]
 
 
-def open_source(config: TrainConfig) -> tuple[Source, int]:
-    """Return the data set and the number of images left out because they cannot be decoded.
-
-    Raises:
-        ValueError: see `timm_sugar.data.load_source`; or no test image, or no training image of a class, is left.
-    """
-    seed, columns = config.split_seed, dict(label_column=config.label_column, image_column=config.image_column)
-    source = load_source(config.data, split_seed=seed, streaming=config.streaming, **columns)
-    if not config.skip_bad_images:
-        return source, 0
-    train, test = (images.subset(readable(images, available_cpus())) for images in (source.train, source.test))
-    for name, found, kept in (("training", source.train, train), ("test", source.test, test)):
-        if not len(kept):
-            raise ValueError(f"data set {source.name!r}: none of the {len(found)} {name} images can be decoded")
-    lost = np.setdiff1d(source.train.labels, train.labels)
-    if len(lost):
-        names = listed([source.class_names[label] for label in lost])
-        raise ValueError(f"data set {source.name!r}: no training image of class {names} can be decoded")
-    bad = len(source.train) + len(source.test) - len(train) - len(test)
-    return dataclasses.replace(source, train=train, test=test), bad
+def open_source(config: TrainConfig) -> Source:
+    """Return the data set that the settings name."""
+    names = ("label_column", "image_column", "split_seed", "streaming", "skip_bad_images")
+    return load_source(config.data, **{name: getattr(config, name) for name in names})
 
 
-def load_images(config: TrainConfig, source: Source, bad: int, rank: int, processes: int) -> Images:
+def load_images(config: TrainConfig, source: Source, rank: int, processes: int) -> Images:
     """Split the images, decode those that fit into `memory_limit`, and resolve mean and standard deviation.
 
     Raises:
@@ -130,7 +112,9 @@ def load_images(config: TrainConfig, source: Source, bad: int, rank: int, proces
         Split(torch.from_numpy(part.labels), pixels[name], part, transforms[name])
         for name, part in (("train", parts["train"]), *shares.items())
     )
-    return Images(source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, bad, found)
+    return Images(
+        source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, source.bad_images, found
+    )
 
 
 def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, LabelledImages]:

@@ -94,11 +94,11 @@ def build(config: TrainConfig) -> Run:
     check_names(config)
     accelerator = make_accelerator(config)
     processes, device = accelerator.num_processes, accelerator.device
-    source, bad_images = open_source(config)
+    source = open_source(config)
     # Built before the images are decoded, so that a wrong argument fails at once.
     network, evaluated = (build_network(config, source) for _ in range(2))
     surrogate = check_surrogates(config, network)
-    images = load_images(config, source, bad_images, accelerator.process_index, processes)
+    images = load_images(config, source, accelerator.process_index, processes)
     left_open = [name for name in ("mean", "std", "warmup_epochs") if getattr(config, name) is None]
     warmup = 0.1 * config.epochs * (config.sched == "cosine") if config.warmup_epochs is None else config.warmup_epochs
     mean, std = list(images.data_config["mean"]), list(images.data_config["std"])
