@@ -208,7 +208,7 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 @_command(
-    "measure again the accuracy that the card of a published model claims; exit status 1 where it is another",
+    "measure again every number that the card of a published model claims; exit status 1 where one does not hold",
     "timm-sugar verify me/resnet18_sugar_bsilu.digits --data digits",
     _argument("model", metavar="REPO_OR_FOLDER", help="ORG/NAME on the Hub, a published folder, or a run's"),
     *_DATA,
@@ -216,15 +216,28 @@ def _publish(args: argparse.Namespace) -> int:
     _JSON,
 )
 def _verify(args: argparse.Namespace) -> int:
-    found = verify(args.model, args.data, args.label_column, args.revision, args.image_column)
+    with progress_bars("test images", "validation images") as bars:
+        progress = dict(zip(("test", "val"), bars, strict=True))
+        found = verify(args.model, args.data, args.label_column, args.revision, args.image_column, progress)
     if args.json:
-        result = dict(claimed=found.claimed, measured=found.measured, images=found.images, holds=found.holds)
-        print(json.dumps(result, indent=2))
+        keys = ("label", "place", "claimed", "measured", "holds")
+        claims = [{key: getattr(claim, key) for key in keys} for claim in found.claims]
+        print(json.dumps(dict(claims=claims, images=found.images, holds=found.holds), indent=2))
     else:
-        rows = {"claimed by the card": found.claimed, f"measured on {found.images:,} images": found.measured}
-        print_table(("top-1 accuracy", "percent"), [(what, f"{100 * value:.2f}") for what, value in rows.items()])
-    if not found.holds:
-        print(f"timm-sugar verify: error: {args.model} does not have the accuracy that it claims", file=sys.stderr)
+
+        def percent(value: float | None) -> str:
+            return "-" if value is None else f"{100 * value:.2f}"
+
+        rows = [(c.label, c.place, percent(c.claimed), percent(c.measured)) for c in found.claims]
+        print_table(("claim", "of the card's", "claimed (%)", "measured (%)"), rows, left=(0, 1))
+        print(f"{found.images:,} test images")
+    for what, wrong in (
+        ("does not have what it claims", [c for c in found.claims if not c.holds and c.measured is not None]),
+        ("claims what could not be measured on this data", [c for c in found.claims if c.measured is None]),
+    ):
+        if wrong:
+            names = ", ".join(f"{claim.label} ({claim.place})" for claim in wrong)
+            print(f"timm-sugar verify: error: {args.model} {what}: {names}", file=sys.stderr)
     return 0 if found.holds else 1
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 
@@ -25,8 +26,8 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Collec
 
 @contextmanager
 def progress_bars(*tasks: str) -> Iterator[list[Callable[[int, int], None]]]:
-    """Show a bar for each task on a terminal; yield for each a function that takes the steps done and in all."""
-    if not sys.stderr.isatty():
+    """Show a bar for each task on a terminal, by rich; yield for each a function that takes steps done and in all."""
+    if not sys.stderr.isatty() or find_spec("rich") is None:
         yield [lambda done, total: None for _ in tasks]
         return
     import rich.progress as bars  # comes with an extra

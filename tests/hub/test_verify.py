@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from timm_sugar.hub import files_of_run
+from timm_sugar.metrics import find_metric
 
 from .test_publish import one_error
 
@@ -28,15 +29,22 @@ def published(hub, files, request):
 
 
 def test_repository_run_and_folder(cli, published, run_folder, parquet_folder):
+    summary = json.loads((run_folder / "summary.json").read_text())
     for model in (published, run_folder, run_folder / "model"):
         result = cli("verify", model, "--data", parquet_folder, "--json")
         assert (result.status, result.err) == (0, "")
         found = json.loads(result.out)
-        recorded = json.loads((run_folder / "summary.json").read_text())["test_top1"]
-        assert found["claimed"] == round(recorded, 4)
-        assert found["measured"] == recorded
         assert (found["images"], found["holds"]) == (60, True)
-    assert "measured on 60 images" in cli("verify", run_folder, "--data", parquet_folder).out
+        top1, *table = found["claims"]
+        assert (top1["place"], top1["claimed"]) == ("model-index", round(summary["test_top1"], 4))
+        assert top1["measured"] == summary["test_top1"]
+        keys = ["test_top1", "test_top5", "val_top1", "dead_units", "activation_sparsity"]
+        assert [row["label"] for row in table] == [find_metric(key).label for key in keys]
+        for row, key in zip(table, keys, strict=True):
+            assert row["place"] == "table"
+            assert row["claimed"] == pytest.approx(summary[key], abs=0.51e-4)
+            assert row["measured"] == pytest.approx(summary[key], abs=1e-6)
+    assert "60 test images" in cli("verify", run_folder, "--data", parquet_folder).out
 
 
 def test_digits_are_split_as_in_training(cli, tmp_path, run_folder):
@@ -51,14 +59,42 @@ def test_digits_are_split_as_in_training(cli, tmp_path, run_folder):
     assert result.status == 0, result.err + result.out
 
 
-def test_a_false_claim_is_status_1(hub, cli, published, parquet_folder):
+SECOND = """    - type: accuracy
+      value: 0.5
+      name: accuracy at night
+"""
+ELSEWHERE = """  - task: {type: image-classification}
+    dataset: {type: lab/other, name: other, split: test}
+    metrics:
+    - {type: accuracy, value: 0.9999, name: accuracy}
+"""
+
+
+FALSE = "does not have what it claims: "
+NOT_MEASURED = "claims what could not be measured on this data: "
+
+
+@pytest.mark.parametrize(
+    ("pattern", "instead", "message", "shown"),
+    [
+        (r"value: [\d.]+", "value: 0.51", FALSE + "top-1 accuracy (model-index)", "51.00"),
+        (r"(?<=\n)---\n\n# ", SECOND + "---\n\n# ", FALSE + "accuracy at night (model-index)", "50.00"),
+        (r"(?<=\n)---\n\n# ", ELSEWHERE + "---\n\n# ", NOT_MEASURED + "accuracy on other (model-index)", "99.99"),
+        (r"test top-1 (.*) \| [\d.]+", r"test top-1 \1 | 12.00", FALSE + "test top-1 accuracy (table)", "12.00"),
+        (r"validation (.*) \| [\d.]+", r"validation \1 | 1.00", FALSE + "validation top-1 accuracy (table)", "1.00"),
+        (r"dead units \| [\d.]+", "dead units | 77.00", FALSE + "dead units (table)", "77.00"),
+        (r"\| dead units", r"| robustness | 99.00% |\n\g<0>", NOT_MEASURED + "robustness (table)", "99.00"),
+    ],
+    ids=["index", "second", "elsewhere", "test", "validation", "dead", "robustness"],
+)
+def test_each_false_claim_is_status_1(hub, cli, published, parquet_folder, pattern, instead, message, shown):
     card = hub.files(published)["README.md"].decode()
-    boast, claims = re.subn(r"value: [\d.]+", "value: 0.51", card)
+    boast, claims = re.subn(pattern, instead, card)
     assert claims == 1
     hub.add_commit(published, "main", {"README.md": boast.encode()}, "boast")
     result = cli("verify", published, "--data", parquet_folder)
-    assert "does not have the accuracy that it claims" in one_error(result)
-    assert "51.00" in result.out
+    assert message in one_error(result)
+    assert shown in result.out
 
 
 def test_revision(hub, cli, published, parquet_folder):

@@ -1,5 +1,6 @@
 """Models and data as a command line names them: a run's folder, a published folder, or a repository on the Hub."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,13 +113,24 @@ class NamedModel:
             skip_bad_images=bool(arguments.get("skip_bad_images")),
         )
 
+    def settings(self) -> dict[str, Any]:
+        """Return the training settings of a run's folder, else those that its card shows, else {}."""
+        path = Path(self.name, "config.yaml")
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        else:
+            card = self.card.read_text(encoding="utf-8") if self.card else ""
+            shown = re.search(r"^## Training settings\n+(`{3,})yaml\n(.*?)^\1$", card, re.MULTILINE | re.DOTALL)
+            text = shown[2] if shown else "{}"
+        settings: dict[str, Any] = yaml.safe_load(text)
+        return settings
+
     def validation_images(self, source: Source) -> tuple[str, LabelledImages]:
         """Return "val" and the images that a run was validated on, else "test" and the test images.
 
-        The test images stand in for them where this is no run's folder, or where the run validated on none.
+        The test images stand in for them where no settings of a run are there, or where it validated on none.
         """
-        path = Path(self.name, "config.yaml")
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = self.settings()
         if not settings.get("val_fraction") or settings.get("skip_bad_images"):
             return "test", source.test
         seed, limit = settings["split_seed"], settings.get("limit_val")
