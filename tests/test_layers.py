@@ -14,7 +14,7 @@ from timm.layers import create_act_layer, get_act_fn, get_act_layer
 from torch import nn
 
 from timm_sugar import Sugar, list_surrogates, register_surrogate, sugar, surrogates
-from timm_sugar.layers import BSiLU, NeLU, sugar_act_layer
+from timm_sugar.layers import Activation, BSiLU, NeLU
 
 SAVES = ["exact", "uint8", "uint4"]
 
@@ -84,16 +84,22 @@ def test_a_surrogate_of_ones_own(monkeypatch):
 
 
 def test_act_layer_arguments():
-    layer = sugar_act_layer("nelu", alpha=0.2, save="uint8")(inplace=True)
+    nelu = Activation("nelu")
+    layer = Activation(alpha=0.2, save="uint8").resolve(nelu).layer()(inplace=True)
     assert repr(layer) == "Sugar(nelu, alpha=0.2, inplace=True, save=uint8)"
-    assert sugar_act_layer("nelu", act_layer="gelu") is get_act_layer("gelu")
-    assert sugar_act_layer("bsilu", alpha=0.05, act_layer="nelu")(inplace=True).alpha == 0.05
+    assert Activation(act_layer="gelu").resolve(nelu).layer() is get_act_layer("gelu")
+    assert Activation(alpha=0.05, act_layer="nelu").resolve(nelu).layer()(inplace=True).alpha == 0.05
+    assert Activation("bsilu").resolve(Activation("nelu", 0.1)) == Activation("bsilu", 1.67, "exact")
+    assert Activation().resolve(Activation("nelu", 0.1)) == Activation("nelu", 0.1, "exact")
+    assert Activation().resolve().layer() is None
+    with pytest.raises(ValueError, match="alpha needs a surrogate: this model has none of its own"):
+        Activation(alpha=0.05).resolve()
     with pytest.raises(ValueError, match="alpha and act_layer contradict"):
-        sugar_act_layer("bsilu", alpha=0.05, act_layer="gelu")
+        Activation(alpha=0.05, act_layer="gelu").resolve(nelu)
     with pytest.raises(ValueError, match="save and act_layer contradict"):
-        sugar_act_layer("nelu", act_layer="gelu", save="uint8")
+        Activation(act_layer="gelu", save="uint8").resolve(nelu)
     with pytest.raises(ValueError, match="did you mean 'gelu'"):
-        sugar_act_layer("nelu", act_layer="gelux")
+        Activation(act_layer="gelux").resolve(nelu)
 
 
 @pytest.mark.parametrize(("save", "bound"), [("exact", 1.42), ("uint8", 1.12), ("uint4", 1.06)])
@@ -109,7 +115,7 @@ def test_saved_activations_of_a_resnet18(save, bound):
         assert y.requires_grad
         return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
-    assert saved_bytes(sugar_act_layer("bsilu", save=save)) <= bound * saved_bytes(nn.ReLU)
+    assert saved_bytes(Activation("bsilu", save=save).resolve().layer()) <= bound * saved_bytes(nn.ReLU)
 
 
 class Net(nn.Sequential):

@@ -32,10 +32,10 @@ from .hub import (
     publish,
     read_facts,
     sample_batches,
-    surrogate_of,
     verify,
     write_folder,
 )
+from .layers import Activation
 from .models import is_own
 from .models._weights import list_weights
 from .terminal import Parser, print_table, progress_bars
@@ -144,8 +144,9 @@ def _models(args: argparse.Namespace) -> int:
     for name in timm.list_models():
         if is_own(name):
             model = model_entrypoint(name)(device="meta")
-            surrogate, alpha = surrogate_of(model)
-            activation = f"SUGAR {surrogate}{'' if alpha is None else f' {alpha:g}'}" if surrogate else "GELU"
+            own = Activation.of(model)
+            alpha = "" if own.alpha is None else f" {own.alpha:g}"
+            activation = f"SUGAR {own.surrogate}{alpha}" if own.surrogate else "GELU"
             parameters = sum(p.numel() for p in model.parameters())
             rows.append(dict(name=name, parameters=parameters, activation=activation, weights=list_weights(name)))
     if args.json:
@@ -265,8 +266,8 @@ def _profile(args: argparse.Namespace) -> int:
     gradients = None
     if network.num_classes == len(source.class_names) and {layer.kind for layer in found.layers} <= {"relu", "sugar"}:
         gradients = gradient_norms(network, *next(image_batches(network, images)))
-    surrogate, alpha = surrogate_of(network)
-    result = dict(model=args.model, data=args.data, split=split, surrogate=surrogate, alpha=alpha)
+    own = Activation.of(network)
+    result = dict(model=args.model, data=args.data, split=split, surrogate=own.surrogate, alpha=own.alpha)
     result |= found.to_dict() | {"gradients": gradients}
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

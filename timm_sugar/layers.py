@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -138,54 +139,103 @@ class NeLU(nn.Module):
         return f"alpha={self.alpha:g}"
 
 
-def sugar_act_layer(
-    default: str | None,
-    surrogate: str | None = None,
-    alpha: float | None = None,
-    act_layer: LayerType | None = None,
-    save: str | None = None,
-    default_alpha: float | None = None,
-) -> Callable[..., nn.Module] | None:
-    """Resolve the activation arguments that every registered model takes into what timm calls an act_layer.
+@dataclass(frozen=True)
+class Activation:
+    """What a network has at its activations: SUGAR with a surrogate, or an act_layer; None leaves a field open.
 
-    Args:
-        default: The model's own surrogate, whose alpha `alpha` overrides; None for a model without one.
-        surrogate: Another surrogate; its alpha starts from its own default.
-        alpha: Shape parameter of the surrogate in force, or of the activations ``bsilu`` and ``nelu``.
+    These are the activation arguments that every registered model takes.
+
+    Attributes:
+        surrogate: Surrogate of SUGAR.
+        alpha: Shape parameter of the surrogate, or of the activations ``bsilu`` and ``nelu``.
+        save: What is kept for the backward, as in `timm_sugar.sugar`.
         act_layer: Any activation that timm resolves, by name or class, in place of SUGAR.
-        save: What is kept for the backward, as in `timm_sugar.sugar`; None is "exact".
-        default_alpha: The model's own alpha, in force with the model's own surrogate only.
 
-    Returns:
-        A callable that takes ``inplace``, positionally or by name, and returns a new module; None where `default`
-        and every other argument is None, which leaves the model its own activation.
-
-    Raises:
-        ValueError: surrogate, save or an alpha that it does not take given together with act_layer; alpha or save
-            without any surrogate; or a name or alpha that is not valid.
+    Example:
+        >>> Activation(alpha=0.2).resolve(Activation("nelu", 0.1))
+        Activation(surrogate='nelu', alpha=0.2, save='exact', act_layer=None)
+        >>> Activation("bsilu").resolve(Activation("nelu", 0.1)).alpha
+        1.67
     """
-    given = [k for k, v in (("surrogate", surrogate), ("alpha", alpha), ("save", save)) if v is not None]
-    if act_layer is None:
+
+    surrogate: str | None = None
+    alpha: float | None = None
+    save: str | None = None
+    act_layer: LayerType | None = None
+
+    @classmethod
+    def pop(cls, arguments: dict[str, Any]) -> "Activation":
+        """Take the activation arguments out of those of a model."""
+        return cls(**{name: arguments.pop(name, None) for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Activation":
+        """Return surrogate and alpha of a network's SUGAR activations; all fields are None if it has none.
+
+        Raises:
+            ValueError: its activations differ from each other.
+        """
+        found = {(m.surrogate, m.alpha) for m in model.modules() if isinstance(m, Sugar)}
+        if len(found) > 1:
+            raise ValueError(f"the network mixes surrogates: {sorted(found, key=str)}")
+        return cls(*found.pop()) if found else cls()
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are not None."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if getattr(self, name) is not None}
+
+    def resolve(self, default: "Activation | None" = None) -> "Activation":
+        """Fill in what is open: alpha, save, and the surrogate of a model that has one of its own.
+
+        Args:
+            default: The model's own surrogate and alpha; None for a model without. Its alpha is in force with its own
+                surrogate only; any other starts from its own default.
+
+        Raises:
+            ValueError: surrogate, save or an alpha that it does not take together with act_layer; alpha or save
+                without any surrogate; or a name or alpha that is not valid.
+        """
+        extra = [name for name in self.given() if name != "act_layer"]
+        if self.act_layer is not None:
+            layer = _find_act_layer(self.act_layer)
+            if extra == ["alpha"] and layer in (BSiLU, NeLU):
+                return replace(self, alpha=layer(alpha=self.alpha).alpha)
+            if extra:
+                raise ValueError(f"{' and '.join(extra)} and act_layer contradict each other; give one of them")
+            return self
+        own = Activation() if default is None or self.surrogate is not None else default
+        surrogate = self.surrogate or own.surrogate
         if surrogate is None:
-            if default is None:
-                if given:
-                    raise ValueError(f"{' and '.join(given)} needs a surrogate: this model has none of its own")
-                return None
-            surrogate, alpha = default, default_alpha if alpha is None else alpha
-        module = Sugar(surrogate, alpha, save=save or "exact")
-        return partial(_create_sugar, module.surrogate, alpha=module.alpha, save=module.save)
+            if extra:
+                raise ValueError(f"{' and '.join(extra)} needs a surrogate: this model has none of its own")
+            return self
+        module = Sugar(surrogate, own.alpha if self.alpha is None else self.alpha, save=self.save or "exact")
+        return Activation(module.surrogate, module.alpha, module.save)
+
+    def layer(self) -> Callable[..., nn.Module] | None:
+        """Return what timm calls an act_layer, of a resolved activation.
+
+        Returns:
+            A callable that takes ``inplace``, positionally or by name, and returns a new module; None leaves the model
+            its own activation.
+        """
+        if self.act_layer is not None:
+            found = _find_act_layer(self.act_layer)
+            return found if self.alpha is None else partial(found, alpha=self.alpha)
+        if self.surrogate is None:
+            return None
+        return partial(_create_sugar, self.surrogate, alpha=self.alpha, save=self.save or "exact")
+
+
+def _find_act_layer(act_layer: LayerType) -> Callable[..., nn.Module]:
     layer: Any = act_layer
     if isinstance(act_layer, str):
         try:
             layer = create_act.get_act_layer(act_layer)
         except KeyError:
             raise ValueError(unknown_name("activation", act_layer, [*ACT_LAYERS])) from None
-    if given == ["alpha"] and layer in (BSiLU, NeLU):
-        return partial(layer, alpha=layer(alpha=alpha).alpha)
-    if given:
-        raise ValueError(f"{' and '.join(given)} and act_layer contradict each other; give one of them")
-    resolved: Callable[..., nn.Module] = layer
-    return resolved
+    found: Callable[..., nn.Module] = layer
+    return found
 
 
 def register_surrogate(

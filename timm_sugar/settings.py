@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from .layers import Activation
 from .surrogates import unknown_name
 
 # What a setting decides:
@@ -187,6 +188,11 @@ class TrainConfig:
         if self.output is None:
             raise ValueError("output must be given: the folder of the run")
         return Path(self.output)
+
+    @property
+    def activation(self) -> Activation:
+        """The activation that is asked for, in place of the model's own."""
+        return Activation(self.surrogate, self.alpha, act_layer=self.act_layer)
 
     def __post_init__(self) -> None:
         kinds = setting_types()

@@ -26,7 +26,7 @@ from timm_sugar import convert
 from timm_sugar.analysis import Profile, profile, revived_units
 from timm_sugar.data import normalize
 from timm_sugar.files import write_file
-from timm_sugar.hub import surrogate_of
+from timm_sugar.layers import Activation
 from timm_sugar.terminal import Parser
 from timm_sugar.training.checkpoint import latest_checkpoint, read_checkpoint
 from timm_sugar.training.folder import check_writable, finished_summary
@@ -124,7 +124,7 @@ def go_on(config: TrainConfig, start: dict[str, Any], surrogate: str | None) -> 
             network.load_state_dict(start)
             if surrogate:
                 convert(network, surrogate)
-        summary = fit(replace(run, surrogate=surrogate_of(run.network)))
+        summary = fit(replace(run, activation=Activation.of(run.network)))
         weights = {"before": start, "after": last_weights(run.output)}
         found = {when: profile_on_val(run, tensors).to_dict() for when, tensors in weights.items()}
         write_file(run.output / PROFILES, json.dumps(found) + "\n")

@@ -14,7 +14,8 @@ from timm.models import generate_default_cfgs, register_model
 
 import timm_sugar
 from timm_sugar.cli import main
-from timm_sugar.hub import files_of_run, read_facts, surrogate_of
+from timm_sugar.hub import files_of_run, read_facts
+from timm_sugar.layers import Activation
 from timm_sugar.models import _weights, is_own, stock_architecture
 from timm_sugar.models._weights import find_weights
 from timm_sugar.training import TrainConfig, train
@@ -63,7 +64,7 @@ def check_folder(folder: Path) -> int:
 
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     restored = timm_sugar.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert surrogate_of(restored) == (config["timm_sugar"]["surrogate"], config["timm_sugar"]["alpha"])
+    assert Activation.of(restored) == Activation(config["timm_sugar"]["surrogate"], config["timm_sugar"]["alpha"])
     x = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(plain(x), restored(x))

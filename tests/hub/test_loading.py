@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import timm_sugar
-from timm_sugar.hub import surrogate_of, write_model_folder
+from timm_sugar.hub import write_model_folder
+from timm_sugar.layers import Activation
 from timm_sugar.models import build
 
 RUN = dict(data="digits", test_top1=0.5, seed=1, epochs=1, best_epoch=1, train_images=9, parameters=9, settings={})
@@ -135,9 +136,9 @@ def test_a_folder_without_our_record_is_what_timm_makes_of_it(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), stock.state_dict().values(), strict=True)
     )
-    assert surrogate_of(loaded) == (None, None)
+    assert Activation.of(loaded) == Activation(None, None)
     converted = timm_sugar.create_model(f"local-dir:{tmp_path}", pretrained=True, surrogate="nelu", alpha=0.2)
-    assert surrogate_of(converted) == ("nelu", 0.2)
+    assert Activation.of(converted) == Activation("nelu", 0.2)
     assert torch.equal(converted.conv1.weight, stock.conv1.weight)
     torch.save(stock.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
@@ -230,10 +231,12 @@ def _python(script: str, environment: dict[str, str], folder, *argv: str) -> str
 
 LOAD = """
 import json, timm, timm_sugar, torch
-from timm_sugar.hub import surrogate_of
+from timm_sugar.layers import Activation
 def describe(model):
     x = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
-    print(json.dumps([model.num_classes, *surrogate_of(model), list(model.pretrained_cfg.get("label_names") or [])]))
+    own = Activation.of(model)
+    names = list(model.pretrained_cfg.get("label_names") or [])
+    print(json.dumps([model.num_classes, own.surrogate, own.alpha, names]))
 """
 
 
@@ -402,7 +405,7 @@ def test_a_folder_loads_into_its_entrypoint_without_arguments(tmp_path, monkeypa
     images = torch.randn(1, 3, size, size)
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
-    assert surrogate_of(loaded) == surrogate_of(model)
+    assert Activation.of(loaded) == Activation.of(model)
     other = timm.create_model(name, pretrained=True, num_classes=5)
     stem = next(iter(model.state_dict()))
     assert torch.equal(other.state_dict()[stem], model.state_dict()[stem])

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from timm.models import _registry
 
 import timm_sugar
-from timm_sugar.hub import packaging, surrogate_of, write_model_folder
+from timm_sugar.hub import packaging, write_model_folder
 from timm_sugar.hub.packaging import _write_config
 from timm_sugar.hub.reload import loads_in
-from timm_sugar.models import build
+from timm_sugar.layers import Activation
+from timm_sugar.models import _pretrained, build
 from timm_sugar.models.swin_transformer import SugarSwinTransformer
 
 DATA_CONFIG = dict(
@@ -69,7 +70,8 @@ def test_config(tmp_path, name, arguments, architecture, model_args):
     assert config["dtype"] == "float32"
     assert config["label_names"] == ["ant", "bee", "cat"]
     assert config["num_classes"] == 3
-    surrogate, alpha = surrogate_of(model)
+    activation = Activation.of(model)
+    surrogate, alpha = activation.surrogate, activation.alpha
     named = {"act_layer": "relu"} if (architecture, surrogate) == ("vgg16", None) else {}
     assert config["timm_sugar"] == {"architecture": name, "surrogate": surrogate, "alpha": alpha} | named
 
@@ -79,19 +81,20 @@ def test_config(tmp_path, name, arguments, architecture, model_args):
         with torch.no_grad():
             assert torch.equal(loaded(x), model.eval()(x))
         assert loaded.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
-    assert surrogate_of(loaded) == (surrogate, alpha)
+    assert Activation.of(loaded) == Activation(surrogate, alpha)
     transform = timm.data.resolve_model_data_config(loaded)
     assert (transform["input_size"], transform["crop_pct"]) == ((3, 32, 32), 1.0)
 
 
 NEW_FAMILY = """
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.{module} import {cls}
-from timm_sugar.models._pretrained import IMAGENET_INPUT, build_variant, cfg
+from timm_sugar.layers import Activation
+from timm_sugar.models._pretrained import IMAGENET_INPUT, build_variant, cfg, register_variant
 default_cfgs = generate_default_cfgs({{"{name}": cfg(**IMAGENET_INPUT, first_conv="stem.0", classifier="head.fc")}})
-@register_model
+@register_variant(Activation("nelu"), stock="{stock}")
 def {name}(pretrained=False, **kwargs):
-    return build_variant({cls}, "{name}", pretrained, "nelu", **dict({arguments}, **kwargs))
+    return build_variant({cls}, "{name}", pretrained, **dict({arguments}, **kwargs))
 """
 
 
@@ -103,10 +106,13 @@ def new_family(monkeypatch):
     for table in ("_module_to_models", "_model_with_tags"):
         monkeypatch.setattr(_registry, table, copy.deepcopy(getattr(_registry, table)))
 
+    monkeypatch.setattr(_pretrained, "_VARIANTS", dict(_pretrained._VARIANTS))
+
     def register(name, **code):
         module = types.ModuleType(f"timm_sugar.models.{code['module']}_of_a_test")
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(NEW_FAMILY.format(name=name, **code), vars(module))
+        stock = name.removesuffix("_sugar_nelu")
+        exec(NEW_FAMILY.format(name=name, stock=stock, **code), vars(module))
 
     return register
 
@@ -141,7 +147,8 @@ def test_an_architecture_of_timm_without_relu_is_for_this_package_alone(tmp_path
     assert "transformers" not in card
     with pytest.raises(TypeError, match="surrogate"):  # stock timm would load it under GELU
         timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
-    assert surrogate_of(timm_sugar.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)) == ("nelu", 0.3)
+    loaded = timm_sugar.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert Activation.of(loaded) == Activation("nelu", 0.3)
 
 
 def test_a_package_that_stock_timm_loads_as_another_network_is_not_written(tmp_path, monkeypatch):
@@ -200,4 +207,4 @@ def test_wrong_number_of_class_names(tmp_path):
 def test_mixed_surrogates_are_refused():
     model = torch.nn.Sequential(timm_sugar.Sugar("bsilu"), timm_sugar.Sugar("nelu"))
     with pytest.raises(ValueError, match="mixes surrogates"):
-        surrogate_of(model)
+        Activation.of(model)

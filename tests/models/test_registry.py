@@ -6,12 +6,12 @@ import math
 import pytest
 import timm
 import torch
-from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters, is_model
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from timm_sugar import Sugar
-from timm_sugar.models._pretrained import is_own, stock_architecture
+from timm_sugar.models._pretrained import _VARIANTS, is_own, stock_architecture
 
 MODELS = {  # default surrogate and alpha
     "resnet18_sugar_bsilu": ("bsilu", 1.67),
@@ -45,13 +45,20 @@ each_class = pytest.mark.parametrize(
     ["resnet18_sugar_bsilu", "resnet18_cifar_sugar_bsilu", "vgg16_bn_sugar_bsilu", "vgg16_cifar_sugar_bsilu"]
     + ["swin_tiny_sugar_nelu", "conv2next_sugar"],
 )
-scripting = pytest.mark.filterwarnings("ignore:.*torch.jit.:FutureWarning", "ignore:.*torch.jit.:DeprecationWarning")
+scripting = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.:FutureWarning",
+    "ignore:.*torch.jit.:DeprecationWarning",
+    "ignore:torch.jit.script compiles SUGAR",
+)
+
+
+def small_args(name):
+    return SMALL[next(p for p in sorted(SMALL, key=len, reverse=True) if name.startswith(p))]
 
 
 def small(name, **kwargs):
-    prefix = next(p for p in sorted(SMALL, key=len, reverse=True) if name.startswith(p))
     torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL[prefix], **kwargs})
+    return timm.create_model(name, **{**small_args(name), **kwargs})
 
 
 def images(name, batch=2):
@@ -320,17 +327,29 @@ def test_bfloat16_after_a_forward(name):
         assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_stock_architecture():
-    stock = {name: stock_architecture(name) for name in MODELS}
-    named = ("resnet18", "resnet34", "resnet50", "vgg16", "vgg16_bn")
-    assert stock == {
-        name: name.removesuffix("_sugar_bsilu") if name.split("_sugar")[0] in named else None for name in MODELS
-    }
+@all_models
+def test_stock_twins(name):
+    """timm's network that an entrypoint declares has the same names, and starts from the same weights."""
+    variant = _VARIANTS[name]
+    assert stock_architecture(f"{name}.tag") == stock_architecture(name) == variant.stock
+    assert (variant.activation and (variant.activation.surrogate, variant.activation.alpha)) in (
+        MODELS[name],
+        MODELS[name] and (MODELS[name][0], None),
+    )
+    if variant.stock is None:
+        assert not is_model(name.partition("_sugar")[0]) or is_own(name.partition("_sugar")[0])
+        return
+    arguments = {key: value for key, value in small_args(name).items() if key != "cfg"}  # which stock VGG does not take
+    torch.manual_seed(0)
+    ours = timm.create_model(name, **arguments)
+    torch.manual_seed(0)
+    twin = timm.create_model(variant.stock, **variant.stock_args, **arguments)
+    assert not is_own(variant.stock)
+    assert ours.state_dict().keys() == twin.state_dict().keys()
+    assert all(torch.equal(tensor, twin.state_dict()[key]) for key, tensor in ours.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(images(name)), twin.eval()(images(name)))
+
+
+def test_a_stock_architecture_is_its_own_twin():
     assert stock_architecture("convnext_tiny.in12k_ft_in1k") == "convnext_tiny"
-    for ours, theirs in stock.items():
-        if theirs is not None:
-            sizes = [
-                {k: v.shape for k, v in timm.create_model(n, device="meta").state_dict().items()}
-                for n in (ours, theirs)
-            ]
-            assert sizes[0] == sizes[1]

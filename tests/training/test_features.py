@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import image_folder
+from timm_sugar.layers import Activation
 from timm_sugar.training import TrainConfig, dry_run, processes, train
 from timm_sugar.training.checkpoint import State, latest_checkpoint, read_checkpoint
-from timm_sugar.training.schedules import surrogate_at
+from timm_sugar.training.schedules import activation_at
 from timm_sugar.training.train import build, train_steps
 
 SMALL = {"channels": [8, 8, 8, 8]}
@@ -54,7 +55,7 @@ def test_channels_last_trains_what_channels_first_does(tmp_path):
 
 def test_cosine_of_alpha():
     config = _config("unused", epochs=5, alpha_schedule="cosine", alpha_end=0.0)
-    alphas = [surrogate_at(config, epoch, ("bsilu", 2.0))[1] for epoch in range(1, 6)]
+    alphas = [activation_at(config, epoch, Activation("bsilu", 2.0)).alpha for epoch in range(1, 6)]
     assert alphas == pytest.approx([2.0, 1 + 2**-0.5, 1.0, 1 - 2**-0.5, 0.0])
 
 

@@ -4,7 +4,7 @@ from .card import dataset_of, read_facts
 from .client import check_destination
 from .half import halve
 from .loading import NamedModel, find_model, image_batches, sample_batches
-from .packaging import surrogate_of, write_model_folder
+from .packaging import write_model_folder
 from .publish import Published, check_weights, files_of_run, publish, write_folder
 from .verify import Verification, verify
 
@@ -22,7 +22,6 @@ __all__ = [
     "publish",
     "read_facts",
     "sample_batches",
-    "surrogate_of",
     "verify",
     "write_folder",
     "write_model_folder",

@@ -13,23 +13,11 @@ from torch import nn
 from .._timm import model_args as timm_arguments
 from .._timm import save_config_for_hf
 from ..convert import OURS_ALONE, stock_arguments
-from ..layers import Sugar
+from ..layers import Activation
 from ..models import stock_architecture
 from ..models._weights import WEIGHTS
 from .card import model_card
 from .reload import check_reload
-
-
-def surrogate_of(model: nn.Module) -> tuple[str | None, float | None]:
-    """Return surrogate and alpha of a network's SUGAR activations, (None, None) where it has none.
-
-    Raises:
-        ValueError: its activations differ from each other.
-    """
-    found = {(m.surrogate, m.alpha) for m in model.modules() if isinstance(m, Sugar)}
-    if len(found) > 1:
-        raise ValueError(f"the network mixes surrogates: {sorted(found, key=str)}")
-    return found.pop() if found else (None, None)
 
 
 def write_model_folder(
@@ -80,8 +68,8 @@ def write_model_folder(
 def _write_config(
     path: Path, model: nn.Module, architecture: str, class_names: Sequence[str], data_config: dict[str, Any]
 ) -> dict[str, Any]:
-    surrogate, alpha = surrogate_of(model)
-    record = dict(architecture=architecture, surrogate=surrogate, alpha=alpha)
+    activation = Activation.of(model)
+    record = dict(architecture=architecture, surrogate=activation.surrogate, alpha=activation.alpha)
     given = (timm_arguments(model) or {}).get("act_layer")
     stock = stock_architecture(architecture)
     arguments = stock_arguments(model, stock) if stock else None
@@ -89,7 +77,7 @@ def _write_config(
         stock, hidden = architecture, {"num_classes"}
     else:
         hidden = {"num_classes", *OURS_ALONE, *({"act_layer"} - arguments.keys())}
-        if given and not arguments and surrogate is None:
+        if given and not arguments and activation.surrogate is None:
             record["act_layer"] = "relu"  # which the architecture of the record does not have by itself
     save_config_for_hf(
         model,

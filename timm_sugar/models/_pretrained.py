@@ -2,26 +2,27 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerType
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
-    is_model,
     parse_model_name,
+    register_model,
     split_model_name_tag,
 )
 from torch import Tensor, nn
 
 from .._timm import set_model_args
 from ..convert import NOT_RECORDED, convert, is_own, keep_record
-from ..layers import sugar_act_layer
+from ..layers import Activation
 from ._weights import WEIGHTS, read_config, read_published
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+EntrypointT = TypeVar("EntrypointT", bound=Callable[..., nn.Module])
 
 IMAGENET_INPUT = dict(
     num_classes=1000,
@@ -59,16 +60,41 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What an entrypoint declares of its network.
+
+    Attributes:
+        activation: Its own surrogate and alpha; None where it has another activation.
+        stock: timm's network with the same weights and, at inference, the same function; None where timm has none.
+        stock_args: Arguments with which that also starts from the same weights.
+    """
+
+    activation: Activation | None
+    stock: str | None
+    stock_args: dict[str, Any]
+
+
+_VARIANTS: dict[str, Variant] = {}
+
+
+def register_variant(
+    activation: Activation | None = None, stock: str | None = None, **stock_args: Any
+) -> Callable[[EntrypointT], EntrypointT]:
+    """Register an entrypoint with timm, and declare what `Variant` says."""
+
+    def register(entrypoint: EntrypointT) -> EntrypointT:
+        _VARIANTS[entrypoint.__name__] = Variant(activation, stock, stock_args)
+        register_model(entrypoint)
+        return entrypoint
+
+    return register
+
+
 def build_variant(
     model_cls: type[ModelT],
     variant: str,
     pretrained: bool,
-    default: str | None,
-    surrogate: str | None = None,
-    alpha: float | None = None,
-    act_layer: LayerType | None = None,
-    save: str | None = None,
-    default_alpha: float | None = None,
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
     **kwargs: Any,
 ) -> ModelT:
@@ -78,23 +104,21 @@ def build_variant(
         model_cls: Class of the model; its constructor takes act_layer, a callable.
         variant: Name of the entrypoint.
         pretrained: Load the weights.
-        default, surrogate, alpha, act_layer, save, default_alpha: As `timm_sugar.layers.sugar_act_layer` takes them.
         filter_fn: timm's converter of checkpoints of this family in other formats.
-        kwargs: As for timm's function.
+        kwargs: As for timm's function, and the fields of `timm_sugar.layers.Activation`.
 
     Raises:
-        ValueError: as `sugar_act_layer`.
+        ValueError: as `Activation.resolve`.
         RuntimeError: there are no weights, or they are those of another architecture, or of another number of classes
             than the network has without `num_classes`.
     """
+    activation = Activation.pop(kwargs)
     if pretrained and not _has_source(kwargs):
         found = read_published(variant, kwargs.get("pretrained_cfg"), kwargs.get("cache_dir"))
         kwargs["pretrained_cfg"] = found.pretrained_cfg
-        if surrogate is None and alpha is None and act_layer is None:
-            recorded = found.activation
-            surrogate, alpha, act_layer = (recorded.get(key) for key in ("surrogate", "alpha", "act_layer"))
-            save = save or recorded.get("save")
-    layer = sugar_act_layer(default, surrogate, alpha, act_layer, save, default_alpha)
+        if activation.surrogate is None and activation.alpha is None and activation.act_layer is None:
+            activation = replace(found.activation, save=activation.save or found.activation.save)
+    layer = activation.resolve(_VARIANTS[variant].activation).layer()
     if layer is not None:
         kwargs["act_layer"] = layer
 
@@ -105,10 +129,8 @@ def build_variant(
         return state_dict
 
     model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
-    given = dict(surrogate=surrogate, alpha=alpha, act_layer=act_layer, save=save)
-    given = {key: value for key, value in given.items() if value is not None}
-    set_model_args(model, given)  # a saved model comes back with them
-    keep_record(model, given)
+    set_model_args(model, activation.given())  # a saved model comes back with them
+    keep_record(model, activation.given())
     built: ModelT = model
     return built
 
@@ -177,36 +199,34 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     if source is None:
         return build(model_name, pretrained=pretrained, **kwargs)
     found = read_config(f"{source}:{model_id}", kwargs.get("cache_dir"), weights=pretrained)
-    activation = found.activation
-    if any(kwargs.get(key) is not None for key in ("surrogate", "act_layer")):
-        # Another surrogate starts from its own default alpha.
-        activation = {key: activation[key] for key in ("save",) if key in activation and not kwargs.get("act_layer")}
-    arguments = {**found.model_args, **activation, **kwargs}
+    wanted, recorded = Activation.pop(kwargs), found.activation
+    if wanted.act_layer is not None:
+        recorded = Activation()
+    elif wanted.surrogate is not None:  # starts from its own default alpha
+        recorded = Activation(save=recorded.save)
+    arguments = {**found.model_args, **recorded.given(), **wanted.given(), **kwargs}
     saved: dict[str, Any] = dict(pretrained_cfg=found.pretrained_cfg, pretrained_model_args=found.model_args)
     return build(found.architecture, pretrained=pretrained, **saved, **arguments)
 
 
-def build(
-    architecture: str,
-    surrogate: str | None = None,
-    alpha: float | None = None,
-    save: str | None = None,
-    **kwargs: Any,
-) -> nn.Module:
+def build(architecture: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model` in which `surrogate`, `alpha` and `save` work for stock architectures too, by conversion.
 
     Raises:
         ValueError: alpha or save without a surrogate, or a surrogate with act_layer.
     """
     if is_own(architecture):
-        return timm.create_model(architecture, surrogate=surrogate, alpha=alpha, save=save, **kwargs)
-    sugar_act_layer(None, surrogate, alpha, kwargs.get("act_layer"), save)  # refuses what contradicts
+        return timm.create_model(architecture, **kwargs)
+    activation = Activation.pop(kwargs)
+    resolved = activation.resolve()
+    if activation.act_layer is not None:
+        kwargs["act_layer"] = activation.act_layer if resolved.alpha is None else resolved.layer()
     model = timm.create_model(architecture, **kwargs)
-    if surrogate is None:
+    if resolved.surrogate is None:
         return model
     with warnings.catch_warnings():  # whoever calls this keeps the surrogate next to the weights
         warnings.filterwarnings("ignore", message=NOT_RECORDED)
-        return convert(model, surrogate, alpha, save or "exact")
+        return convert(model, resolved.surrogate, resolved.alpha, resolved.save or "exact")
 
 
 def stock_architecture(architecture: str) -> str | None:
@@ -222,8 +242,7 @@ def stock_architecture(architecture: str) -> str | None:
     name = split_model_name_tag(architecture)[0]
     if not is_own(name):
         return name
-    stock = name.partition("_sugar_")[0]
-    return stock if is_model(stock) and not is_own(stock) else None
+    return _VARIANTS[name].stock
 
 
 def size_arguments(name: str, img_size: int) -> dict[str, int]:

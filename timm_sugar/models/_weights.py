@@ -19,6 +19,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, is_model
 
 from .._timm import parse_model_config
 from ..convert import ACTIVATION_ARGUMENTS, read_note
+from ..layers import Activation
 from ._download import download, reach_hub, refuse_bad_token
 
 ORGANISATION = "timm-sugar"
@@ -51,7 +52,7 @@ class PublishedConfig:
 
     source: str
     architecture: str
-    activation: dict[str, Any]
+    activation: Activation
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
 
@@ -232,7 +233,7 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
     return PublishedConfig(source, architecture, activation, others, cfg)
 
 
-def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> tuple[str, Activation]:
     given = {key: model_args[key] for key in ACTIVATION_ARGUMENTS if model_args.get(key) is not None}
     if record is not None:
         architecture = record["architecture"]
@@ -247,7 +248,7 @@ def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> 
             raise ValueError(f"{key} is {value!r}")
     if not isinstance(architecture, str):
         raise ValueError(f"architecture is {architecture!r}")
-    return architecture, given
+    return architecture, Activation(**given)
 
 
 def _check_sizes(cfg: dict[str, Any], model_args: dict[str, Any]) -> None:

@@ -20,11 +20,12 @@ from timm.layers import (
     get_device_dtype,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices
-from ._pretrained import CIFAR_INPUT, build_variant, cfg
+from ..layers import Activation
+from ._pretrained import CIFAR_INPUT, build_variant, cfg, register_variant
 
 __all__ = ["Conv2NeXt"]
 
@@ -294,10 +295,10 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _create_conv2next(variant: str, pretrained: bool, default: str | None = None, **kwargs: Any) -> Conv2NeXt:
+def _create_conv2next(variant: str, pretrained: bool, **kwargs: Any) -> Conv2NeXt:
     # timm's other feature extractors want a network whose children run one after the other.
-    own: dict[str, Any] = dict(default_alpha=0.1, feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"))
-    return build_variant(Conv2NeXt, variant, pretrained, default, **own | kwargs)
+    features = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
+    return build_variant(Conv2NeXt, variant, pretrained, **dict(feature_cfg=features) | kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -330,27 +331,27 @@ default_cfgs = generate_default_cfgs(
 _BASE = dict(depths=(3, 3, 9, 3), dims=(128, 128, 256, 256))
 
 
-@register_model
+@register_variant()
 def conv2next_tiny(pretrained: bool = False, **kwargs: Any) -> Conv2NeXt:
     """Conv2NeXt-Tiny with GELU (Feng et al., CAIT 2022)."""
     model_args = dict(depths=(3, 3, 6, 3), dims=(96, 96, 192, 192))
     return _create_conv2next("conv2next_tiny", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@register_variant()
 def conv2next_base(pretrained: bool = False, **kwargs: Any) -> Conv2NeXt:
     """Conv2NeXt-Base with GELU (Feng et al., CAIT 2022)."""
     return _create_conv2next("conv2next_base", pretrained, **dict(_BASE, **kwargs))
 
 
-@register_model
+@register_variant()
 def conv2next_large(pretrained: bool = False, **kwargs: Any) -> Conv2NeXt:
     """Conv2NeXt-Large with GELU (Feng et al., CAIT 2022)."""
     model_args = dict(depths=(3, 3, 27, 3), dims=(196, 196, 384, 384))
     return _create_conv2next("conv2next_large", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@register_variant(Activation("nelu", 0.1))
 def conv2next_sugar(pretrained: bool = False, **kwargs: Any) -> Conv2NeXt:
     """Conv2NeXt-Base with SUGAR NeLU, alpha 0.1 (arXiv:2505.22074, section 4.2)."""
-    return _create_conv2next("conv2next_sugar", pretrained, default="nelu", **dict(_BASE, **kwargs))
+    return _create_conv2next("conv2next_sugar", pretrained, **dict(_BASE, **kwargs))

@@ -5,13 +5,16 @@ Source: He et al., "Deep Residual Learning", arXiv:1512.03385, as in timm; Horuz
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from ._pretrained import CIFAR_INPUT, IMAGENET_INPUT, build_variant, cfg
+from ..layers import Activation
+from ._pretrained import CIFAR_INPUT, IMAGENET_INPUT, build_variant, cfg, register_variant
 
 __all__ = ["CifarResNet"]
+
+_BSILU = Activation("bsilu")
 
 
 class CifarResNet(ResNet):
@@ -39,7 +42,7 @@ class CifarResNet(ResNet):
 def _create_resnet(variant: str, pretrained: bool, model_cls: type[ResNet] = ResNet, **kwargs: Any) -> ResNet:
     # timm starts each residual branch at zero; at the paper's learning rate of 0.001 such a network barely learns.
     kwargs.setdefault("zero_init_last", False)
-    return build_variant(model_cls, variant, pretrained, "bsilu", **kwargs)
+    return build_variant(model_cls, variant, pretrained, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -65,28 +68,28 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
+@register_variant(_BSILU, stock="resnet18", zero_init_last=False)
 def resnet18_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """timm's ResNet-18 with SUGAR B-SiLU (arXiv:2505.22074)."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
     return _create_resnet("resnet18_sugar_bsilu", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@register_variant(_BSILU, stock="resnet34", zero_init_last=False)
 def resnet34_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """timm's ResNet-34 with SUGAR B-SiLU (arXiv:2505.22074)."""
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
     return _create_resnet("resnet34_sugar_bsilu", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@register_variant(_BSILU, stock="resnet50", zero_init_last=False)
 def resnet50_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """timm's ResNet-50 with SUGAR B-SiLU (arXiv:2505.22074)."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
     return _create_resnet("resnet50_sugar_bsilu", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@register_variant(_BSILU)
 def resnet18_cifar_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """The paper's ResNet-18 for CIFAR with SUGAR B-SiLU: 3x3 stem, no max-pooling (arXiv:2505.22074, section 4.1)."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), model_cls=CifarResNet)

@@ -6,13 +6,16 @@ Source: Liu et al., "Swin Transformer", arXiv:2103.14030, as in timm; Horuz et a
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import nn
 
-from ._pretrained import IMAGENET_INPUT, build_variant, cfg
+from ..layers import Activation
+from ._pretrained import IMAGENET_INPUT, build_variant, cfg, register_variant
 
 __all__ = ["SugarSwinTransformer"]
+
+_NELU = Activation("nelu")  # timm's Swin has the same weights, but GELU in place of ReLU: no stock twin
 
 
 class SugarSwinTransformer(SwinTransformer):
@@ -32,7 +35,6 @@ def _create_swin_transformer(variant: str, pretrained: bool, **kwargs: Any) -> S
         SugarSwinTransformer,
         variant,
         pretrained,
-        "nelu",
         filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **kwargs,
@@ -62,21 +64,21 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
+@register_variant(_NELU)
 def swin_tiny_sugar_nelu(pretrained: bool = False, **kwargs: Any) -> SugarSwinTransformer:
     """timm's Swin-T, patch 4, window 7, 224 px, with SUGAR NeLU (arXiv:2505.22074, section 4.2)."""
     model_args = dict(patch_size=4, window_size=7, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
     return _create_swin_transformer("swin_tiny_sugar_nelu", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@register_variant(_NELU)
 def swin_small_sugar_nelu(pretrained: bool = False, **kwargs: Any) -> SugarSwinTransformer:
     """timm's Swin-S, patch 4, window 7, 224 px, with SUGAR NeLU (arXiv:2505.22074)."""
     model_args = dict(patch_size=4, window_size=7, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
     return _create_swin_transformer("swin_small_sugar_nelu", pretrained, **dict(model_args, **kwargs))
 
 
-@register_model
+@register_variant(_NELU)
 def swin_base_sugar_nelu(pretrained: bool = False, **kwargs: Any) -> SugarSwinTransformer:
     """timm's Swin-B, patch 4, window 7, 224 px, with SUGAR NeLU (arXiv:2505.22074)."""
     model_args = dict(patch_size=4, window_size=7, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))

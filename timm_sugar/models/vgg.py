@@ -6,14 +6,17 @@ Source: Simonyan and Zisserman, arXiv:1409.1556, as in timm; Horuz et al., arXiv
 from typing import Any
 
 from timm.layers import ClassifierHead, LayerType, get_norm_layer
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vgg import VGG, cfgs
 from torch import nn
 
 from .._timm import convert_vgg_checkpoint
-from ._pretrained import CIFAR_INPUT, IMAGENET_INPUT, build_variant, cfg
+from ..layers import Activation
+from ._pretrained import CIFAR_INPUT, IMAGENET_INPUT, build_variant, cfg, register_variant
 
 __all__ = ["CifarVGG"]
+
+_BSILU = Activation("bsilu")
 
 
 class CifarVGG(VGG):
@@ -59,7 +62,6 @@ def _create_vgg(variant: str, pretrained: bool, model_cls: type[VGG] = VGG, **kw
         model_cls,
         variant,
         pretrained,
-        "bsilu",
         filter_fn=lambda state_dict, model: convert_vgg_checkpoint(state_dict),
         model_cfg=kwargs.pop("cfg", cfgs["vgg16"]),
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
@@ -80,19 +82,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
+@register_variant(_BSILU, stock="vgg16")
 def vgg16_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> VGG:
     """timm's VGG-16 with SUGAR B-SiLU (arXiv:2505.22074)."""
     return _create_vgg("vgg16_sugar_bsilu", pretrained, **kwargs)
 
 
-@register_model
+@register_variant(_BSILU, stock="vgg16_bn")
 def vgg16_bn_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> VGG:
     """timm's VGG-16 with BatchNorm and SUGAR B-SiLU (arXiv:2505.22074)."""
     return _create_vgg("vgg16_bn_sugar_bsilu", pretrained, **dict(dict(norm_layer=nn.BatchNorm2d), **kwargs))
 
 
-@register_model
+@register_variant(_BSILU)
 def vgg16_cifar_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> VGG:
     """The paper's VGG-16 for CIFAR with SUGAR B-SiLU (arXiv:2505.22074, section 4.1)."""
     return _create_vgg("vgg16_cifar_sugar_bsilu", pretrained, model_cls=CifarVGG, **kwargs)

@@ -35,9 +35,8 @@ def build_network(config: TrainConfig, source: Source) -> nn.Module:
     if arguments["num_classes"] != classes:
         given = arguments["num_classes"]
         raise ValueError(f"data set {source.name!r} has {classes} classes, the model {given}")
-    activation: dict[str, Any] = dict(surrogate=config.surrogate, alpha=config.alpha, act_layer=config.act_layer)
     try:
-        network = build(config.model, **activation, **arguments)
+        network = build(config.model, **config.activation.given(), **arguments)
     except TypeError as error:
         raise ValueError(f"model {config.model} does not take these arguments: {error}") from error
     training, image = network.training, torch.zeros(1, 3, config.img_size, config.img_size)

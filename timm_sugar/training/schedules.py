@@ -1,16 +1,15 @@
 """What changes over a run as a function of the step or epoch alone: learning rate, weight decay, surrogate, alpha."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from .._timm import shift_milestones
-from ..hub import surrogate_of
-from ..layers import Sugar
+from ..layers import Activation, Sugar
 from ..settings import TrainConfig
-from ..surrogates import get_surrogate
 
 
 def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int, scale: float) -> Any:
@@ -45,46 +44,43 @@ def set_weight_decay(config: TrainConfig, optimizer: Any, progress: float) -> No
             group["weight_decay"] = decay
 
 
-def surrogate_at(
-    config: TrainConfig, epoch: int, start: tuple[str | None, float | None]
-) -> tuple[str | None, float | None]:
+def activation_at(config: TrainConfig, epoch: int, start: Activation) -> Activation:
     """Return surrogate and alpha of an epoch, counted from 1.
 
     Args:
         config: The run's settings.
         epoch: From 1 to ``config.epochs``.
-        start: Surrogate and alpha of the network as built.
+        start: Of the network as built.
     """
-    if config.switch_epoch is not None and config.switch_surrogate is not None and epoch >= config.switch_epoch:
-        entry = get_surrogate(config.switch_surrogate)
-        return entry.name, entry.resolve_alpha(config.switch_alpha)
-    name, alpha = start
-    if config.alpha_end is not None and alpha is not None:
-        last = (config.switch_epoch or config.epochs + 1) - 1
-        alpha = anneal(config.alpha_schedule, alpha, config.alpha_end, (epoch - 1) / max(1, last - 1))
-    return name, alpha
+    if config.switch_epoch is not None and epoch >= config.switch_epoch:
+        return Activation(config.switch_surrogate, config.switch_alpha).resolve()
+    if config.alpha_end is None or start.alpha is None:
+        return start
+    last = (config.switch_epoch or config.epochs + 1) - 1
+    progress = (epoch - 1) / max(1, last - 1)
+    return replace(start, alpha=anneal(config.alpha_schedule, start.alpha, config.alpha_end, progress))
 
 
-def set_surrogate(network: nn.Module, surrogate: str | None, alpha: float | None) -> None:
-    """Give every SUGAR activation of `network` this surrogate and alpha; without one it has none to change."""
+def set_activation(network: nn.Module, activation: Activation) -> None:
+    """Give every SUGAR activation of `network` this surrogate and alpha; a network without any has no surrogate."""
     for module in network.modules():
-        if isinstance(module, Sugar) and surrogate is not None:
-            module.surrogate, module.alpha = surrogate, alpha
+        if isinstance(module, Sugar) and activation.surrogate is not None:
+            module.surrogate, module.alpha = activation.surrogate, activation.alpha
 
 
-def check_surrogates(config: TrainConfig, network: nn.Module) -> tuple[str | None, float | None]:
+def check_activation(config: TrainConfig, network: nn.Module) -> Activation:
     """Return surrogate and alpha of the network as built.
 
     Raises:
         ValueError: the settings change them over time and cannot.
     """
-    start = surrogate_of(network)
+    start = Activation.of(network)
     if config.alpha_end is not None or config.switch_epoch is not None:
-        if start[0] is None:
+        if start.surrogate is None:
             raise ValueError("alpha_schedule and switch_epoch need a network with SUGAR activations")
         if config.alpha_end is not None:
-            get_surrogate(start[0]).resolve_alpha(config.alpha_end)
-        surrogate_at(config, config.epochs, start)
+            Activation(start.surrogate, config.alpha_end).resolve()
+        activation_at(config, config.epochs, start)
     return start
 
 

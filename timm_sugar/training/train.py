@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data import normalize, seed_everything
 from ..hub import dataset_of
+from ..layers import Activation
 from ..metrics import METRICS, numbers
 from ..settings import TrainConfig
 from .checkpoint import Checkpoint, State, Weights, find_checkpoint, name_latest, write_checkpoint
@@ -29,7 +30,7 @@ from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, ope
 from .network import average_batch_norm, build_network, check_names, create_optimizer
 from .processes import AllReduceMax, Stopped, StopSignal, from_main_process, make_accelerator, stop_signals
 from .progress import Progress
-from .schedules import check_surrogates, create_lr_schedule, set_surrogate, set_weight_decay, surrogate_at
+from .schedules import activation_at, check_activation, create_lr_schedule, set_activation, set_weight_decay
 
 _CUDA_CHECK_STEPS = 20  # reading a loss waits for the GPU
 
@@ -46,7 +47,7 @@ class Run:
         network: Holds the weights that are trained.
         model: The same as accelerate and torch.compile wrap it.
         evaluated: A second network, in float32, for evaluation and packaging; holds the moving average where one is on.
-        surrogate: Surrogate and alpha as built.
+        activation: Surrogate and alpha as built.
     """
 
     config: TrainConfig
@@ -63,7 +64,7 @@ class Run:
     mixup: Mixup | None
     optimizer: Any
     scheduler: Any
-    surrogate: tuple[str | None, float | None]
+    activation: Activation
 
     @property
     def output(self) -> Path:
@@ -97,7 +98,7 @@ def build(config: TrainConfig) -> Run:
     source = open_source(config)
     # Built before the images are decoded, so that a wrong argument fails at once.
     network, evaluated = (build_network(config, source) for _ in range(2))
-    surrogate = check_surrogates(config, network)
+    activation = check_activation(config, network)
     images = load_images(config, source, accelerator.process_index, processes)
     left_open = [name for name in ("mean", "std", "warmup_epochs") if getattr(config, name) is None]
     warmup = 0.1 * config.epochs * (config.sched == "cosine") if config.warmup_epochs is None else config.warmup_epochs
@@ -122,7 +123,7 @@ def build(config: TrainConfig) -> Run:
     scheduler = create_lr_schedule(config, optimizer, count // step_images, lr_scale)
     return Run(
         config, left_open, accelerator, AllReduceMax(), images, step_images, count // step_images, network, model,
-        evaluated, ema, make_mixup(config, len(images.class_names)), optimizer, scheduler, surrogate,
+        evaluated, ema, make_mixup(config, len(images.class_names)), optimizer, scheduler, activation,
     )  # fmt: skip
 
 
@@ -220,8 +221,8 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
     bad_step = torch.full((), -1, dtype=torch.int64, device=device)
     began = saved = time.monotonic()
     earlier = state.epoch_seconds
-    surrogate, alpha = surrogate_at(config, state.epoch + 1, run.surrogate)
-    set_surrogate(run.network, surrogate, alpha)
+    activation = activation_at(config, state.epoch + 1, run.activation)
+    set_activation(run.network, activation)
     for loss, logits, labels in train_steps(run, state):
         step = run.step(state)
         loss_sum += loss
@@ -253,8 +254,8 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
         epoch=state.epoch + 1,
         train_loss=sums.sum().item() / (accelerator.num_processes * run.steps_per_epoch),
         lr=run.optimizer.param_groups[0]["lr"],
-        surrogate=surrogate,
-        alpha=alpha,
+        surrogate=activation.surrogate,
+        alpha=activation.alpha,
         images_per_second=run.step_images * run.steps_per_epoch / max(state.epoch_seconds, 1e-9),
         seconds=state.epoch_seconds,
     )
@@ -321,7 +322,7 @@ def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict
     config, images = run.config, run.images
     run.evaluated.load_state_dict(best)
     line = state.metrics[(state.best_epoch or len(state.metrics)) - 1]
-    set_surrogate(run.evaluated, line["surrogate"], line["alpha"])
+    set_activation(run.evaluated, Activation(line["surrogate"], line["alpha"]))
     test = evaluate("test")
     found = {**line, **test} if images.val is None else {**test, **line}
     summary = dict(
