@@ -131,7 +131,7 @@ class NamedModel:
         The test images stand in for them where no settings of a run are there, or where it validated on none.
         """
         settings = self.settings()
-        if not settings.get("val_fraction") or settings.get("skip_bad_images"):
+        if not settings.get("val_fraction"):
             return "test", source.test
         seed, limit = settings["split_seed"], settings.get("limit_val")
         _, images = split_validation(source.train, settings["val_fraction"], seed)
