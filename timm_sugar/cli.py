@@ -203,7 +203,7 @@ def _publish(args: argparse.Namespace) -> int:
             where = args.to_folder or args.repo_id
             print(f"nothing was sent; without --dry-run these go to {where}" if args.dry_run else f"written to {where}")
             return 0
-        done = publish(files, args.repo_id, args.private, args.revision, args.create_pr)
+        done = publish(files, args.repo_id, args.private, args.revision, args.create_pr, print)
     print(f"{'published' if done.changed else 'nothing has changed since it was published'}: {done.url}")
     return 0
 

@@ -349,6 +349,8 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.server.objects[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    files[value["path"]] = None
             branches = self._repository(repo_id).branches
             branch, answer = revision, {}
             if create_pr:

@@ -56,6 +56,24 @@ def test_again_makes_no_second_commit(hub, cli, run_folder):
     assert hub.count("PUT", "/lfs/") == 1
 
 
+def test_other_content_is_named_and_other_weights_removed(hub, cli, run_folder):
+    hub.create(REPO)
+    weights = {"pytorch_model.bin": b"old", "model-00001-of-00002.bin": b"old"}
+    other = weights | {"README.md": b"mine", "notes.txt": b"mine", "train/model.bin": b"mine"}
+    hub.add_commit(REPO, "main", other, "other content")
+    result = cli("publish", run_folder, "--repo-id", REPO)
+    assert (result.status, result.err) == (0, "")
+    said = result.out.splitlines()
+    assert f"replaces in {REPO}: README.md" in said
+    removed = "model-00001-of-00002.bin, pytorch_model.bin"
+    assert f"removes other weights from {REPO}: {removed}" in said
+    assert hub.commits(REPO) == 2
+    assert set(hub.files(REPO)) - {".gitattributes"} == FILES | {"notes.txt", "train/model.bin"}
+    again = cli("publish", run_folder, "--repo-id", REPO)
+    assert "nothing has changed" in again.out
+    assert "replaces" not in again.out
+
+
 def test_dry_run_sends_nothing(hub, cli, run_folder):
     result = cli("publish", run_folder, "--repo-id", REPO, "--dry-run", HF_TOKEN=None)
     assert result.status == 0, result.err
@@ -213,7 +231,7 @@ def test_what_was_stored_otherwise_than_sent_is_named(name, damage, hub, cli, ru
         if damage:
             hub.files(REPO)[name] = damage(content)
 
-    hub.fail("GET", "/tree/", store_otherwise)
+    hub.fail("POST", "/commit/", lambda: hub.fail("GET", "/tree/", store_otherwise))  # the listing after the commit
     message = one_error(cli("publish", run_folder, "--repo-id", REPO))
     assert message.endswith(f"{REPO} does not hold {name} as sent")
 

@@ -4,15 +4,18 @@ import importlib.util
 import io
 import json
 import math
+import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx
 from torch import nn
 
@@ -20,12 +23,17 @@ from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate,
 from ..files import to_yaml, write_file
 from ..metrics import METRICS
 from ..models import create_model
-from ..models._download import patiently
+from ..models._download import file_hash, patiently
 from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
 from .client import check_destination, check_repo_id, head_of
 from .reload import check_reload
 
+# What timm and transformers look for beside model.safetensors, or in its place.
+_OTHER_WEIGHTS = re.compile(
+    r"(pytorch_model|model|tf_model|flax_model|open_clip_(pytorch_)?model)[^/]*"
+    r"\.(bin|pth|pt|safetensors|h5|msgpack|index\.json)"
+)
 _SAMPLE = 1000  # test images that the weights are checked on
 RUN_FILES = ("summary.json", "metrics.jsonl", "config.yaml")
 MODEL_FILES = ("config.json", WEIGHTS, "README.md")
@@ -235,10 +243,12 @@ def publish(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> Published:
     """Upload files in one commit, or none where the repository holds them already.
 
-    Large files that an earlier attempt uploaded are not sent again.
+    Large files that an earlier attempt uploaded are not sent again. Other weights in the repository, which a library
+    might load in place of these, are removed in the same commit; all else in it stays.
 
     Args:
         files: See `files_of_run`.
@@ -246,6 +256,7 @@ def publish(
         private: Nobody else may see it.
         revision: Branch to commit to; created where it does not exist.
         create_pr: Open a pull request instead.
+        announce: Called before anything is sent with a line that says what of the repository is replaced or removed.
 
     Raises:
         PermissionError, FileNotFoundError, ValueError, ConnectionError: see `timm_sugar.hub.check_destination`.
@@ -262,10 +273,17 @@ def publish(
         if revision:
             patiently(api.create_branch, repo_id, branch=revision, exist_ok=True)
     parent = head_of(repo_id, revision)
+    there = _files_of(api, repo_id, parent)
+    replaced = [name for name in sorted(files) if name in there and not _is_same(there[name], files[name])]
+    stale = [name for name in sorted(there) if name not in files and _OTHER_WEIGHTS.fullmatch(name)]
+    for what, names in (("replaces in", replaced), ("removes other weights from", stale)):
+        if names:
+            announce(f"{what} {repo_id}: {', '.join(names)}")
 
     def commit() -> CommitInfo:
         # Made anew for each attempt: what is in the repository by then is left out, so that none is made twice.
-        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         return api.create_commit(
             repo_id,
             operations,
@@ -288,6 +306,22 @@ def publish(
         raise ConnectionError(f"the upload to {repo_id} broke off ({reason}); publish again to go on") from error
     _check_stored(api, files, repo_id, info.oid)
     return Published(info.pr_url or f"{api.endpoint}/{repo_id}", info.oid, info.oid != parent)
+
+
+def _files_of(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
+    if commit is None:
+        return {}
+    entries = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _is_same(there: RepoFile, content: bytes | Path) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = content if isinstance(content, Path) else Path(folder, "content")
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        known = there.blob_id if there.lfs is None else there.lfs.sha256
+        return file_hash(path, git=there.lfs is None) == known
 
 
 def _check_stored(api: HfApi, files: dict[str, bytes | Path], repo_id: str, commit: str) -> None:

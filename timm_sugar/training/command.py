@@ -62,7 +62,8 @@ def _publish(config: TrainConfig, run: Callable[[], dict[str, Any]]) -> dict[str
     summary = run()
     if config.push_to_hub and _is_main():
         check_weights(config.folder)
-        publish(files_of_run(config.folder, config.push_to_hub), config.push_to_hub)
+        files = files_of_run(config.folder, config.push_to_hub)
+        publish(files, config.push_to_hub, announce=partial(print, file=sys.stderr))
     return summary
 
 
