@@ -60,7 +60,9 @@ def test_what_is_no_image_is_left_out_and_said(tmp_path):
     assert _found(load_source(folder).train, "ab") == [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("b", 5)]
     (tmp_path / "train" / "a" / "notes.txt").write_text("text")
     (tmp_path / "train" / "b" / "photo.heic").write_text("text")
-    with pytest.warns(UserWarning, match=r"train holds files that are not images, .* '.*/a/notes\.txt' and 1 more$"):
+    with pytest.warns(
+        UserWarning, match=r"has files that are not images and are left out: '.*/notes\.txt' and 1 more$"
+    ):
         assert len(load_source(folder).train) == 5
 
 
@@ -70,37 +72,37 @@ def test_classes_of_one_split_alone(tmp_path):
         assert load_source(folder).class_names == ("a", "b")
     (tmp_path / "train" / "empty").mkdir()
     _image(tmp_path / "test" / "b" / "1.png")
-    with pytest.warns(UserWarning, match="train has folders without an image: 'empty'$"):
+    with pytest.warns(UserWarning, match="train has class folders without images: 'empty'$"):
         assert load_source(folder).class_names == ("a", "b")
     _image(tmp_path / "test" / "empty" / "1.png")
     with (
-        pytest.warns(UserWarning, match="folders without an image"),
-        pytest.raises(ValueError, match="the test has images of classes unknown in training: 'empty'"),
+        pytest.warns(UserWarning, match="class folders without images"),
+        pytest.raises(ValueError, match="test images have classes that training lacks: 'empty'"),
     ):
         load_source(folder)
     shutil.rmtree(tmp_path / "test")
     _image(tmp_path / "test" / "A" / "1.png")
     _image(tmp_path / "test" / "B" / "1.png")
     with (
-        pytest.warns(UserWarning, match="folders without an image"),
-        pytest.raises(ValueError, match="no class in common; the first has 'a', 'b', the second 'A', 'B'"),
+        pytest.warns(UserWarning, match="class folders without images"),
+        pytest.raises(ValueError, match="no class in common; training has 'a', 'b', test has 'A', 'B'"),
     ):
         load_source(folder)
 
 
-NO_TEST = "no images for the test in folders of classes, test/CLASS or val/CLASS"
+NO_TEST = "no test images in class folders, test/CLASS or val/CLASS"
 
 
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (["a/1.png", "b/1.png", "x.png"], ["a/1.png"], r"train/x\.png lies in no folder .* in .*/train/CLASS$"),
-        (["1.png", "2.png"], ["a/1.png"], r"train/1\.png lies in no folder of a class"),
-        (["a/1.png", "b/1.png"], ["a/1.png", "x.png"], r"test/x\.png lies in no folder of a class"),
+        (["a/1.png", "b/1.png", "x.png"], ["a/1.png"], r"train/x\.png is not in a class folder; .*/train/CLASS$"),
+        (["1.png", "2.png"], ["a/1.png"], r"train/1\.png is not in a class folder"),
+        (["a/1.png", "b/1.png"], ["a/1.png", "x.png"], r"test/x\.png is not in a class folder"),
         (["a/1.png", "b/1.png"], ["x.png"], NO_TEST),
         (["a/1.png", "b/1.png"], [], NO_TEST),
         (["a/1.png", "a/2.png"], ["a/1.png"], "has one class, 'a'; a classifier needs two classes or more"),
-        ([], ["a/1.png", "b/1.png"], "has images, but no folder train; they belong in train/CLASS"),
+        ([], ["a/1.png", "b/1.png"], "has images but no folder train; they belong in train/CLASS"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(tmp_path, train, test, message):
@@ -112,14 +114,14 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, train, test, message):
 def test_classes_without_a_folder_for_the_split(tmp_path):
     for name in ("cat", "dog"):
         _image(tmp_path / name / "1.png")
-    with pytest.raises(FileNotFoundError, match="has images, but no folder train; they belong in train/CLASS"):
+    with pytest.raises(FileNotFoundError, match="has images but no folder train; they belong in train/CLASS"):
         load_source(str(tmp_path))
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path):
     folder = _folder(tmp_path, ["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"])
     _image(tmp_path / "Train" / "a" / "1.png")
-    with pytest.raises(ValueError, match="Train and train are both train"):
+    with pytest.raises(ValueError, match="Train and train both hold the train split; keep one"):
         load_source(folder)
 
 
@@ -151,7 +153,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
     with pytest.raises(BadImageError, match=r"train/bird/z\.png cannot be read: No such file or directory$"):
         load_source(str(root)).train[1]
     (store / "cat" / "loop").symlink_to(store, target_is_directory=True)
-    with pytest.raises(ValueError, match="is a link to a folder that it lies in; remove it"):
+    with pytest.raises(ValueError, match="leads back, through a symbolic link, to a folder that contains it"):
         load_source(str(root))
 
 
@@ -207,7 +209,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
 
 def test_a_corrupt_file_is_named_by_its_path(tmp_path):
     folder = _folder(tmp_path, ["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"])
-    for content, reason in ((b"", "it is empty"), (b"\x89PNG", "it is not an image that Pillow knows")):
+    for content, reason in ((b"", "it is empty"), (b"\x89PNG", "it is not in a format that Pillow reads")):
         (tmp_path / "test" / "b" / "1.png").write_bytes(content)
         test = load_source(folder).test
         with pytest.raises(

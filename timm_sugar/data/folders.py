@@ -1,4 +1,4 @@
-"""What a local folder holds: image files as SPLIT/CLASS/any depth, or parquet files by split."""
+"""Local folders of images, SPLIT/CLASS/any depth, and of parquet files by split."""
 
 import os
 import re
@@ -9,26 +9,26 @@ from pathlib import Path
 
 from PIL import Image
 
-# Names of splits, as folders and at the beginning of parquet files' names, in capitals or not.
+# Names of folders, and first words of the names of parquet files, in either case.
 _SPLIT_OF = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-HELD_OUT = ("test", "validation", "valid", "val")  # in this order; the Hub has all four
+HELD_OUT = ("test", "validation", "valid", "val")  # in order of preference, as named on the Hub
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return names for a message, and how many more there are."""
+    """Return the first `most` names for a message, and the number of the others."""
     shown = ", ".join(repr(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def files_below(folder: Path) -> list[str]:
-    """Return the paths of all files in a folder, at any depth and through symbolic links, sorted; hidden ones not.
+    """Return the sorted paths of all files below a folder, following symbolic links and skipping hidden names.
 
     Raises:
-        ValueError: a link leads to a folder that it lies in.
+        ValueError: a symbolic link leads back to a folder that contains it.
         OSError: a folder cannot be read.
     """
     return sorted(_files_below(str(folder), ()))
@@ -38,7 +38,7 @@ def _files_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[st
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
-        raise ValueError(f"{folder} is a link to a folder that it lies in; remove it")
+        raise ValueError(f"{folder} leads back, through a symbolic link, to a folder that contains it; remove the link")
     for entry in _visible(folder):
         if entry.is_dir():
             yield from _files_below(entry.path, (*above, here))
@@ -52,18 +52,18 @@ def _visible(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def is_image_name(path: str) -> bool:
-    """Whether a file's extension is that of a format that Pillow opens."""
+    """Whether Pillow opens files with this extension."""
     extensions = Image.registered_extensions()
     return extensions.get(os.path.splitext(path)[1].lower()) in Image.OPEN
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder's name stands for: train, test or validation."""
+    """Return the split that a folder of this name holds: "train", "test", "validation" or None."""
     return _SPLIT_OF.get(name.lower())
 
 
 def split_folders(folder: Path) -> dict[str, str]:
-    """Return the folders of the first level that are named for a split: train, test or validation.
+    """Return the folders of the first level that hold a split, by split.
 
     Raises:
         ValueError: two of them name the same split.
@@ -74,25 +74,24 @@ def split_folders(folder: Path) -> dict[str, str]:
         if split is not None and entry.is_dir():
             if split in found:
                 both = f"{os.path.basename(found[split])} and {entry.name}"
-                raise ValueError(f"data folder {str(folder)!r}: {both} are both {split}; one of them is to go")
+                raise ValueError(f"data folder {str(folder)!r}: {both} both hold the {split} split; keep one")
             found[split] = entry.path
     return found
 
 
 def has_metadata(folder: str) -> bool:
-    """Whether the labels of a folder of images stand in a file of the kind that `datasets` reads."""
+    """Whether a folder of images has its labels in a metadata file for `datasets`."""
     return any(os.path.exists(os.path.join(folder, f"metadata.{kind}")) for kind in ("csv", "jsonl", "parquet"))
 
 
 def images_by_class(folder: str, files: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Return path and class of each image in the folder of a split, None for one that lies in no folder of a class.
+    """Return the path and class of each image in the folder of a split; class None if it is in no class folder.
 
     Args:
-        folder: Of the split.
-        files: Paths, of which those below `folder` count.
+        folder: Folder of the split, whose subfolders are the classes, whatever their names.
+        files: Paths; those not below `folder` are ignored.
 
-    The folder below `folder` is the class, whatever it is called, and all below it belongs to it. Other files are left
-    out with a warning, which says too where a folder of a class has no image.
+    A warning names files that are not images, which are left out, and class folders without images.
     """
     found: list[tuple[str, str | None]] = []
     others = []
@@ -105,23 +104,23 @@ def images_by_class(folder: str, files: Sequence[str]) -> list[tuple[str, str | 
         if not is_image_name(path):
             others.append(path)
         else:
-            # macOS and Linux may spell the same accents differently.
+            # macOS may decompose accented letters.
             found.append((path, unicodedata.normalize("NFC", first) if rest else None))
             empty.discard(first)
     if others:
-        warnings.warn(f"{folder} holds files that are not images, and are left out: {listed(others, 1)}", stacklevel=2)
+        warnings.warn(f"{folder} has files that are not images and are left out: {listed(others, 1)}", stacklevel=2)
     if empty:
-        warnings.warn(f"{folder} has folders without an image: {listed(sorted(empty))}", stacklevel=2)
+        warnings.warn(f"{folder} has class folders without images: {listed(sorted(empty))}", stacklevel=2)
     return found
 
 
 def parquet_by_split(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
-    """Return the parquet files of a folder by split: train, test or validation; none where none is for training.
+    """Return the parquet files of a folder by split; an empty dict if there are none for training.
 
-    A split is named by a file's name up to the first character that is no letter, else by a folder above it.
+    The split is the first word of the file's name, or else of the nearest folder above it whose first word is a split.
 
     Raises:
-        ValueError: files for training lie in several folders, as those of a data set with several configurations.
+        ValueError: several folders have training files, as in a data set with several configurations.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for path in files:

@@ -1,4 +1,4 @@
-"""Labelled images, decoded to RGB as they are read: orientation, bit depths, and errors that name the image."""
+"""Labelled images, decoded to 8-bit RGB when read, with errors that name the image."""
 
 import io
 import os
@@ -20,7 +20,7 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-# TIFF's tags for the least and the largest value of a pixel: of any type, and of whole numbers.
+# TIFF tags: SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue.
 _RANGE_TAGS = ((340, 341), (280, 281))
 
 
@@ -39,8 +39,8 @@ class LabelledImages:
         read: Row number of the source -> RGB image.
         rows: Row number of each image, int64, shape (N,).
         labels: Class of each image, int64, shape (N,).
-        place: Row number -> where the image is, for messages.
-        stored: Row number -> the image as it is stored, None where there is nothing but `read`.
+        place: Row number -> location of the image, for messages.
+        stored: Row number -> encoded image; None if the source holds decoded images.
     """
 
     read: Callable[[int], Image.Image]
@@ -56,26 +56,26 @@ class LabelledImages:
         return self._named(self.read, index)
 
     def content(self, index: int) -> bytes:
-        """Return the image as it is stored, else its pixels.
+        """Return the encoded image, or its pixels if the source holds decoded images.
 
         Raises:
-            BadImageError: there is nothing.
+            BadImageError: it cannot be read.
         """
         if self.stored is None:
             return self[index].tobytes()
         return self._named(self.stored, index)
 
     def _named(self, get: Callable[[int], _T], index: int) -> _T:
-        """Return what `get` gives for the row of an image, and name the row in its errors."""
+        """Return `get(row)`; its errors become one that names the image."""
         row = int(self.rows[index])
         try:
             return get(row)
         except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-            if _is_trouble_of_the_machine(error):
+            if _is_system_error(error):
                 message = f"cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
             else:
                 unknown = isinstance(error, UnidentifiedImageError)
-                reason = "it is not an image that Pillow knows" if unknown else f"{error}" or type(error).__name__
+                reason = "it is not in a format that Pillow reads" if unknown else f"{error}" or type(error).__name__
                 message = f"cannot be decoded: {reason}; repair or remove it, or train with --skip-bad-images"
             raise BadImageError(f"image {self.place(row)} {message}") from error
 
@@ -84,20 +84,20 @@ class LabelledImages:
         return LabelledImages(self.read, self.rows[indices], self.labels[indices], self.place, self.stored)
 
 
-def _is_trouble_of_the_machine(error: BaseException | None) -> bool:
-    """Whether an image could not be read for a reason that is not in the image, and may be gone at the next try."""
+def _is_system_error(error: BaseException | None) -> bool:
+    """Whether reading failed because of the file system or memory, rather than the content of the image."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def to_rgb(stored: bytes) -> Image.Image:
-    """Decode the content of an image file to RGB: the first frame, upright, with 8 bits a channel.
+    """Decode the first frame of an image file to 8-bit RGB, applying EXIF orientation and dropping transparency.
 
-    Orientation is applied as EXIF gives it. Grey images of 16 bits are scaled from 0 to 65,535; whole numbers of 32
-    bits and floats from the range that TIFF's tags give. Transparency is left out.
+    16-bit greyscale is scaled from [0, 65535]; 32-bit integers and floats from the range given by the TIFF tags
+    SMinSampleValue and SMaxSampleValue, or MinSampleValue and MaxSampleValue.
 
     Raises:
-        ValueError: the file is empty, or the range of its pixels is not known.
-        Exception: whatever Pillow raises.
+        ValueError: the file is empty, or the range of its pixels is unknown.
+        Exception: Pillow raises many kinds for damaged files.
     """
     if not stored:
         raise ValueError("it is empty")
@@ -105,32 +105,32 @@ def to_rgb(stored: bytes) -> Image.Image:
         image.load()
         try:
             turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        except Exception:  # EXIF that is damaged says nothing
+        except Exception:  # damaged EXIF
             turn = None
         if image.mode == "F" or image.mode.startswith("I"):
             rgb = _to_8_bits(image).convert("RGB")
         else:
-            # Pillow warns where transparency is converted to RGB at once.
+            # Pillow warns about converting a palette with transparency to RGB directly.
             rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # of 16 bits too
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits, too
         least, largest = 0.0, 65535.0
     else:
         tags = getattr(image, "tag_v2", {})
         known = next((pair for pair in _RANGE_TAGS if pair[0] in tags and pair[1] in tags), None)
         if known is None:
-            kind = "floats" if image.mode == "F" else "whole numbers of 32 bits"
+            kind = "floats" if image.mode == "F" else "32-bit integers"
             raise ValueError(
-                f"its pixels are {kind}, whose range is not known; store it with 8 or 16 bits, "
-                "or with TIFF's tags SMinSampleValue and SMaxSampleValue"
+                f"its pixels are {kind} of unknown range; store them as 8 or 16 bits, or set the TIFF tags "
+                "SMinSampleValue and SMaxSampleValue"
             )
         least, largest = (float(np.ravel(tags[tag])[0]) for tag in known)
     pixels = np.asarray(image, np.float64)
     if not (largest > least and np.isfinite(pixels).all()):
-        raise ValueError(f"its pixels are not finite, or their range from {least:g} to {largest:g} is empty")
+        raise ValueError(f"its pixels are not all finite, or their range, {least:g} to {largest:g}, is empty")
     return Image.fromarray(np.clip(np.round((pixels - least) * (255 / (largest - least))), 0, 255).astype(np.uint8))
 
 
@@ -138,7 +138,7 @@ def readable(images: LabelledImages, threads: int = 2) -> np.ndarray:
     """Decode every image and return the indices of those that can be, int64.
 
     Raises:
-        BadImageError: a file cannot be read, which says nothing of the image in it.
+        BadImageError: a file cannot be read because of the file system or memory.
     """
 
     def check(chunk: range) -> list[int]:
@@ -147,7 +147,7 @@ def readable(images: LabelledImages, threads: int = 2) -> np.ndarray:
             try:
                 images[index]
             except BadImageError as error:
-                if _is_trouble_of_the_machine(error.__cause__):
+                if _is_system_error(error.__cause__):
                     raise
                 continue
             good.append(index)

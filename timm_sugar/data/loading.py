@@ -42,14 +42,14 @@ def decode(images: LabelledImages, transform: ImageTransform, threads: int = 2) 
 
 
 def fingerprint(source: Source, threads: int = 2) -> dict[str, int | str]:
-    """Return what tells a data set from another: counts, and hashes of class names, labels and every image as stored.
+    """Return counts and hashes by which two data sets differ if their classes, labels or images differ.
 
-    Content, and not size and time of files, since a run may go on with a copy of the data on another machine. It costs
-    reading the data once, about a second per GB and core; an epoch reads as much, and decodes it besides.
+    Images are hashed by content rather than by size and modification time, because a run may resume on another machine
+    with a copy of the data. This reads the data once, as an epoch does; decoding takes much longer than hashing.
 
     Returns:
-        "train_images", "test_images" and "classes", numbers, and "class_names", "labels" and "images", the first 16
-        hexadecimal digits of SHA-256. Where the images lie and what their files are called does not count.
+        "train_images", "test_images" and "classes" (numbers); "class_names", "labels" and "images" (the first 16
+        hexadecimal digits of SHA-256). Independent of file names and of how the images are divided into files.
 
     Raises:
         BadImageError: an image cannot be read.

@@ -42,7 +42,7 @@ _IMAGE_COLUMNS = ("image", "img")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the images to train on, those held out for the final test, and the names of the classes.
+    """A data set: training images, held-out test images and the names of the classes.
 
     Attributes:
         bad_images: Number of images left out because they cannot be decoded.
@@ -68,22 +68,21 @@ def load_source(
     Args:
         data: "digits", "cifar10", "cifar100", "tiny-imagenet", a Hub data set id such as "uoft-cs/cifar10", or a
             local folder: images as SPLIT/CLASS/any depth, parquet files as the Hub stores them, the original
-            tiny-imagenet-200 layout, or what else `datasets.load_dataset` reads.
+            tiny-imagenet-200 layout, or anything else that `datasets.load_dataset` reads.
         label_column: Column of the class labels; None takes label, labels or fine_label.
-        split_seed: Where the source has no held-out images of its own (digits), a stratified 20% is held out by it.
+        split_seed: Seed of the stratified 20% that is held out if the source has no test split (digits).
         streaming: Read the files once, as stored, into memory, instead of through a copy in the cache on disk. Splits,
             order and images are the same.
-        image_column: Column of the images; None takes image, img, or the only one that holds images.
-        skip_bad_images: Decode every image, and leave out those that cannot be decoded.
+        image_column: Column of the images; None takes image, img, or the only column that holds images.
+        skip_bad_images: Decode every image once and exclude those that cannot be decoded.
 
-    The held-out images are those of the split test, or where there is none, or it has no labels, of validation.
-    Labels go by the names of the classes, whatever numbers a file gives them. A class without images for training or
-    for the test is said in a warning.
+    The test images are those of the test split, or of the validation split if there is no labelled test split.
+    Labels are matched by class name, whatever numbers each file gives the classes. A warning names classes without
+    training images or without test images.
 
     Raises:
-        ValueError: the name is unknown, there is no label column, image column or held-out split, a label is missing,
-            the test has classes that the training images lack, or `skip_bad_images` leaves no test image, or no
-            training image of a class.
+        ValueError: the name is unknown; a label column, image column, test split or label is missing; a test class
+            does not occur in training; `skip_bad_images` leaves no test image or no training image of a class.
         FileNotFoundError: the folder does not exist, or holds no images.
         ModuleNotFoundError: the extra "train" is not installed.
     """
@@ -123,7 +122,7 @@ def split_validation(images: LabelledImages, fraction: float, split_seed: int) -
     """Split a stratified `fraction` off for validation; the same one for the same `split_seed`.
 
     Raises:
-        ValueError: nothing would be left of a class.
+        ValueError: a class would have no training image left.
     """
     held_out = stratified_sample(images.labels, round(fraction * len(images)), split_seed)
     rest = np.setdiff1d(np.arange(len(images)), held_out)
@@ -131,8 +130,8 @@ def split_validation(images: LabelledImages, fraction: float, split_seed: int) -
     if len(lost):
         raise ValueError(
             f"a validation split of {fraction:g} takes every training image of {len(np.unique(images.labels[lost]))} "
-            f"classes, the image {images.place(int(images.rows[lost[0]]))} for one; "
-            "give such classes more images, or split off less or none (--val-fraction 0)"
+            f"classes, for example the image {images.place(int(images.rows[lost[0]]))}; add images to these classes or "
+            "use a smaller --val-fraction, or 0"
         )
     return images.subset(rest), images.subset(held_out)
 
@@ -176,7 +175,7 @@ def _load_tiny_imagenet(folder: Path) -> Source:
         file, _, rest = line.partition("\t")
         if not rest:
             raise ValueError(
-                f"{folder / 'val' / 'val_annotations.txt'}, line {number}: not a file and a class: {line!r}"
+                f"{folder / 'val' / 'val_annotations.txt'}, line {number}: expected a file and a class, got {line!r}"
             )
         test.append((str(folder / "val" / "images" / file), rest.split("\t")[0]))
     if not train or not test:
@@ -197,11 +196,11 @@ def _load_folder(folder: Path, label_column: str | None, image_column: str | Non
     splits = split_folders(folder)
     if "train" not in splits:
         if any(is_image_name(path) for path in files):
-            raise FileNotFoundError(f"data folder {data!r} has images, but no folder train; they belong in train/CLASS")
+            raise FileNotFoundError(f"data folder {data!r} has images but no folder train; they belong in train/CLASS")
         return _load_columns(data, label_column, image_column, streaming, path=data)
     if not has_metadata(splits["train"]) and any(map(is_image_name, files)):
         return _load_images(data, {name: images_by_class(path, files) for name, path in splits.items()})
-    # Splits of datasets itself go by any name in a path, those of classes too.
+    # Without patterns, datasets infers splits from every name in a path, class names included.
     patterns = {name: f"{glob.escape(path)}/**" for name, path in splits.items()}
     return _load_columns(data, label_column, image_column, streaming, path=data, data_files=patterns)
 
@@ -209,26 +208,24 @@ def _load_folder(folder: Path, label_column: str | None, image_column: str | Non
 def _load_images(data: str, splits: dict[str, list[tuple[str, str | None]]]) -> Source:
     held_out = [name for name in HELD_OUT if any(label is not None for _, label in splits.get(name, ()))]
     if not held_out:
-        raise FileNotFoundError(
-            f"data folder {data!r} has no images for the test in folders of classes, test/CLASS or val/CLASS"
-        )
+        raise FileNotFoundError(f"data folder {data!r} has no test images in class folders, test/CLASS or val/CLASS")
     labelled = []
     for files in (splits["train"], splits[held_out[0]]):
         loose = next((path for path, label in files if label is None), None)
         if loose is not None:
-            raise ValueError(f"image {loose} lies in no folder of a class; it belongs in {Path(loose).parent}/CLASS")
+            raise ValueError(f"image {loose} is not in a class folder; it belongs in {Path(loose).parent}/CLASS")
         labelled.append(_from_files([(path, label) for path, label in files if label is not None]))
     return _join(data, *labelled)
 
 
 @dataclass(frozen=True)
 class _Numbered:
-    """Labels as a file holds them: numbers of its own, int64, and what they stand for.
+    """Labels of one file, numbered by that file.
 
     Attributes:
-        numbers: From 0; below it where there is no label.
-        names: Of the classes; those that stand in the file where it only has numbers or text.
-        kind: "names" where their order is the file's, "text" or "numbers" where it is to be theirs.
+        numbers: Indices into `names`, int64, (N,); negative if there is no label.
+        names: Class names; for a column of text or numbers, the values that occur in it.
+        kind: "names" if the file defines the order of the classes; "text" or "numbers" if they are sorted as such.
     """
 
     numbers: np.ndarray
@@ -238,7 +235,7 @@ class _Numbered:
 
 @dataclass(frozen=True)
 class _Split:
-    """Images whose labels are not known by name yet; `images.labels` does not count."""
+    """Images of one split whose classes are not matched by name yet; `images.labels` is a placeholder."""
 
     images: LabelledImages
     labels: list[_Numbered]
@@ -249,12 +246,12 @@ class _Split:
 
 
 def _join(data: str, train: _Split, test: _Split) -> Source:
-    """Number the classes alike in both splits."""
-    kinds = {part.kind for split in (train, test) for part in split.labels}
+    """Match the classes of both splits by name and number them."""
+    kinds = {part.kind for split in (train, test) for part in split.labels if part.names}
     if "numbers" in kinds and len(kinds) > 1:
         raise ValueError(
-            f"data set {data!r}: some files have names of classes and others bare numbers, whose names are not known; "
-            "store all of them in one way"
+            f"data set {data!r}: some files have class names and others have numbers without names, which cannot be "
+            "matched; store the labels of all files in one way"
         )
     for split in (train, test):
         bad = np.flatnonzero(np.concatenate([part.numbers for part in split.labels]) < 0)
@@ -277,12 +274,12 @@ def _join(data: str, train: _Split, test: _Split) -> Source:
     used = [{part.names[n] for part in split.labels for n in np.unique(part.numbers)} for split in (train, test)]
     if not used[0] & used[1]:
         raise ValueError(
-            f"data set {data!r}: training and test have no class in common; "
-            f"the first has {listed(sorted(used[0]))}, the second {listed(sorted(used[1]))}"
+            f"data set {data!r}: training and test images have no class in common; "
+            f"training has {listed(sorted(used[0]))}, test has {listed(sorted(used[1]))}"
         )
     unknown = sorted(used[1].difference(names))
     if unknown:
-        raise ValueError(f"data set {data!r}: the test has images of classes unknown in training: {listed(unknown)}")
+        raise ValueError(f"data set {data!r}: test images have classes that training lacks: {listed(unknown)}")
     for what, missing in (("training", set(names) - used[0]), ("test", used[0] - used[1])):
         if missing:
             warnings.warn(f"data set {data!r} has no {what} image of {listed(sorted(missing))}", stacklevel=4)
@@ -315,7 +312,8 @@ def _encoded(count: int, stored: Callable[[int], bytes], place: Callable[[int], 
 def _load_parquet(
     data: str, files: dict[str, list[str]], label_column: str | None, image_column: str | None, streaming: bool
 ) -> Source:
-    """Read parquet files, each with the names of its own classes; `datasets` takes the first file's for all."""
+    """Read parquet files, each with its own class names; `datasets` would apply those of the first file to all."""
+    _require("datasets")
     import datasets
     import pyarrow.parquet as parquet
 
@@ -378,7 +376,7 @@ def _load_parquet(
 
 
 def _choose_test(data: str, splits: Collection[str], read: Callable[[str], _Split]) -> Source:
-    """Join train and the first of the held-out splits that has labels."""
+    """Join the training split and the first labelled held-out split."""
     for name in HELD_OUT:
         if name in splits and (test := read(name)).labelled:
             return _join(data, read("train"), test)
@@ -391,6 +389,7 @@ def _choose_test(data: str, splits: Collection[str], read: Callable[[str], _Spli
 def _load_columns(
     data: str, label_column: str | None, image_column: str | None, streaming: bool, **arguments: Any
 ) -> Source:
+    _require("datasets")
     splits = _load_dataset(data, streaming=streaming, **arguments)
     if "train" not in splits:
         raise ValueError(f"data set {data!r} has no split named train; it has {', '.join(splits)}")
@@ -447,17 +446,17 @@ class _LayoutError(ValueError):
 
 
 def _check_layout(data: str, builder: Any) -> None:
-    """Refuse image files of the Hub that `datasets` puts into other splits or classes than SPLIT/CLASS/FILE says."""
+    """Refuse image files on the Hub for which `datasets` infers another split or class than SPLIT/CLASS/FILE."""
     for split, files in builder.config.data_files.items():
         places = [str(file).removeprefix(f"{builder.base_path}/") for file in files]
         if any(os.path.basename(place).startswith("metadata.") for place in places):
-            continue  # the labels stand there
+            continue  # labels come from that file
         for place in filter(is_image_name, places):
             folders = place.split("/")[:-1]
             if len(folders) < 2 or split_of(folders[-2]) != split:
                 raise _LayoutError(
-                    f"Hub data set {data!r}: {place} is not SPLIT/CLASS/FILE, or its class is called like a split; get "
-                    f"the files with `hf download --repo-type dataset {data} --local-dir DIR` and give --data DIR"
+                    f"Hub data set {data!r}: {place} is not SPLIT/CLASS/FILE, or its class is named like a split; "
+                    f"download it with `hf download --repo-type dataset {data} --local-dir DIR` and give --data DIR"
                 )
 
 
@@ -466,7 +465,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
-    """Read a column of labels, of which a null or a number below 0 is none."""
+    """Read a label column; null and negative numbers mean no label."""
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
@@ -474,8 +473,8 @@ def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
         if len(numbers) and numbers.max() >= len(feature.names):
             row = int(numbers.argmax())
             raise ValueError(
-                f"{file}: label {numbers[row]} in row {row} has no name, there are {len(feature.names)}; "
-                f"the labels of column {name!r} go from 0 to {len(feature.names) - 1}"
+                f"{file}: label {numbers[row]} in row {row} has no class name; "
+                f"column {name!r} names the labels 0 to {len(feature.names) - 1}"
             )
         return _Numbered(numbers, feature.names, "names")
     values = column.to_pylist()
@@ -527,7 +526,7 @@ def _find_image_column(data: str, features: Mapping[str, Any], wanted: str | Non
 
 
 def _holds_images(feature: Any) -> bool:
-    """Whether a column is declared to hold images, or holds what they are stored as: bytes, or bytes and path."""
+    """Whether a column is of images, or of what stores them: bytes, or a struct of bytes and path."""
     import datasets
 
     if isinstance(feature, dict):
@@ -536,7 +535,7 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _from_items(count: int, item: Callable[[int], Any], place: Callable[[int], str]) -> LabelledImages:
-    """Return images stored as `datasets` stores them: bytes, or bytes or a path in a dict."""
+    """Return images stored as bytes, or as `datasets` stores them, in a dict with bytes or a path."""
 
     def stored(row: int) -> bytes:
         found = item(row)
