@@ -117,6 +117,11 @@ def convert(
 
     Raises:
         ValueError: there is nothing to replace, or a name, alpha or save mode is not valid.
+
+    Example:
+        >>> model = convert(nn.Sequential(nn.Linear(3, 4), nn.GELU()), "nelu")
+        >>> model[1], model(torch.ones(2, 3)).shape  # (2, 3) -> (2, 4)
+        (Sugar(nelu, alpha=0.01), torch.Size([2, 4]))
     """
     new = Sugar(surrogate, alpha, save=save)
     report = _convert(model, new, replace, include, exclude)
@@ -179,6 +184,10 @@ def to_relu(model: ModuleT) -> ModuleT:
 
     Returns:
         The model itself; where timm or transformers built it, a saved model comes back with ReLU.
+
+    Example:
+        >>> to_relu(nn.Sequential(nn.Linear(3, 4), Sugar("bsilu")))[1]
+        ReLU()
     """
     swaps = [
         (found.parent, found.key, found.value)

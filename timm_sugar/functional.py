@@ -205,6 +205,12 @@ def forward_gradient_injection(
 
     Returns:
         ``f(x)`` with the gradient of g. Where g(x) is not finite, so is the result: use `sugar` there.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> y = forward_gradient_injection(x, torch.relu, torch.nn.functional.leaky_relu)  # (2,) -> (2,)
+        >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()
+        ([0.0, 2.0], [0.009999999776482582, 1.0])
     """
     _check_dtype(x)
     if isinstance(surrogate, str):

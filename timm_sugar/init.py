@@ -34,6 +34,9 @@ def randomized_asymmetric_(module: ModuleT, generator: torch.Generator | None = 
 
     Raises:
         ValueError: there is no such layer in the module.
+
+    Example:
+        >>> layer = randomized_asymmetric_(nn.Linear(2, 8))  # weight (8, 2), bias (8,)
     """
     layers = [m for m in module.modules() if isinstance(m, _LAYERS)]
     if not layers:

@@ -44,6 +44,11 @@ class Sugar(nn.Module):
 
     Raises:
         ValueError: no such surrogate, or an alpha that it does not take.
+
+    Example:
+        >>> layer = Sugar("bsilu", alpha=2.0)
+        >>> layer, layer(torch.randn(8, 64, 7, 7)).shape  # any shape -> the same
+        (Sugar(bsilu, alpha=2), torch.Size([8, 64, 7, 7]))
     """
 
     def __init__(
@@ -253,6 +258,12 @@ def register_surrogate(
 
     Raises:
         ValueError: the name or alpha is not valid, or derivative is not callable.
+
+    Example:
+        >>> register_surrogate("triangle", lambda x, alpha: torch.relu(1 - x.abs() / alpha), alpha=2.0)
+        >>> x = torch.tensor([-1.0, 0.0], requires_grad=True)
+        >>> torch.autograd.grad(sugar(x, "triangle").sum(), x)[0].tolist()
+        [0.5, 1.0]
     """
     add_surrogate(Surrogate(name, derivative, function, alpha))
     for register in activation_registries:

@@ -136,7 +136,12 @@ _ALIASES = {"swish": "silu"}
 
 
 def list_surrogates() -> list[str]:
-    """Return the names of all surrogates, sorted. Aliases (``swish``) work but are not listed."""
+    """Return the names of all surrogates, sorted. Aliases (``swish``) work but are not listed.
+
+    Example:
+        >>> list_surrogates()[:3]
+        ['bsilu', 'elu', 'gelu']
+    """
     return sorted(_SURROGATES)
 
 

@@ -111,6 +111,13 @@ def count_units(model: nn.Module) -> Iterator[UnitCounts]:
     (tokens) and the first after the batch of four or more (images) are taken.
 
     Memory does not depend on the number of images: one int64 for each element of a single image.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+        >>> with torch.no_grad(), count_units(model) as counts:
+        ...     _ = model[0].weight.fill_(-1), model[0].bias.fill_(0), model(torch.ones(8, 2))  # (8, 2) -> (8, 4)
+        >>> counts.dead_units, counts.layers["1"].active.shape  # of each of the 4 units
+        (1.0, torch.Size([4]))
     """
     counts = UnitCounts()
     calls: dict[str, int] = {}

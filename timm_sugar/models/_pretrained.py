@@ -194,6 +194,12 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         ValueError: unknown surrogate, one that contradicts act_layer, or a config.json that is not to be trusted.
         OSError: there is no such repository or folder, or a file of it is missing or corrupted.
         RuntimeError: unknown architecture.
+
+    Example:
+        >>> model = create_model("resnet18_cifar_sugar_bsilu", alpha=1.0).eval()
+        >>> model(torch.zeros(2, 3, 32, 32)).shape  # (N, 3, H, W) -> (N, classes)
+        torch.Size([2, 10])
+        >>> model = create_model("local-dir:output/digits/model", pretrained=True)  # doctest: +SKIP
     """
     source, model_id = parse_model_name(model_name)
     if source is None:
