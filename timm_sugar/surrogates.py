@@ -131,7 +131,7 @@ _SURROGATES: dict[str, Surrogate] = {
         Surrogate("silu", _silu_derivative, lambda x, alpha: F.silu(x)),
     )
 }
-_BUILT_IN = frozenset(_SURROGATES)
+BUILT_IN = frozenset(_SURROGATES)
 _ALIASES = {"swish": "silu"}
 
 
@@ -168,7 +168,7 @@ def add_surrogate(surrogate: Surrogate) -> None:
     name = surrogate.name
     if not (isinstance(name, str) and name.isidentifier() and name == name.lower()):
         raise ValueError(f"a surrogate's name must be a lower-case identifier, got {name!r}")
-    if name in _BUILT_IN or name in _ALIASES:
+    if name in BUILT_IN or name in _ALIASES:
         raise ValueError(f"surrogate {name!r} is built in; register yours under another name")
     if not callable(surrogate.derivative) or not (surrogate.function is None or callable(surrogate.function)):
         raise ValueError(f"surrogate {name!r}: derivative and function must be callables that take (x, alpha)")

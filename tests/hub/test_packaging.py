@@ -13,6 +13,7 @@ from safetensors import safe_open
 from timm.models import _registry
 
 import timm_sugar
+from timm_sugar import surrogates
 from timm_sugar.hub import packaging, write_model_folder
 from timm_sugar.hub.packaging import _write_config
 from timm_sugar.hub.reload import loads_in
@@ -149,6 +150,15 @@ def test_an_architecture_of_timm_without_relu_is_for_this_package_alone(tmp_path
         timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     loaded = timm_sugar.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert Activation.of(loaded) == Activation("nelu", 0.3)
+
+
+@pytest.mark.parametrize("name", ["resnet18_sugar_bsilu", "resnet18_cifar_sugar_bsilu"])
+def test_a_surrogate_of_the_users_own(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(surrogates, "_SURROGATES", dict(surrogates._SURROGATES))
+    timm_sugar.register_surrogate("mine", lambda x, alpha: torch.sigmoid(alpha * x), alpha=2.0)
+    _, config = _package(tmp_path / "model", name, surrogate="mine", alpha=3.0)  # loads where nobody knows it
+    assert config["timm_sugar"] == {"architecture": name, "surrogate": "mine", "alpha": 3.0}
+    assert Activation.of(timm_sugar.create_model(f"local-dir:{tmp_path}/model")) == Activation("mine", 3.0)
 
 
 def test_a_package_that_stock_timm_loads_as_another_network_is_not_written(tmp_path, monkeypatch):

@@ -14,8 +14,9 @@ from .._timm import model_args as timm_arguments
 from .._timm import save_config_for_hf
 from ..convert import OURS_ALONE, stock_arguments
 from ..layers import Activation
-from ..models import stock_architecture
+from ..models import is_own, stock_architecture
 from ..models._weights import WEIGHTS
+from ..surrogates import BUILT_IN
 from .card import model_card
 from .reload import check_reload
 
@@ -75,6 +76,8 @@ def _write_config(
     arguments = stock_arguments(model, stock) if stock else None
     if arguments is None:  # timm has none that is the same network: it is named as it is, which timm alone refuses
         stock, hidden = architecture, {"num_classes"}
+        if is_own(architecture) and activation.surrogate not in (None, *BUILT_IN):
+            hidden |= {"surrogate", "alpha"}  # which no other process knows; the record has them
     else:
         hidden = {"num_classes", *OURS_ALONE, *({"act_layer"} - arguments.keys())}
         if given and not arguments and activation.surrogate is None:

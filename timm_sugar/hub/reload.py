@@ -121,9 +121,11 @@ def _ask(plugin: bool, request: list[Any]) -> dict[str, float | str]:
 @cache
 def _loader(plugin: bool) -> "subprocess.Popen[str]":
     """Start the process once: importing torch takes longer than loading a network. It ends with this one."""
+    launched = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
     return subprocess.Popen(
         [sys.executable, "-c", _LOADER, "plugin" if plugin else "alone"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=tempfile.gettempdir(),  # which is the first entry of its sys.path
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
