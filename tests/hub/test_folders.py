@@ -154,7 +154,7 @@ def test_from_the_run_to_the_tag(folder, tag, parquet_folder, monkeypatch, capsy
     plain = timm.create_model("resnet18_sugar_bsilu")  # what it was before there were weights
     assert (plain.num_classes, plain.pretrained_cfg["input_size"]) == (1000, (3, 224, 224))
     assert main(["verify", str(folder), "--data", parquet_folder]) == 0
-    assert "measured on 60 images" in capsys.readouterr().out
+    assert "60 test images" in capsys.readouterr().out
 
 
 def test_weights_that_cannot_be_had(tag, monkeypatch):
