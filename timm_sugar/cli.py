@@ -25,13 +25,13 @@ from .files import write_file
 from .hub import (
     NamedModel,
     check_weights,
-    files_of_run,
     find_model,
-    halve,
     image_batches,
     publish,
+    published_files,
     read_facts,
     sample_batches,
+    to_float16,
     verify,
     write_folder,
 )
@@ -192,8 +192,8 @@ def _publish(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as place:
         output = args.output
         if args.half:
-            output = halve(output, Path(place, "run"), args.data)
-        files = files_of_run(output, args.repo_id, facts)
+            output = to_float16(output, Path(place, "run"), args.data)
+        files = published_files(output, args.repo_id, facts)
         print(check_weights(output, args.data))
         if args.to_folder and not args.dry_run:
             files = write_folder(output, args.repo_id, args.to_folder, facts)

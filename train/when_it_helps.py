@@ -475,7 +475,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError where a finished cell was trained with other settings."""
     for result in read_results(folder):
         for key, value in result["settings"].items():
@@ -524,7 +524,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype="bfloat16" if cuda or torch.cpu._is_avx512_bf16_supported() else "float32", steps=args.steps,
             train_images=len(arrays["train"]), data=digest,
         )  # fmt: skip
-        refuse_other_settings(folder, settings)
+        check_settings(folder, settings)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     torch.backends.cudnn.benchmark = True

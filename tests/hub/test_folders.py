@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 
 import timm_sugar
 from timm_sugar.cli import main
-from timm_sugar.hub import files_of_run, read_facts
+from timm_sugar.hub import published_files, read_facts
 from timm_sugar.layers import Activation
 from timm_sugar.models import _weights, is_own, stock_architecture
 from timm_sugar.models._weights import find_weights
@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> int:
     (claim,) = card.data.eval_results
     assert claim.metric_value == round(summary["test_top1"], 4)
     assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
-    again = files_of_run(folder, f"timm-sugar/{folder.name}", read_facts(folder / "facts.yaml"))
+    again = published_files(folder, f"timm-sugar/{folder.name}", read_facts(folder / "facts.yaml"))
     assert again["README.md"].decode() == (folder / "README.md").read_text()
     for path in folder.glob("*[!g]"):  # all but the picture
         if path.name != "model.safetensors":
@@ -191,16 +191,16 @@ def test_card_and_facts_of_the_folder(folder):
 
 
 def test_half_that_is_not_as_good_is_refused(folder, parquet_folder, tmp_path, monkeypatch, capsys):
-    from timm_sugar.hub import half
+    from timm_sugar.hub import float16
 
     run = folder.parent.parent / "run"
     argv = ["publish", str(run), "--repo-id", "lab/net", "--half", "--to-folder", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(half, "_in_half", lambda tensors: tensors | {"fc.weight": -tensors["fc.weight"].half()})
+        patch.setattr(float16, "_to_float16", lambda tensors: tensors | {"fc.weight": -tensors["fc.weight"].half()})
         assert main(argv) == 1
     assert "more than 0.05 points from" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(half, "load_file", lambda path: {"conv1.weight": torch.full((2, 2), 1e6)})
+        patch.setattr(float16, "load_file", lambda path: {"conv1.weight": torch.full((2, 2), 1e6)})
         assert main(argv) == 1
     assert "conv1.weight has values beyond the range of float16" in capsys.readouterr().err
     assert main([*argv, "--data", str(tmp_path / "nowhere")]) == 1

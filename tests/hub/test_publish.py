@@ -243,7 +243,7 @@ def test_two_publishers_at_once(hub, cli, other_cli, run_folder, tmp_path):
     hub.others = []
     hub.fail("POST", "preupload", lambda: hub.others.append(other_cli("publish", tmp_path / "run", "--repo-id", REPO)))
     message = one_error(cli("publish", run_folder, "--repo-id", REPO))
-    assert "somebody else committed" in message
+    assert "another commit was made" in message
     assert [other.status for other in hub.others] == [0]
     assert hub.commits(REPO) == 1
     assert hub.files(REPO)["metrics.jsonl"] == metrics.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_sugar.hub import files_of_run
+from timm_sugar.hub import published_files
 from timm_sugar.metrics import find_metric
 
 from .test_publish import one_error
@@ -15,7 +15,7 @@ from .test_publish import one_error
 
 @pytest.fixture(scope="module")
 def files(run_folder):
-    return files_of_run(run_folder, "lab/net")
+    return published_files(run_folder, "lab/net")
 
 
 @pytest.fixture

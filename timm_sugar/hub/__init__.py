@@ -2,10 +2,10 @@
 
 from .card import dataset_of, read_facts
 from .client import check_destination
-from .half import halve
+from .float16 import to_float16
 from .loading import NamedModel, find_model, image_batches, sample_batches
 from .packaging import write_model_folder
-from .publish import Published, check_weights, files_of_run, publish, write_folder
+from .publish import Published, check_weights, publish, published_files, write_folder
 from .verify import Verification, verify
 
 __all__ = [
@@ -15,13 +15,13 @@ __all__ = [
     "check_destination",
     "check_weights",
     "dataset_of",
-    "files_of_run",
     "find_model",
-    "halve",
     "image_batches",
     "publish",
+    "published_files",
     "read_facts",
     "sample_batches",
+    "to_float16",
     "verify",
     "write_folder",
     "write_model_folder",

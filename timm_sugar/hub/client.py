@@ -4,7 +4,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from ..models._download import patiently, refuse_bad_token
+from ..models._download import check_token, retry
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -18,11 +18,11 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_destination(repo_id: str, create_pr: bool = False) -> None:
-    """Make sure that the token may write to a repository, which need not exist yet, before there is anything to write.
+    """Check that the token may write to a repository, which need not exist yet.
 
     Args:
         repo_id: ORG/NAME.
-        create_pr: Only a pull request is to be opened, which everybody may who can write anywhere.
+        create_pr: Only a pull request is opened; any token that can write may do that.
 
     Raises:
         ValueError: the name is not legal.
@@ -35,9 +35,9 @@ def check_destination(repo_id: str, create_pr: bool = False) -> None:
     if get_token() is None:
         raise PermissionError("no token for the Hub: set HF_TOKEN or run `hf auth login`")
     try:
-        me = patiently(HfApi().whoami)
+        me = retry(HfApi().whoami)
     except HfHubHTTPError as error:
-        refuse_bad_token(error)
+        check_token(error)
         raise
     except httpx.TransportError as error:
         raise ConnectionError(f"the Hub at {constants.ENDPOINT} cannot be reached: {error}") from error
@@ -45,7 +45,7 @@ def check_destination(repo_id: str, create_pr: bool = False) -> None:
     if token.get("role") == "read":
         raise PermissionError(f"the token of {me['name']} can only read; make one that can write")
     if create_pr:
-        if not patiently(HfApi().repo_exists, repo_id):
+        if not retry(HfApi().repo_exists, repo_id):
             raise FileNotFoundError(f"there is no repository {repo_id} to open a pull request for")
         return
     owner = repo_id.partition("/")[0]
@@ -64,6 +64,6 @@ def check_destination(repo_id: str, create_pr: bool = False) -> None:
 def head_of(repo_id: str, revision: str | None) -> str | None:
     """Return the newest commit of a branch, None where there is no such repository."""
     try:
-        return patiently(HfApi().model_info, repo_id, revision=revision).sha
+        return retry(HfApi().model_info, repo_id, revision=revision).sha
     except RepositoryNotFoundError:
         return None

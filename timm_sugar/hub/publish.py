@@ -23,7 +23,7 @@ from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate,
 from ..files import to_yaml, write_file
 from ..metrics import METRICS
 from ..models import create_model
-from ..models._download import file_hash, patiently
+from ..models._download import file_hash, retry
 from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
 from .client import check_destination, check_repo_id, head_of
@@ -62,7 +62,7 @@ def model_folder(output: Path) -> Path:
     return model
 
 
-def files_of_run(output: Path, repo_id: str, facts: dict[str, Any] | None = None) -> dict[str, bytes | Path]:
+def published_files(output: Path, repo_id: str, facts: dict[str, Any] | None = None) -> dict[str, bytes | Path]:
     """Return what is published of a run: content or file, by its name in the repository.
 
     Args:
@@ -124,16 +124,16 @@ def write_folder(
     """Write what would be published into a folder, with the summary, from which it can be published later.
 
     Args:
-        output, repo_id, facts: As for `files_of_run`.
+        output, repo_id, facts: As for `published_files`.
         folder: Where to; other files in it stay, facts.yaml among them.
 
     Returns:
-        The files, as `files_of_run` does.
+        The files, as `published_files` does.
 
     Raises:
-        FileNotFoundError, ValueError: as `files_of_run`.
+        FileNotFoundError, ValueError: as `published_files`.
     """
-    files = files_of_run(output, repo_id, facts)
+    files = published_files(output, repo_id, facts)
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     dataset_id = (facts or {}).get("dataset", summary.get("dataset_id"))
     summary |= {"data": public_data(summary["data"], dataset_id), "dataset_id": dataset_id}
@@ -184,7 +184,7 @@ def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
 
 
 def check_weights(output: Path, data: str | None = None) -> str:
-    """Load the weights of a run and make sure that they are those that its accuracy was measured on.
+    """Check that the weights of a run give the accuracy that its summary records.
 
     All of a test set of up to 1000 images must give the recorded accuracy; a sample of a larger one must give it to
     within four standard deviations of what such a sample scatters.
@@ -251,27 +251,27 @@ def publish(
     might load in place of these, are removed in the same commit; all else in it stays.
 
     Args:
-        files: See `files_of_run`.
+        files: See `published_files`.
         repo_id: ORG/NAME; created where it does not exist.
-        private: Nobody else may see it.
+        private: Create a private repository.
         revision: Branch to commit to; created where it does not exist.
         create_pr: Open a pull request instead.
         announce: Called before anything is sent with a line that says what of the repository is replaced or removed.
 
     Raises:
         PermissionError, FileNotFoundError, ValueError, ConnectionError: see `timm_sugar.hub.check_destination`.
-        FileExistsError: somebody else committed meanwhile, or the repository is public and was to be private.
-        ConnectionError: the upload broke off; another call goes on with it.
+        FileExistsError: another commit was made meanwhile, or the existing repository is public.
+        ConnectionError: the upload was interrupted; another call resumes it.
         OSError: the Hub refuses, or stored something else than what was sent.
     """
     api = HfApi()
     check_destination(repo_id, create_pr)
     if not create_pr:
-        patiently(api.create_repo, repo_id, private=private or None, exist_ok=True)
-        if private and not patiently(api.model_info, repo_id).private:
+        retry(api.create_repo, repo_id, private=private or None, exist_ok=True)
+        if private and not retry(api.model_info, repo_id).private:
             raise FileExistsError(f"{repo_id} exists already, and is public")
         if revision:
-            patiently(api.create_branch, repo_id, branch=revision, exist_ok=True)
+            retry(api.create_branch, repo_id, branch=revision, exist_ok=True)
     parent = head_of(repo_id, revision)
     there = _files_of(api, repo_id, parent)
     replaced = [name for name in sorted(files) if name in there and not _is_same(there[name], files[name])]
@@ -281,7 +281,7 @@ def publish(
             announce(f"{what} {repo_id}: {', '.join(names)}")
 
     def commit() -> CommitInfo:
-        # Made anew for each attempt: what is in the repository by then is left out, so that none is made twice.
+        # Built for each attempt, since operations that the repository holds by then are dropped.
         operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         return api.create_commit(
@@ -294,12 +294,12 @@ def publish(
         )
 
     try:
-        info = patiently(commit, unsafe=create_pr)
+        info = retry(commit, unsafe=create_pr)
     except HfHubHTTPError as error:
         if error.response.status_code != 412:
             raise
         raise FileExistsError(
-            f"somebody else committed to {repo_id} meanwhile; look at it and publish again"
+            f"another commit was made to {repo_id} meanwhile; look at it and publish again"
         ) from error
     except (httpx.TransportError, RuntimeError) as error:
         reason = error.__cause__ or error
@@ -311,7 +311,7 @@ def publish(
 def _files_of(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
     if commit is None:
         return {}
-    entries = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
+    entries = retry(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
@@ -330,7 +330,7 @@ def _check_stored(api: HfApi, files: dict[str, bytes | Path], repo_id: str, comm
         for name, content in files.items():
             path = Path(folder, name)
             path.symlink_to(content.resolve()) if isinstance(content, Path) else path.write_bytes(content)
-        found = patiently(api.verify_repo_checksums, repo_id, revision=commit, local_dir=folder)
+        found = retry(api.verify_repo_checksums, repo_id, revision=commit, local_dir=folder)
     wrong = [*found.extra_paths, *(mismatch["path"] for mismatch in found.mismatches)]
     if wrong:
         raise OSError(f"{repo_id} does not hold {', '.join(wrong)} as sent")

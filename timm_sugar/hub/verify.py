@@ -18,7 +18,7 @@ from .reload import check_reload
 
 # A claim has four digits, and float32 rounds differently on other hardware: one image in 10,000.
 TOLERANCE = 0.5e-4 + 1e-4
-# What is not of the test images is of the weights before they were stored, in float16 perhaps (see `halve`).
+# What is not of the test images is of the weights before they were stored, in float16 perhaps (see `to_float16`).
 _BEFORE_STORING = 0.5e-4 + 5e-4
 _BATCH = 256
 

@@ -1,4 +1,4 @@
-"""Files from the Hub: asked for with patience, and checked against the hash that the Hub gave."""
+"""Downloads from the Hub: with retries, and with a check of the hash that the Hub gave."""
 
 import hashlib
 import json
@@ -26,15 +26,15 @@ _TO_CONNECT = 2.0  # seconds
 _reached: set[str] = set()
 
 
-def patiently(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs: Any) -> T:
-    """Return ``call(*args, **kwargs)``, called again with back-off while the server is busy or the connection breaks.
+def retry(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs: Any) -> T:
+    """Return ``call(*args, **kwargs)``, repeated with backoff while the server is busy or the connection fails.
 
-    huggingface_hub does the same for some of its calls, but not for all.
+    huggingface_hub's own http_backoff takes a URL, and not all calls of HfApi go through it.
 
     Args:
         call: Any call of huggingface_hub.
-        unsafe: The call must not be made twice, so that an answer that got lost is an error: retry only where the
-            server says that it did not do it.
+        unsafe: The call is not idempotent: a lost answer is an error, and only a call that the server refused is
+            repeated.
     """
     wait: float
     for wait in _WAITS:
@@ -52,7 +52,7 @@ def patiently(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs
 
 
 def _asked_wait(response: Any, otherwise: float) -> float:
-    """Return the seconds that a busy server asks for, where it does."""
+    """Return the seconds in the server's Retry-After header, else `otherwise`."""
     asked = response.headers.get("retry-after", "")
     return min(int(asked) + 1, _LONGEST_WAIT) if asked.isdigit() else otherwise
 
@@ -107,29 +107,29 @@ def download(repo_id: str, name: str, revision: str | None = None, cache_dir: st
         _check(Path(path))
         return Path(path)
     try:
-        path = patiently(hf_hub_download, repo_id, name, **arguments)
+        path = retry(hf_hub_download, repo_id, name, **arguments)
     except RemoteEntryNotFoundError:
         raise
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{constants.ENDPOINT} shows no repository {repo_id} to you") from error
     except HfHubHTTPError as error:
-        refuse_bad_token(error)
+        check_token(error)
         raise
     _check(Path(path))
     return Path(path)
 
 
-def refuse_bad_token(error: HfHubHTTPError) -> None:
-    """Raise PermissionError where the Hub does not accept the token, which it says even of what all may read."""
+def check_token(error: HfHubHTTPError) -> None:
+    """Raise PermissionError if the Hub rejects the token; it does so for public repositories too."""
     if error.response.status_code == 401:
         raise PermissionError(f"{constants.ENDPOINT} does not accept the token; check HF_TOKEN") from error
 
 
 def _check(path: Path) -> None:
-    """Raise OSError where a file in huggingface_hub's cache is not what the Hub said that it is.
+    """Raise OSError if a file in huggingface_hub's cache does not have the hash that the Hub gave for it.
 
     The cache names a file by the hash that came with it: SHA-256 for a large file, git's SHA-1 of a blob for others.
-    The client itself compares sizes alone.
+    The client itself compares sizes only, and HfApi.verify_repo_checksums needs the network.
     """
     blob = path.resolve()
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):

@@ -1,4 +1,4 @@
-"""Where published weights are, and what of a published config.json is believed."""
+"""Locations of published weights, and the validation of a published config.json."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, is_model
 from .._timm import parse_model_config
 from ..convert import ACTIVATION_ARGUMENTS, read_note
 from ..layers import Activation
-from ._download import download, reach_hub, refuse_bad_token
+from ._download import check_token, download, reach_hub
 
 ORGANISATION = "timm-sugar"
 WEIGHTS = "model.safetensors"
@@ -56,7 +56,7 @@ class PublishedConfig:
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
 
-    def refuse_other_arguments(self, variant: str) -> None:
+    def check_arguments(self, variant: str) -> None:
         """Raise RuntimeError where the weights need arguments that `variant` does not have by itself."""
         others = {k: v for k, v in self.model_args.items() if k not in _OF_ANY_ENTRYPOINT}
         if others:
@@ -106,7 +106,7 @@ def read_published(variant: str, tag: str | None, cache_dir: str | None = None) 
         variant, tag, cache_dir: As for `find_weights`.
 
     Raises:
-        RuntimeError: there is nothing, it cannot be had from where it is to be, or the weights need other arguments
+        RuntimeError: nothing is published, it cannot be downloaded, or the weights need other arguments
             than `variant` has by itself; in one line.
         ValueError: as `read_config`.
     """
@@ -121,7 +121,7 @@ def read_published(variant: str, tag: str | None, cache_dir: str | None = None) 
             f"The weights {source} cannot be loaded: {reason}. The tags are {there}. TIMM_SUGAR_HUB may name a folder "
             f"that holds {name}, as hub_cards of a checkout does. {_how_to_train(variant)}"
         ) from error
-    found.refuse_other_arguments(variant)
+    found.check_arguments(variant)
     return found
 
 
@@ -162,11 +162,11 @@ def _look(variant: str, cache_dir: str | None) -> tuple[dict[str, str], str]:
     place = f"the organisation {hub} on the Hub (TIMM_SUGAR_HUB)"
     try:
         reach_hub()
-        found = HfApi().list_models(author=hub, search=f"{variant}.")  # which has patience itself
+        found = HfApi().list_models(author=hub, search=f"{variant}.")  # retries by itself
         names = [model.id.partition("/")[2] for model in found]
     except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
         if isinstance(error, HfHubHTTPError):
-            refuse_bad_token(error)
+            check_token(error)
         place += ", which cannot be reached, so that the cache was looked into"
         cache = Path(cache_dir or constants.HF_HUB_CACHE)
         names = [path.name.rpartition("--")[2] for path in cache.glob(f"models--{hub}--{variant}.*")]
@@ -180,12 +180,12 @@ def _in_folder(variant: str, folder: Path) -> dict[str, str]:
 
 
 def read_config(source: str, cache_dir: str | None = None, weights: bool = True) -> PublishedConfig:
-    """Read the config.json of a published model, and believe of it only what describes a model of timm's registry.
+    """Read and validate the config.json of a published model: only arguments of a registered model are accepted.
 
     Args:
         source: ``hf-hub:ORG/NAME``, with or without ``@REVISION``, or ``local-dir:FOLDER``.
         cache_dir: In place of huggingface_hub's cache.
-        weights: Make sure that there are weights too, as safetensors, and that they are what the Hub says.
+        weights: Check that there are weights too, as safetensors, with the hash that the Hub gives.
 
     Raises:
         ValueError: the file is no model's config.json, names an unregistered model or weights that are not

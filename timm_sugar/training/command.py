@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..hub import check_destination, check_weights, files_of_run, publish
+from ..hub import check_destination, check_weights, publish, published_files
 from ..settings import TrainConfig
 from .config import load_config
 from .dry_run import dry_run, evaluate_only
@@ -62,7 +62,7 @@ def _publish(config: TrainConfig, run: Callable[[], dict[str, Any]]) -> dict[str
     summary = run()
     if config.push_to_hub and _is_main():
         check_weights(config.folder)
-        files = files_of_run(config.folder, config.push_to_hub)
+        files = published_files(config.folder, config.push_to_hub)
         publish(files, config.push_to_hub, announce=partial(print, file=sys.stderr))
     return summary
 

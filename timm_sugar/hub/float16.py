@@ -1,4 +1,4 @@
-"""Weights of half the size: float16 but for one-dimensional tensors, and the accuracy of the file as it is stored."""
+"""Weights in float16, except one-dimensional tensors, and the accuracy of the stored file."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ TOLERANCE = 0.0005  # of the accuracy, a fraction of 1
 _BATCH = 256
 
 
-def halve(output: Path, folder: Path, data: str | None = None) -> Path:
+def to_float16(output: Path, folder: Path, data: str | None = None) -> Path:
     """Copy a finished run with its weights in float16, one-dimensional tensors in float32.
 
     The accuracy in the copy's summary.json is that of the stored file, on all test images, loaded by timm; loaded by
@@ -32,7 +32,7 @@ def halve(output: Path, folder: Path, data: str | None = None) -> Path:
         data: Where the test images are now; None for where they were.
 
     Returns:
-        `folder`, a run as `files_of_run` takes it.
+        `folder`, a run as `published_files` takes it.
 
     Raises:
         ValueError: the accuracy differs from that of the float32 weights by more than 0.05 points, or the weights are
@@ -40,7 +40,7 @@ def halve(output: Path, folder: Path, data: str | None = None) -> Path:
         OSError, ModuleNotFoundError: the test images or transformers are not at hand.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise ModuleNotFoundError("the accuracy in transformers is to be measured: pip install transformers")
+        raise ModuleNotFoundError("--half measures the accuracy in transformers: pip install transformers")
     source, model = model_folder(output), folder / "model"
     images = read_test_images(output, data)
     model.mkdir(parents=True)
@@ -48,7 +48,7 @@ def halve(output: Path, folder: Path, data: str | None = None) -> Path:
         shutil.copy(path, folder / path.name)
     for name in MODEL_FILES:
         shutil.copy(source / name, model / name)
-    save_file(_in_half(load_file(source / WEIGHTS)), model / WEIGHTS, metadata={"format": "pt"})
+    save_file(_to_float16(load_file(source / WEIGHTS)), model / WEIGHTS, metadata={"format": "pt"})
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     recorded = summary.get("float32_test_top1", summary["test_top1"])
@@ -65,7 +65,7 @@ def halve(output: Path, folder: Path, data: str | None = None) -> Path:
     return folder
 
 
-def _in_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_float16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     halved = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in tensors.items()}
     for name, tensor in halved.items():
         if not torch.isfinite(tensor).all():
