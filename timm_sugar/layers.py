@@ -102,7 +102,7 @@ class BSiLU(nn.Module):
     """B-SiLU in both passes, ``(x + alpha) * sigmoid(x) - alpha / 2`` (arXiv:2505.22074, eq. 7).
 
     Args:
-        inplace: Accepted for timm's sake and ignored, since the backward needs the pre-activation.
+        inplace: Accepted because timm passes it, and ignored: the backward needs the pre-activation.
         alpha: Shape parameter; None takes the paper's 1.67.
 
     Shape:

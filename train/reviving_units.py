@@ -4,7 +4,7 @@
 
 Trains a narrow VGG-16 without BatchNorm with plain ReLU at a learning rate that kills units. Then training goes on from
 its last weights, with a new optimizer at that rate and at a lower one, once with ReLU and once with the network
-converted to SUGAR. Writes revival.json and pictures. Killed and started again, it goes on where it was.
+converted to SUGAR. Writes revival.json and pictures. Killed and started again, it resumes.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def plan(arguments: argparse.Namespace, seed: int) -> tuple[TrainConfig, dict[tuple[str, float], TrainConfig]]:
-    """Return the settings of a seed's first training, and of those that go on from it by arm and learning rate."""
+    """Return the settings of a seed's first training, and of those that continue from it, by arm and learning rate."""
     folder = arguments.output / f"seed{seed}"
     after = {
         (arm, lr): settings(arguments, seed, arguments.more_epochs, lr, folder / f"{arm}-{lr:g}")
@@ -102,7 +102,7 @@ def settings(arguments: argparse.Namespace, seed: int, epochs: int, lr: float, o
 
 
 def revive(first: TrainConfig, after: dict[tuple[str, float], TrainConfig]) -> dict[str, Any]:
-    """Train a network with ReLU, go on with ReLU and with SUGAR, and compare the dead units before and after."""
+    """Train a network with ReLU, continue with ReLU and with SUGAR, and compare the dead units before and after."""
     summary = train(first)
     start = last_weights(first.folder)
     record = {"seed": first.seed, "first": {"metrics": metrics(first.folder), "summary": summary}, "after": []}

@@ -174,12 +174,12 @@ def loss_landscape(
 ) -> dict[str, Any]:
     """Measure loss and accuracy on a grid around the weights, and the sharpness at its centre.
 
-    The file holds what is done so far; a computation that was killed goes on from there, with the same result.
+    The file holds partial results; an interrupted computation resumes from it, with the same result.
 
     Args:
         model: Classifier, inputs -> logits (N, classes); left as it is.
         batches: Inputs as the model takes them, and int64 labels (N,); gone through once a point.
-        path: The file, written anew once a second. A finished one of the same settings is returned as it is.
+        path: The file, rewritten once a second. A finished one of the same settings is returned unchanged.
         resolution: Points along each of the two directions, an odd number, so that the middle one is the model.
         seed: Of the directions.
         on_point: Called with points done and points in all.

@@ -1,4 +1,4 @@
-"""A run, or several compared, on one self-contained HTML page."""
+"""The report: one run, or several compared, on a self-contained HTML page."""
 
 import importlib.util
 import re
@@ -27,7 +27,7 @@ _NOTHING = "–"  # noqa: RUF001
 
 
 def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
-    """Write a page about one or several runs, which loads nothing from anywhere, and pictures beside it.
+    """Write a self-contained HTML page about one or several runs, and pictures beside it.
 
     Runs that are not finished are shown as far as they are.
 

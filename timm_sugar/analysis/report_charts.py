@@ -15,7 +15,7 @@ _SYMBOLS = tuple(SYMBOLS)
 
 
 def curve_charts(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> list[Chart]:
-    """The metrics that have a chart, by epoch.
+    """Line charts of the metrics that have one, by epoch.
 
     Args:
         metrics: Name of each run -> the lines of its metrics.jsonl.

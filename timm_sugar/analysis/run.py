@@ -1,4 +1,4 @@
-"""What is in the folder of a run, finished or not."""
+"""Reading the folder of a run, finished or not."""
 
 import json
 import math
@@ -20,10 +20,10 @@ _KEYS = {  # without which a file of a run cannot be shown
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is in a run's folder.
+    """The content of a run's folder.
 
     Attributes:
-        name: What the run is called on the page.
+        name: Name of the run on the page.
         folder: Where it is.
         settings: config.yaml.
         metrics: The lines of metrics.jsonl; none before the first epoch has ended.
@@ -50,7 +50,7 @@ class RunRecord:
 
     @property
     def activation(self) -> str:
-        """The activation in words, such as "SUGAR bsilu 1.67"."""
+        """The activation as text, such as "SUGAR bsilu 1.67"."""
         line = self.summary or (self.metrics[-1] if self.metrics else self.settings)
         if line.get("surrogate"):
             alpha = line.get("alpha")
@@ -67,7 +67,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """Read what a run has written so far.
+    """Read the files of a run, finished or not.
 
     Raises:
         FileNotFoundError: the folder holds no run.

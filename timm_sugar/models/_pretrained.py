@@ -183,7 +183,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
     A published folder names timm's stock architecture wherever there is one, since at inference a SUGAR network is a
     plain ReLU network; `timm.create_model` builds exactly that. Here the architecture and surrogate recorded under
-    ``"timm_sugar"`` in its config.json are built instead, so that fine-tuning goes on with SUGAR.
+    ``"timm_sugar"`` in its config.json are built instead, so that fine-tuning uses SUGAR.
 
     Args:
         model_name: A model of timm's registry, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``.
