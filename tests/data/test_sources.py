@@ -124,6 +124,15 @@ def test_the_reason_why_datasets_fails_is_in_the_line(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_characters_of_patterns_in_the_path_of_parquet_files(tmp_path, streaming):
+    folder = tmp_path / "[a-z]*?"
+    folder.mkdir()
+    _write_table(folder)
+    source = load_source(str(folder), streaming=streaming)
+    assert _names_seen(source.test, [*COLOURS]) == ([*COLOURS], [*COLOURS])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_file_without_rows(tmp_path, streaming):
     folder = _write_table(tmp_path)
     pq.write_table(pq.read_table(tmp_path / "train.parquet").slice(0, 0), tmp_path / "train.parquet")
@@ -486,8 +495,9 @@ def test_a_parquet_file_replaced_within_the_clocks_grain_is_read_anew(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves metadata.csv open
 def test_other_files_are_read_by_the_folder_of_their_split(tmp_path):
-    """Images whose labels stand in metadata.csv."""
+    """Images whose labels are in metadata.csv."""
     images, labels = coloured_images(6, 0)
+    tmp_path = tmp_path / "[a-z]*"
     for split in ("train", "test"):
         (tmp_path / split / "test_tube").mkdir(parents=True)
         lines = ["file_name,label"]

@@ -58,10 +58,13 @@ class Images:
     fingerprint: dict[str, int | str]
 
 
-def open_source(config: TrainConfig) -> Source:
-    """Return the data set that the settings name."""
+def open_source(config: TrainConfig, warn: bool = True) -> Source:
+    """Return the data set that the settings name; its warnings are shown if `warn`, by one process of several."""
     names = ("label_column", "image_column", "split_seed", "streaming", "skip_bad_images")
-    return load_source(config.data, **{name: getattr(config, name) for name in names})
+    with warnings.catch_warnings():
+        if not warn:
+            warnings.simplefilter("ignore")
+        return load_source(config.data, **{name: getattr(config, name) for name in names})
 
 
 def load_images(config: TrainConfig, source: Source, rank: int, processes: int) -> Images:

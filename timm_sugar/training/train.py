@@ -95,7 +95,7 @@ def build(config: TrainConfig) -> Run:
     check_names(config)
     accelerator = make_accelerator(config)
     processes, device = accelerator.num_processes, accelerator.device
-    source = open_source(config)
+    source = open_source(config, warn=accelerator.is_main_process)
     # Built before the images are decoded, so that a wrong argument fails at once.
     network, evaluated = (build_network(config, source) for _ in range(2))
     activation = check_activation(config, network)
