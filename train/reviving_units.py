@@ -125,9 +125,9 @@ def go_on(config: TrainConfig, start: dict[str, Any], surrogate: str | None) -> 
             if surrogate:
                 convert(network, surrogate)
         summary = fit(replace(run, activation=Activation.of(run.network)))
-        weights = {"before": start, "after": last_weights(run.output)}
+        weights = {"before": start, "after": last_weights(run.config.folder)}
         found = {when: profile_on_val(run, tensors).to_dict() for when, tensors in weights.items()}
-        write_file(run.output / PROFILES, json.dumps(found) + "\n")
+        write_file(run.config.folder / PROFILES, json.dumps(found) + "\n")
     return summary
 
 

@@ -77,13 +77,13 @@ def evaluate_only(run: Run) -> dict[str, Any]:
 
 
 def _best_weights(run: Run) -> tuple[Path, dict[str, torch.Tensor]]:
-    packaged = run.output / "model" / "model.safetensors"
+    packaged = run.config.folder / "model" / "model.safetensors"
     if run.config.resume == "auto" and packaged.exists():
         return packaged, load_file(packaged)
     auto = run.config.resume in ("auto", "never")
-    path = latest_checkpoint(run.output / "checkpoints") if auto else Path(run.config.resume)
+    path = latest_checkpoint(run.config.folder / "checkpoints") if auto else Path(run.config.resume)
     if path is None:
-        raise ValueError(f"{run.output} holds neither a packaged model nor a checkpoint to evaluate")
+        raise ValueError(f"{run.config.folder} holds neither a packaged model nor a checkpoint to evaluate")
     checkpoint = read_checkpoint(path)
     return path, checkpoint.best or checkpoint.weights
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,10 +66,6 @@ class Run:
     activation: Activation
 
     @property
-    def output(self) -> Path:
-        return self.config.folder
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Every setting as resolved, which of them were left open, the number of processes, and what tells the data."""
         record = dataclasses.asdict(self.config) | {"data_fingerprint": self.images.fingerprint}
@@ -121,9 +116,11 @@ def build(config: TrainConfig) -> Run:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = create_lr_schedule(config, optimizer, count // step_images, lr_scale)
+    mixup = make_mixup(config, len(images.class_names))
     return Run(
-        config, left_open, accelerator, AllReduceMax(), images, step_images, count // step_images, network, model,
-        evaluated, ema, make_mixup(config, len(images.class_names)), optimizer, scheduler, activation,
+        config=config, left_open=left_open, accelerator=accelerator, all_reduce_max=AllReduceMax(), images=images,
+        step_images=step_images, steps_per_epoch=count // step_images, network=network, model=model,
+        evaluated=evaluated, ema=ema, mixup=mixup, optimizer=optimizer, scheduler=scheduler, activation=activation,
     )  # fmt: skip
 
 
@@ -140,7 +137,7 @@ def fit(run: Run) -> dict[str, Any]:
     state, best = resume(run)
     state.settings = run.settings
     if main:
-        write_record(run.output, run.settings, state.metrics)
+        write_record(run.config.folder, run.settings, state.metrics)
     if config.tracker != "none":
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in run.settings.items()}
         run.accelerator.init_trackers("timm-sugar", shown)
@@ -168,7 +165,7 @@ def fit(run: Run) -> dict[str, Any]:
                 state.metrics.append(line)
                 _save(run, state, best)
                 if main:
-                    write_metrics(run.output, state.metrics)
+                    write_metrics(run.config.folder, state.metrics)
                 run.accelerator.log(numbers(line), step=state.epoch)
                 progress.epoch(line, config.epochs)
             assert best is not None  # there is an epoch
@@ -184,13 +181,13 @@ def fit(run: Run) -> dict[str, Any]:
 def resume(run: Run) -> tuple[State, Weights | None]:
     """Restore the checkpoint to resume from; return the progress and the weights of the best epoch so far."""
     wanted, checkpoint = run.config.resume, None
-    begin_or_compare(run.output, wanted, run.settings)
+    begin_or_compare(run.config.folder, wanted, run.settings)
     if run.accelerator.is_main_process:  # the others may be on machines that do not see the folder
-        checkpoint = find_checkpoint(run.output / "checkpoints", wanted)
+        checkpoint = find_checkpoint(run.config.folder / "checkpoints", wanted)
     checkpoint = from_main_process(checkpoint)
     if checkpoint is None:
         return State(), None
-    check_unchanged(str(run.output) if wanted == "auto" else wanted, checkpoint.state.settings, run.settings)
+    check_unchanged(str(run.config.folder) if wanted == "auto" else wanted, checkpoint.state.settings, run.settings)
     run.network.load_state_dict(checkpoint.weights)
     run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
     if run.accelerator.scaler is not None:
@@ -209,7 +206,7 @@ def _save(run: Run, state: State, best: Weights | None) -> None:
             "ema": run.ema.module.state_dict() if run.ema is not None else None,
         }
         checkpoint = Checkpoint(run.network.state_dict(), best, optimizer, state)
-        write_checkpoint(run.output / "checkpoints", run.step(state), checkpoint)
+        write_checkpoint(run.config.folder / "checkpoints", run.step(state), checkpoint)
     run.accelerator.wait_for_everyone()
 
 
@@ -240,7 +237,7 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
             run.scheduler.step_update(bad - 1)  # the rate that this step was made with
             raise FloatingPointError(
                 f"the loss is not finite at step {bad} (epoch {(bad - 1) // run.steps_per_epoch + 1}), learning rate "
-                f"{run.optimizer.param_groups[0]['lr']:g}; {name_latest(run.output / 'checkpoints')}"
+                f"{run.optimizer.param_groups[0]['lr']:g}; {name_latest(run.config.folder / 'checkpoints')}"
             )
         if signum or (checkpoint and not last):
             state.loss_sums = accelerator.gather(loss_sum[None]).tolist()
@@ -345,6 +342,6 @@ def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict
         versions=versions(),
     )
     if run.accelerator.is_main_process:
-        write_result(run.output, config, run.evaluated, images, summary)
+        write_result(run.config.folder, config, run.evaluated, images, summary)
     run.accelerator.wait_for_everyone()
     return summary
