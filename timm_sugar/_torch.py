@@ -12,18 +12,7 @@ def is_transformed() -> bool:
 
     There is no public way to ask. The function that is right under transforms is right without them too, but slower.
     """
-    try:
-        return bool(_functorch_active()) or forward_ad._current_level >= 0
-    except AttributeError:
-        return True
-
-
-def is_dispatched() -> bool:
-    """Whether a dispatch mode sees every operation (tracing, fake tensors, counters); True where it cannot be known.
-
-    There is no public way to ask. What is right under a mode, plain operations, is right without it too, but slower.
-    """
-    return bool(_modes() != 0)
+    return _functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_trace_check() -> bool:
@@ -38,7 +27,10 @@ def is_trace_check() -> bool:
 
 
 _functorch_active: Any = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+# How many dispatch modes see every operation (tracing, fake tensors, counters). There is no public way to ask. Where it
+# is gone there is said to be one: plain operations are right with and without, but slower.
+dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def jiterator(code: str) -> Any:

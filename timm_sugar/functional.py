@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ._torch import is_dispatched, is_trace_check, is_transformed
+from ._torch import is_trace_check, is_transformed
 from .kernels.exact import times_derivative
 from .kernels.lean import Code, Levels, encode, levels_of, times_decoded
-from .kernels.memory import opmath
+from .kernels.memory import is_plain, opmath
 from .surrogates import Surrogate, get_surrogate, unknown_name
 
 SAVE_MODES = ("exact", "uint8", "uint4")
@@ -89,7 +89,8 @@ def activate(
         return overridden
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
-    check_save(save)
+    if save not in SAVE_MODES:
+        check_save(save)
     _check_dtype(x)
     if not torch.is_grad_enabled() and not is_trace_check():
         return _relu(x, inplace)
@@ -100,7 +101,7 @@ def activate(
         return graph
     if _reference is not None:
         return _reference(x, entry, alpha)
-    if _is_plain(x) or is_transformed():
+    if is_plain(x) or is_transformed():
         return _differentiable(x, entry, alpha, save)
     return _traceable(x, entry, alpha, training)
 
@@ -116,9 +117,9 @@ def _in_graph(x: Tensor, surrogate: str, number: int, alpha: float | None, save:
 
 def _differentiable(x: Tensor, surrogate: Surrogate, alpha: float | None, save: str) -> Tensor:
     if is_transformed():  # not always: its setup_context takes five times as long as ReLU on a small tensor
-        y: Tensor = _TransformableInjection.apply(x, torch.relu, surrogate, alpha)
+        y: Tensor = _TransformableInjection.apply(x, surrogate, alpha)
     elif save == "exact" or not x.requires_grad:
-        y = _Injection.apply(x, torch.relu, surrogate, alpha)
+        y = _Injection.apply(x, surrogate, alpha)
     else:
         y = _LeanInjection.apply(x, save, levels_of(surrogate.name, f"{alpha}", save))[0]
     return y
@@ -132,10 +133,6 @@ def _traceable(x: Tensor, surrogate: Surrogate, alpha: float | None, training: b
 def _relu(x: Tensor, inplace: bool = False) -> Tensor:
     # In one place: torch.jit.trace compares the lines of two traces.
     return torch.relu_(x) if inplace else torch.relu(x)
-
-
-def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and not is_dispatched() and not torch.jit.is_tracing()
 
 
 def composed(x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
@@ -179,14 +176,9 @@ def surrogate_activation(x: Tensor, surrogate: str = "bsilu", alpha: float | Non
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
     _check_dtype(x)
-    function = _function_of(entry)
-
-    def forward(x: Tensor) -> Tensor:
-        return function(opmath(x), alpha).to(x.dtype)
-
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed() or not _is_plain(x):
-        return forward(x)
-    y: Tensor = _Injection.apply(x, forward, entry, alpha)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed() or not is_plain(x):
+        return _function_of(entry)(opmath(x), alpha).to(x.dtype)
+    y: Tensor = _Function.apply(x, entry, alpha)
     return y
 
 
@@ -222,34 +214,42 @@ def forward_gradient_injection(
 
 
 class _Injection(torch.autograd.Function):
-    """``forward(x)`` with the gradient ``surrogate.derivative(x)``; saves x and nothing else."""
+    """``relu(x)`` with the gradient ``surrogate.derivative(x)``; saves x and nothing else."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], surrogate: Surrogate, alpha: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.surrogate, ctx.alpha = surrogate, alpha
-        return forward(x)
+        return torch.relu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return times_derivative(grad, x, ctx.surrogate, ctx.alpha), None, None, None
+        return times_derivative(grad, x, ctx.surrogate, ctx.alpha), None, None
+
+
+class _Function(_Injection):
+    """The surrogate's own function with its derivative as gradient; saves x and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.surrogate, ctx.alpha = surrogate, alpha
+        return _function_of(surrogate)(opmath(x), alpha).to(x.dtype)
 
 
 class _TransformableInjection(torch.autograd.Function):
-    """The same for `torch.func`: with a rule for vmap, and forward-mode differentiation."""
+    """`_Injection` for `torch.func`: with a rule for vmap, and forward-mode differentiation."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, forward: Callable[[Tensor], Tensor], surrogate: Surrogate, alpha: float | None) -> Tensor:
-        return forward(x)
+    def forward(x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
+        return torch.relu(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, ctx.surrogate, ctx.alpha = inputs
+        x, ctx.surrogate, ctx.alpha = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -274,10 +274,13 @@ class _LeanInjection(torch.autograd.Function):
         tie = x.new_empty(0)
         ctx.save_for_backward(code.codes, tie)
         ctx.save, ctx.levels, ctx.strides = code[1:]
+        ctx.set_materialize_grads(False)  # none is made for the tie
         return y, tie
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         codes, tie = ctx.saved_tensors
         code = Code(codes, ctx.save, ctx.levels, ctx.strides)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

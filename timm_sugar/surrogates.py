@@ -46,6 +46,8 @@ class Surrogate:
         Raises:
             ValueError: alpha is not finite, or this surrogate has no alpha.
         """
+        if type(alpha) is float and -math.inf < alpha < math.inf and self.alpha is not None:  # most often, so first
+            return alpha
         if alpha is None:
             return self.alpha
         if self.alpha is None:
@@ -153,10 +155,11 @@ def get_surrogate(name: str) -> Surrogate:
     """
     if not isinstance(name, str):
         raise ValueError(f"surrogate must be a name, one of {', '.join(list_surrogates())}; got {name!r}")
-    try:
-        return _SURROGATES[_ALIASES.get(name, name)]
-    except KeyError:
-        raise ValueError(unknown_name("surrogate", name, [*_SURROGATES, *_ALIASES])) from None
+    if name in _SURROGATES:
+        return _SURROGATES[name]
+    if name in _ALIASES:
+        return _SURROGATES[_ALIASES[name]]
+    raise ValueError(unknown_name("surrogate", name, [*_SURROGATES, *_ALIASES]))
 
 
 def add_surrogate(surrogate: Surrogate) -> None:

@@ -91,7 +91,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for save in ("uint8", "uint4"):
         levels = levels_of("bsilu", "1.67", save)
-        encoder, table = (torch.tensor(part, dtype=wide) for part in levels)
+        encoder, table = (torch.tensor(part, dtype=wide) for part in (levels.encoder, levels.table))
         for shape in ((1,), (2,), (7,), (1023,), (1025,), (2, 3, 5, 7), (5, 8, 130)):
             x, grad = torch.randn(2, *shape).to(dtype)
             x.view(-1)[: len(special)] = special[: x.numel()].to(dtype)
@@ -129,7 +129,7 @@ for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("
         for dtype, wide in (("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
             function = getattr(lean_triton, kernel)
             pointers = (f"*{dtype}", f"*{dtype}", "*u8", f"*{wide}")
-            signature = dict(zip(function.arg_names, (*pointers, "i64", "constexpr"), strict=True))
+            signature = dict(zip(function.arg_names, (*pointers, "i64", "i64", "constexpr"), strict=True))
             made = triton.compile(ASTSource(function, signature=signature, constexprs={"BLOCK": 1024}), target=target)
             offsets = re.findall(r"tt.addptr .*: tensor<1024x!tt.ptr<(\\w+)>>, tensor<1024x(i\\d+)>", made.asm["ttir"])
             memory = [width for element, width in offsets if not (element == wide.replace("p", "") and width == "i32")]

@@ -11,6 +11,7 @@ import threading
 from ctypes import CDLL, c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from .expression import derivative_source
 _logger = logging.getLogger("timm_sugar")
 _lock = threading.Lock()
 _libraries: dict[Surrogate | None, CDLL | None] = {}
+_exact: dict[tuple[Surrogate, torch.dtype], Any] = {}
 _said: set[str] = set()
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Without the last two, loops that compute exponentials or compare do not vectorise.
@@ -49,6 +51,16 @@ def library(surrogate: Surrogate | None) -> CDLL | None:
                 _libraries[surrogate] = None
                 tell_why_not(name, error)
     return _libraries[surrogate]
+
+
+def exact(surrogate: Surrogate, dtype: torch.dtype) -> Any:
+    """Return the exact pass of a surrogate for a dtype, a C function; None where it cannot be compiled."""
+    try:
+        return _exact[surrogate, dtype]
+    except KeyError:
+        found = library(surrogate)
+        _exact[surrogate, dtype] = found and getattr(found, f"multiply_{str(dtype)[6:]}")
+        return _exact[surrogate, dtype]
 
 
 def tell_why_not(name: str, error: Exception) -> None:

@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._torch import jiterator
 from ..surrogates import Surrogate
@@ -23,7 +22,7 @@ def exact(surrogate: Surrogate, dtype: torch.dtype) -> Any:
     It takes any strides and broadcasts, and tensors of more than 2^31 elements. torch compiles it at its first call
     for each dtype.
     """
-    key = surrogate, dtype == torch.float64
+    key = surrogate, dtype is torch.float64
     try:
         return _kernels[key]
     except KeyError:
@@ -58,9 +57,3 @@ def lean() -> Any:
     except ImportError as error:
         tell_why_not("lean saving", error)
         return None
-
-
-@lru_cache(maxsize=256)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a 1-D tensor, which is kept, so that nothing is transferred at every step."""
-    return torch.tensor(values, dtype=dtype, device=device)

@@ -26,11 +26,10 @@ def times_derivative(grad: Tensor, x: Tensor, surrogate: Surrogate, alpha: float
             if kernel is not None:
                 product: Tensor = kernel(x, grad, alpha=alpha or 0.0)
                 return product
-        elif (library := cpu.library(surrogate)) is not None:
+        elif x.is_cpu and (function := cpu.exact(surrogate, x.dtype)) is not None:
             out = torch.empty_like(x)
             x, grad = as_laid_out(x, out), as_laid_out(grad, out)
-            function = getattr(library, f"multiply_{str(x.dtype)[6:]}")
-            count, threads = x.numel(), torch.get_num_threads()
-            function(grad.data_ptr(), x.data_ptr(), out.data_ptr(), count, alpha or 0.0, threads)
+            address = (grad.data_ptr(), x.data_ptr(), out.data_ptr())
+            function(*address, x.numel(), alpha or 0.0, torch.get_num_threads())
             return out
     return (opmath(grad) * surrogate.derivative(opmath(x), alpha)).to(x.dtype)

@@ -15,6 +15,7 @@ those of kernels.cpp, on a GPU those of lean_triton.py.
 import math
 from collections.abc import Callable
 from ctypes import Array, c_double
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,11 +37,33 @@ class Grid(NamedTuple):
     coarse: Tensor  # width, in steps, of the intervals below and above them
 
 
-class Levels(NamedTuple):
-    """What encoder and decoder take."""
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """What encoder and decoder take.
 
-    encoder: tuple[float, ...]  # for `_number`
-    table: tuple[float, ...]  # the derivative that each code stands for
+    Attributes:
+        encoder: For `_number`.
+        table: The derivative that each code stands for.
+        kept: Both as kernels take them, made once.
+    """
+
+    encoder: tuple[float, ...]
+    table: tuple[float, ...]
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def as_doubles(self, name: str) -> Array[c_double]:
+        """Return `encoder` or `table` for C."""
+        if name not in self.kept:
+            values = getattr(self, name)
+            self.kept[name] = (c_double * len(values))(*values)
+        return self.kept[name]  # type: ignore[no-any-return]
+
+    def as_tensor(self, name: str, like: Tensor) -> Tensor:
+        """Return `encoder` or `table` in the dtype that `like` is computed in and on its device."""
+        key = name, like.dtype, like.device
+        if key not in self.kept:
+            self.kept[key] = torch.tensor(getattr(self, name), dtype=opmath_dtype(like.dtype), device=like.device)
+        return self.kept[key]  # type: ignore[no-any-return]
 
 
 class Code(NamedTuple):
@@ -181,8 +204,9 @@ def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
         return torch.relu(x), Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
     y, count = torch.empty_like(x), x.numel()
     codes = torch.empty(count if save == "uint8" else (count + 1) // 2, dtype=torch.uint8, device=x.device)
-    _call("encode", save, as_laid_out(x, y), y, codes, levels.encoder)
-    return y, Code(codes, save, levels, y.stride())
+    code = Code(codes, save, levels, y.stride())
+    _call("encode", as_laid_out(x, y), y, code)
+    return y, code
 
 
 def times_decoded(grad: Tensor, code: Code) -> Tensor:
@@ -190,7 +214,7 @@ def times_decoded(grad: Tensor, code: Code) -> Tensor:
     codes, save, levels, strides = code
     if strides is not None and _has_kernel(grad, codes):
         out = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
-        _call("decode", save, as_laid_out(grad, out), out, codes, levels.table)
+        _call("decode", as_laid_out(grad, out), out, code)
         return out
     numbers = _unpack(codes, save, grad.numel())
     numbers = numbers.view(grad.shape) if strides is None else numbers.as_strided(grad.shape, strides)
@@ -200,24 +224,22 @@ def times_decoded(grad: Tensor, code: Code) -> Tensor:
 
 
 def _has_kernel(*tensors: Tensor) -> bool:
-    return may_read(*tensors) and (cuda.lean() if tensors[0].is_cuda else cpu.library(None)) is not None
+    if not may_read(*tensors):
+        return False
+    if tensors[0].is_cuda:
+        return cuda.lean() is not None
+    return tensors[0].is_cpu and cpu.library(None) is not None
 
 
-def _call(name: str, save: str, source: Tensor, out: Tensor, codes: Tensor, levels: tuple[float, ...]) -> None:
-    count, dtype = source.numel(), source.dtype
+def _call(name: str, source: Tensor, out: Tensor, code: Code) -> None:
+    which = "encoder" if name == "encode" else "table"
     if source.is_cuda:
-        if count:
-            constant = cuda.constant(levels, opmath_dtype(dtype), source.device)
-            getattr(cuda.lean(), name)(source, out, codes, constant, save)
+        levels = code.levels.as_tensor(which, source)
+        getattr(cuda.lean(), name)(source, out, code.codes, levels, code.save)
         return
-    function = getattr(cpu.library(None), f"{name}_{save}_{str(dtype)[6:]}")
-    pointers = (tensor.data_ptr() for tensor in (source, out, codes))
-    function(*pointers, count, _doubles(levels), torch.get_num_threads())
-
-
-@lru_cache(maxsize=256)
-def _doubles(values: tuple[float, ...]) -> Array[c_double]:
-    return (c_double * len(values))(*values)
+    function = getattr(cpu.library(None), f"{name}_{code.save}_{str(source.dtype)[6:]}")
+    address = (source.data_ptr(), out.data_ptr(), code.codes.data_ptr())
+    function(*address, source.numel(), code.levels.as_doubles(which), torch.get_num_threads())
 
 
 def _parts(x: Tensor, save: str) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """Lean saving on a GPU in Triton: encode and decode, for one byte an element and for half a byte.
 
 lean.py says what codes are. Offsets are 64 bits wide: a tensor may have more than 2^31 elements. `levels` holds
-``Levels.encoder`` or ``Levels.table``, in the dtype that is computed in.
+``Levels.encoder`` or ``Levels.table``, in the dtype that is computed in. `second` is where the second half begins, an
+argument of its own, since Triton reads and writes several elements at once where it finds it to be a multiple of 16.
 """
 
 import torch
@@ -23,8 +24,12 @@ def decode(grad: Tensor, out: Tensor, codes: Tensor, levels: Tensor, save: str) 
 
 
 def _launch(kernel: "triton.JITFunction", source: Tensor, target: Tensor, codes: Tensor, levels: Tensor) -> None:
-    with torch.cuda.device_of(source):
-        kernel[(triton.cdiv(codes.numel(), _BLOCK),)](source, target, codes, levels, source.numel(), BLOCK=_BLOCK)
+    count, grid = source.numel(), (triton.cdiv(codes.numel(), _BLOCK),)
+    if source.is_cuda and source.device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(source):
+            kernel[grid](source, target, codes, levels, count, count // 2, BLOCK=_BLOCK)
+    else:
+        kernel[grid](source, target, codes, levels, count, count // 2, BLOCK=_BLOCK)
 
 
 @triton.jit
@@ -62,7 +67,7 @@ def _decode_part(grad_ptr, out_ptr, levels, codes, offsets, mask):
 
 
 @triton.jit
-def _encode_uint8(x_ptr, y_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+def _encode_uint8(x_ptr, y_ptr, codes_ptr, levels, count, second, BLOCK: tl.constexpr):
     offsets = _offsets(BLOCK)
     mask = offsets < count
     code = _encode_part(x_ptr, y_ptr, levels, offsets, mask)
@@ -70,7 +75,7 @@ def _encode_uint8(x_ptr, y_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _decode_uint8(grad_ptr, out_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+def _decode_uint8(grad_ptr, out_ptr, codes_ptr, levels, count, second, BLOCK: tl.constexpr):
     offsets = _offsets(BLOCK)
     mask = offsets < count
     codes = tl.load(codes_ptr + offsets, mask=mask, other=0).to(tl.int32)
@@ -78,18 +83,18 @@ def _decode_uint8(grad_ptr, out_ptr, codes_ptr, levels, count, BLOCK: tl.constex
 
 
 @triton.jit
-def _encode_uint4(x_ptr, y_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+def _encode_uint4(x_ptr, y_ptr, codes_ptr, levels, count, second, BLOCK: tl.constexpr):
     offsets = _offsets(BLOCK)
     mask = offsets < (count + 1) // 2
     low = _encode_part(x_ptr, y_ptr, levels, offsets, mask)
-    high = _encode_part(x_ptr, y_ptr, levels, offsets + count // 2, mask)
+    high = _encode_part(x_ptr, y_ptr, levels, offsets + second, mask)
     tl.store(codes_ptr + offsets, (low + 16 * high).to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def _decode_uint4(grad_ptr, out_ptr, codes_ptr, levels, count, BLOCK: tl.constexpr):
+def _decode_uint4(grad_ptr, out_ptr, codes_ptr, levels, count, second, BLOCK: tl.constexpr):
     offsets = _offsets(BLOCK)
     mask = offsets < (count + 1) // 2
     codes = tl.load(codes_ptr + offsets, mask=mask, other=0).to(tl.int32)
     _decode_part(grad_ptr, out_ptr, levels, codes & 15, offsets, mask)
-    _decode_part(grad_ptr, out_ptr, levels, codes >> 4, offsets + count // 2, mask)
+    _decode_part(grad_ptr, out_ptr, levels, codes >> 4, offsets + second, mask)

@@ -3,23 +3,26 @@
 import torch
 from torch import Tensor
 
-from .._torch import is_dispatched, is_transformed
+from .._torch import dispatch_modes, is_transformed
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is no subclass, and nothing records, traces or counts the operations on it."""
+    return type(x) in _PLAIN and not dispatch_modes() and not torch.jit.is_tracing()
 
 
 def may_read(*tensors: Tensor) -> bool:
     """Whether a kernel may read the memory of `tensors` here: eager mode, nothing recorded, traced or transformed."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_dispatched() or is_transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or dispatch_modes() or is_transformed():
         return False
-    for x in tensors:
-        if type(x) is not Tensor or x.layout is not torch.strided or not (x.is_cpu or x.is_cuda):
-            return False
-        if x.is_neg() or x.numel() == 0:
-            return False
-        try:
-            if x.data_ptr() == 0:  # zeros that have no memory
+    try:
+        for x in tensors:  # sparse tensors and batches of gradients raise; zeros without memory have no address
+            if type(x) is not Tensor or x.is_neg() or not x.data_ptr():
                 return False
-        except RuntimeError:  # a batch of gradients
-            return False
+    except RuntimeError:
+        return False
     return True
 
 
