@@ -10,6 +10,7 @@ from ..files import write_file
 from ..metrics import METRICS, Metric
 
 try:
+    from matplotlib import rc_context as rc_context
     from matplotlib.figure import Figure as Figure
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("plots need matplotlib: pip install 'timm-sugar[report]'", name="matplotlib") from error

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-
 from .landscape_plots import highest_loss, landscape_contours, landscape_surfaces
-from .plots import Figure, activation_ridges, dead_units_by_layer, metric_curves, save
+from .plots import Figure, activation_ridges, dead_units_by_layer, metric_curves, rc_context, save
 from .run import RunRecord
 
 _INK, _PANE = "#e6e9ec", (1.0, 1.0, 1.0, 0.06)
