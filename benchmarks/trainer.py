@@ -28,7 +28,7 @@ from timm_sugar.data import normalize
 from timm_sugar.models import build
 from timm_sugar.training import TrainConfig
 from timm_sugar.training.checkpoint import State
-from timm_sugar.training.evaluation import measure
+from timm_sugar.training.evaluation import evaluate_split
 from timm_sugar.training.processes import StopSignal
 from timm_sugar.training.progress import Progress
 from timm_sugar.training.train import Run, train_epoch
@@ -123,7 +123,7 @@ def memory_over_epochs(epochs: int, precision: str) -> list[float]:
         with Progress(epochs * run.steps_per_epoch, 0, BATCH, enabled=True) as progress:
             for epoch in range(epochs):
                 train_epoch(run, State(epoch=epoch), None, progress, StopSignal())
-                measure(run.evaluated, run.images, run.accelerator, 0, None, "val")
+                evaluate_split(run.evaluated, run.images, run.accelerator, 0, None, "val")
                 found.append(process.memory_info().rss / 2**20)
     return found
 

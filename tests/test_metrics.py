@@ -44,12 +44,12 @@ def test_a_new_metric_is_a_row_and_where_it_is_computed(tmp_path, monkeypatch):
     row = Metric("weight_norm", "weight norm", "", "lower", "val", chart="Weight norm", column=True, card=True)
     METRICS.append(row)
     try:
-        measure, values = LOOP.measure, iter((3.5, 2.5, 1.5))
+        measure, values = LOOP.evaluate_split, iter((3.5, 2.5, 1.5))
 
         def with_norm(*arguments):
             return measure(*arguments) | {"weight_norm": next(values)}
 
-        monkeypatch.setattr(LOOP, "measure", with_norm)
+        monkeypatch.setattr(LOOP, "evaluate_split", with_norm)
         small = dict(limit_train=64, limit_val=20, img_size=16, batch_size=16, model_args={"channels": [8, 8, 8, 8]})
         train(TrainConfig(**small, data="digits", epochs=2, output=str(tmp_path), tracker="tensorboard"))
 

@@ -97,7 +97,7 @@ def test_stopped_during_validation_it_goes_on_from_there(channels_last, tmp_path
         raise Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LOOP, "measure", stop)
+        patch.setattr(LOOP, "evaluate_split", stop)
         with pytest.raises(Stopped, match="stopped by SIGTERM at step 4"):
             train(_config(tmp_path / "stopped", epochs=2, channels_last=channels_last))
     assert latest_checkpoint(tmp_path / "stopped" / "checkpoints").name == "step-000000004"

@@ -211,7 +211,7 @@ def check_weights(output: Path, data: str | None = None) -> str:
         if data is not None:
             raise
         return f"accuracy not checked: {error}"
-    top1, images = measure(model, test, _SAMPLE)
+    top1, images = sample_accuracy(model, test, _SAMPLE)
     recorded = summary["test_top1"]
     tolerance = 0.5 / images
     if images < len(test):
@@ -222,7 +222,7 @@ def check_weights(output: Path, data: str | None = None) -> str:
     return found
 
 
-def measure(model: nn.Module, images: LabelledImages, limit: int | None = None) -> tuple[float, int]:
+def sample_accuracy(model: nn.Module, images: LabelledImages, limit: int | None = None) -> tuple[float, int]:
     """Return top-1 accuracy on images, or on a stratified sample of `limit` of them, and the number of images."""
     if limit is not None and limit < len(images):
         images = images.subset(stratified_sample(images.labels, limit, 0))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ..data import evaluate_batches
 from .checkpoint import KEPT, State, latest_checkpoint, read_checkpoint
-from .evaluation import measure
+from .evaluation import evaluate_split
 from .folder import peak_memory
 from .processes import from_main_process
 from .train import Run, train_steps
@@ -70,7 +70,7 @@ def evaluate_only(run: Run) -> dict[str, Any]:
     measured: dict[str, Any] = {"weights": str(path), "model": run.config.model, "data": run.config.data}
     names = ("test",) if run.images.val is None else ("val", "test")
     for name in names:
-        result = measure(run.evaluated, run.images, run.accelerator, run.config.workers, None, name)
+        result = evaluate_split(run.evaluated, run.images, run.accelerator, run.config.workers, None, name)
         measured |= {k: v for k, v in result.items() if k.startswith(name)}
         measured |= {f"{name}_images": run.images.sizes[name]}
     return measured

@@ -14,7 +14,7 @@ from .images import Images
 _BATCH = 256
 
 
-def measure(
+def evaluate_split(
     network: nn.Module,
     images: Images,
     accelerator: Accelerator,

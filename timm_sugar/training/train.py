@@ -23,7 +23,7 @@ from ..layers import Activation
 from ..metrics import METRICS, numbers
 from ..settings import TrainConfig
 from .checkpoint import Checkpoint, State, Weights, find_checkpoint, name_latest, write_checkpoint
-from .evaluation import measure
+from .evaluation import evaluate_split
 from .folder import begin_or_compare, check_unchanged, peak_memory, versions, write_metrics, write_record, write_result
 from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, open_source
 from .network import average_batch_norm, build_network, check_names, create_optimizer
@@ -144,7 +144,7 @@ def fit(run: Run) -> dict[str, Any]:
     total = config.epochs * run.steps_per_epoch
     with stop_signals() as stop, Progress(total, run.step(state), run.step_images, enabled=main) as progress:
         check = partial(run.check_stop, stop)
-        evaluate = partial(measure, run.evaluated, run.images, run.accelerator, config.workers, check)
+        evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check)
         try:
             while state.epoch < config.epochs:
                 line = train_epoch(run, state, best, progress, stop)
