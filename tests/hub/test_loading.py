@@ -324,6 +324,16 @@ def test_an_installed_package_without_a_network_says_so_at_once(environment, tmp
     assert message.count("\n") == 1
 
 
+def test_what_was_loaded_before_needs_no_network(hub, cli, full_size, environment, tmp_path):
+    _put(hub, "lab/cached", full_size / "resnet18_sugar_bsilu.second")
+    script = LOAD + "describe(timm_sugar.create_model('hf-hub:lab/cached', pretrained=True))"
+    assert cli.python(script).status == 0
+    code = f"import time\nstart = time.perf_counter()\n{script}\nprint(time.perf_counter() - start)"
+    described, seconds = _python(code, environment | NO_NETWORK, tmp_path).splitlines()
+    assert json.loads(described)[:3] == [3, "nelu", 0.1]
+    assert float(seconds) < 15  # importing torch included; huggingface_hub's own retries take 23 more
+
+
 def test_the_environment_decides_where_weights_come_from(cli, full_size):
     here = json.loads(cli("models", "--json").out)
     sources = {row["name"]: row["weights"] for row in here}
