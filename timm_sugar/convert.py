@@ -54,7 +54,7 @@ class SugarReport:
         converted: What each swapped activation was, such as ``{"layer1.0.act1": "ReLU"}``.
         gates: Activations left alone because they are part of a gate.
         unreached: Activations that a forward calls by name, such as ``{"layer1.0": ["relu"]}``; not converted.
-        recorded: Whether the model's own configuration (timm's model_args, transformers' config) brings a saved
+        recorded: Whether the model's own configuration, which timm and transformers save with it, brings a saved
             model back converted; None for a network that has no such configuration.
     """
 
@@ -112,8 +112,9 @@ def convert(
 
     Returns:
         The model itself, with a `SugarReport` as `model.sugar_report`. Where timm or transformers built it, the
-        configuration that they save with it is changed too, so that the model comes back converted; where this cannot
-        express the conversion, a warning says so.
+        configuration that they save with it is changed too, so that `timm_sugar.create_model`, or transformers with
+        `timm_sugar.transformers`, loads it converted. Stock timm loads what timm saved as the ReLU network that it is
+        at inference, or refuses it where it has none such. What cannot be expressed so, a warning names.
 
     Raises:
         ValueError: there is nothing to replace, or a name, alpha or save mode is not valid.
