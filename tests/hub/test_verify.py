@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from timm_sugar.hub import published_files
+from timm_sugar.hub.reload import check_reload
 from timm_sugar.metrics import find_metric
 
 from .test_publish import one_error
@@ -174,6 +177,31 @@ def test_sources_of_weights_in_a_config_are_ignored(cli, run_folder, parquet_fol
     config["pretrained_cfg"] |= dict(file="/evil.pth", url="http://evil", custom_load="hf", state_dict={})
     path.write_text(json.dumps(config))
     assert cli("verify", tmp_path / "model", "--data", parquet_folder).status == 0
+
+
+def test_code_of_a_repository_is_not_run(cli, run_folder, parquet_folder, tmp_path):
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    (tmp_path / "model/evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Net: pass\nclass Config: pass\n"
+    )
+    path = tmp_path / "model/config.json"
+    code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Net"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    result = cli("verify", tmp_path / "model", "--data", parquet_folder)
+    assert result.status in (0, 1)  # transformers may refuse it, or go on without its code
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_as_timm_wrote_it_at_first_is_loaded_back(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    cfg = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    (tmp_path / "config.json").write_text(json.dumps(cfg | {"architecture": "test_resnet", "num_classes": 3}))
+    check_reload(tmp_path, model)
+    with torch.no_grad():
+        model.get_classifier().bias += 1
+    with pytest.raises(ValueError, match=r"timm without timm_sugar loads the package as another network: .* by 1"):
+        check_reload(tmp_path, model)
 
 
 def test_pickled_weights_are_not_loaded(cli, run_folder, parquet_folder, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .._timm import parse_model_config
 from ..models import is_own
 
 _TOLERANCE = 1e-4  # of the largest logit: as far as two processes round differently
@@ -31,7 +32,7 @@ from safetensors.torch import load_file
 def load(library, folder):
     if library == "transformers":
         from transformers import AutoModelForImageClassification
-        return AutoModelForImageClassification.from_pretrained(folder)
+        return AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False)
     create = timm.create_model if library == "timm" else timm_sugar.create_model
     return create("local-dir:" + folder, pretrained=True)
 
@@ -84,7 +85,7 @@ def check_reload(folder: Path, model: nn.Module) -> None:
     if needs != "timm_sugar" and "timm_sugar" in config:
         libraries.append("transformers")
     plain = copy.deepcopy(model).cpu().float().eval()
-    size = config["pretrained_cfg"]["input_size"]
+    size = parse_model_config(copy.deepcopy(config))[0].get("input_size", (3, 224, 224))
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = plain(images).clone()
