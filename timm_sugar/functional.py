@@ -95,8 +95,6 @@ def activate(
     if not torch.is_grad_enabled() and not is_trace_check():
         return _relu(x, inplace)
     if torch.compiler.is_compiling():
-        if save != "exact":
-            levels_of(entry.name, f"{alpha}", save)  # fitted here, since a graph's function sees fake tensors
         graph: Tensor = _in_graph(x, entry.name, entry.number, alpha, save, training)
         return graph
     if _reference is not None:
@@ -121,7 +119,7 @@ def _differentiable(x: Tensor, surrogate: Surrogate, alpha: float | None, save: 
     elif save == "exact" or not x.requires_grad:
         y = _Injection.apply(x, surrogate, alpha)
     else:
-        y = _LeanInjection.apply(x, save, levels_of(surrogate.name, f"{alpha}", save))[0]
+        y = _LeanInjection.apply(x, save, levels_of(surrogate, alpha and float(alpha), save))[0]
     return y
 
 

@@ -86,11 +86,12 @@ INTERPRETED = """
 import torch
 from timm_sugar.kernels import lean_triton
 from timm_sugar.kernels.lean import encode, levels_of, times_decoded
+from timm_sugar.surrogates import get_surrogate
 special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf])
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for save in ("uint8", "uint4"):
-        levels = levels_of("bsilu", "1.67", save)
+        levels = levels_of(get_surrogate("bsilu"), 1.67, save)
         encoder, table = (torch.tensor(part, dtype=wide) for part in (levels.encoder, levels.table))
         for shape in ((1,), (2,), (7,), (1023,), (1025,), (2, 3, 5, 7), (5, 8, 130)):
             x, grad = torch.randn(2, *shape).to(dtype)

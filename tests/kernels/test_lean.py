@@ -42,7 +42,7 @@ def test_nelu_keeps_every_sign(save):
 @pytest.mark.parametrize("name", list_surrogates())
 def test_every_code_is_an_interval_and_stands_for_a_derivative_within_it(name, save):
     entry = get_surrogate(name)
-    levels = levels_of(name, f"{entry.alpha}", save)
+    levels = levels_of(entry, entry.alpha, save)
     x = torch.cat([torch.linspace(-60, 0, 150_001), torch.linspace(0, 60, 150_001)]).double()
     codes = torch.empty_like(x, dtype=torch.int32).copy_(_codes(x, *levels.encoder))
     assert (codes[x != 0].diff() >= 0).all()
@@ -69,7 +69,7 @@ def test_kernels_do_what_the_operations_do_to_the_bit(save, size, dtype):
     x, upstream = torch.randn(2, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-7, -1e-7], dtype=dtype)[: size // 2]
     x[: len(special)] = special
-    levels = levels_of("bsilu", "1.67", save)
+    levels = levels_of(get_surrogate("bsilu"), 1.67, save)
     with torch.no_grad():
         y, code = encode(x, save, levels)
         result = times_decoded(upstream, code)
@@ -85,7 +85,7 @@ def test_kernels_do_what_the_operations_do_to_the_bit(save, size, dtype):
 def test_nan_has_a_code_and_only_nan(save):
     x = torch.tensor([torch.nan, -torch.nan, 1.0]).repeat(20)
     with torch.no_grad():
-        y, code = encode(x, save, levels_of("nelu", "0.01", save))
+        y, code = encode(x, save, levels_of(get_surrogate("nelu"), 0.01, save))
         result = times_decoded(torch.ones_like(x), code)
     assert torch.equal(y.isnan(), x.isnan())
     assert torch.equal(result.isnan(), x.isnan())

@@ -14,6 +14,7 @@ those of kernels.cpp, on a GPU those of lean_triton.py.
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import Array, c_double
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..surrogates import Surrogate, get_surrogate
+from ..surrogates import Surrogate
 from . import cpu, cuda
 from .memory import as_laid_out, may_read, opmath, opmath_dtype
 
@@ -78,22 +79,23 @@ class Code(NamedTuple):
 _CODES = {"uint8": 256, "uint4": 16}
 
 
-@torch.compiler.assume_constant_result  # torch.compile evaluates it once for each graph
-def levels_of(surrogate: str, alpha: str, save: str) -> Levels:
-    """Fit the levels to a named surrogate, in a quarter of a second and once.
+@lru_cache(maxsize=256)
+def levels_of(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
+    """Fit the levels to a surrogate, in a quarter of a second and once.
 
     Args:
-        surrogate: A name of the table.
-        alpha: Its shape parameter or None, as text: torch.compile makes a symbol of a number, but not of its text.
+        surrogate: An entry of the table.
+        alpha: Its shape parameter, or None.
         save: "uint8" or "uint4".
 
     Raises:
         ValueError: the derivative is not bounded.
     """
-    return _levels(get_surrogate(surrogate), None if alpha == "None" else float(alpha), save)
+    # In a thread of its own, where no tracer or transform of the caller's sees the tensors.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_levels, surrogate, alpha, save).result()
 
 
-@lru_cache(maxsize=256)
 def _levels(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
     def derivative(x: Tensor) -> Tensor:
         found = surrogate.derivative(x, alpha)
