@@ -15,6 +15,22 @@ test: $(VENV)/.installed lint
 timm-test: $(VENV)/.installed
 	.ci/timm-test $(BIN)/python
 
+# Does the gradient arrive on other versions of torch? Each gets an environment of its own, $(VENV)-VERSION.
+TORCH_VERSIONS ?= 2.8.0 2.11.0
+GRADIENT_TESTS := tests/test_gradient_arrives.py tests/test_functional.py tests/test_layers.py tests/kernels
+
+test-versions: $(TORCH_VERSIONS:%=$(VENV)-%/.tested)
+
+$(VENV)-%/.tested: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pytest $(GRADIENT_TESTS)
+
+$(VENV)-%/.installed: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	grep -E '^(timm|safetensors|huggingface-hub|accelerate|datasets)==' .ci/oldest.txt >$(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/pip install --quiet torch==$* torchvision --constraint $(VENV)-$*/constraints.txt --editable . \
+		pytest pytest-xdist hypothesis numpy pillow
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

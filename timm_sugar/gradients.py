@@ -43,7 +43,7 @@ def check_gradients(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     Warns:
         UserWarning: it cannot be told, and why: no SUGAR activation runs in eager mode (an exported or scripted
             network), no parameter before one is trained, the surrogate is nearer to ReLU than the rounding of the
-            dtype, or the network draws random numbers in a way that differs between calls.
+            dtype, a gradient is not finite, or the network draws random numbers in a way that differs between calls.
 
     Example:
         >>> model = torch.compile(timm.create_model("resnet18_sugar_bsilu", num_classes=10))
@@ -76,7 +76,9 @@ def check_gradients(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
             raise RuntimeError(_explanation(calls, found, relu, as_reference, verdicts))
     unclear = [name for name, verdict in verdicts.items() if verdict == "unclear"]
     if unclear:
-        _cannot_tell(f"the surrogate's gradient is as near to ReLU's as this dtype rounds, first at {unclear[0]}")
+        _cannot_tell(
+            f"the surrogate's gradient is as near to ReLU's as this dtype rounds, or not finite, first at {unclear[0]}"
+        )
     elif "right" not in verdicts.values():
         _cannot_tell("no parameter before a SUGAR activation is trained")
 
@@ -100,18 +102,20 @@ def _verdicts(found: Gradients, wanted: Gradients, relu: Gradients) -> dict[str,
 
 def _verdict(found: Tensor, wanted: Tensor, relu: Tensor, rounding: float, typical: float) -> str:
     size, apart = wanted.norm(), (wanted - relu).norm()
-    error, lost = (found - wanted).norm(), (found - relu).norm()
-    if not error.isfinite():
-        return "wrong" if wanted.isfinite().all() else "unclear"
+    error = (found - wanted).norm()
+    if not (error + apart).isfinite():
+        return "unclear"
     if max(size, error, relu.norm()) <= rounding * typical * wanted.numel() ** 0.5:
         return "same"  # 0 but for rounding, as that of a bias before BatchNorm
     if error > rounding * size and error > _NEAR * apart:
         return "wrong"
     if apart <= 1e-2 * rounding * size:
         return "same" if apart == 0 else "unclear"
-    if error <= _NEAR * apart:
+    # Rounding points anywhere: along the line from ReLU's gradient to the surrogate's there is little of it.
+    along = ((found - relu) * (wanted - relu)).sum() / apart**2
+    if along >= 1 - _NEAR:
         return "right"
-    return "wrong" if lost <= _NEAR * apart else "unclear"
+    return "wrong" if along <= _NEAR else "unclear"
 
 
 class _Calls:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,9 @@ def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> 
         not_resolved = now[name] is None and name in before.get("left_open", ())
         if not not_resolved and now[name] != before[name]:
             raise ValueError(f"{where} holds a run with {name}={before[name]}, not {now[name]}; {remedy}")
+    ways = before.get("gradients"), now.get("gradients")
+    if None not in ways and ways[0] != ways[1]:
+        warnings.warn(f"{where}: gradients were computed by {ways[0]}, from here on by {ways[1]}", stacklevel=2)
 
 
 def write_record(output: Path, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> None:

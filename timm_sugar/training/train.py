@@ -24,6 +24,7 @@ from ..metrics import METRICS, numbers
 from ..settings import TrainConfig
 from .checkpoint import Checkpoint, State, Weights, find_checkpoint, name_latest, write_checkpoint
 from .evaluation import evaluate_split
+from .first_step import check_first_step, path_of
 from .folder import begin_or_compare, check_unchanged, peak_memory, versions, write_metrics, write_record, write_result
 from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, open_source
 from .network import average_batch_norm, build_network, check_names, create_optimizer
@@ -69,6 +70,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Every setting as resolved, which of them were left open, the number of processes, and what tells the data."""
         record = dataclasses.asdict(self.config) | {"data_fingerprint": self.images.fingerprint}
+        record["gradients"] = path_of(self.config, self.network, self.accelerator.device)
         return record | {"left_open": self.left_open, "processes": self.accelerator.num_processes}
 
     def step(self, state: State) -> int:
@@ -136,6 +138,7 @@ def fit(run: Run) -> dict[str, Any]:
     config, main = run.config, run.accelerator.is_main_process
     state, best = resume(run)
     state.settings = run.settings
+    check_first_step(config, run.network, run.model, run.images, run.accelerator, run.all_reduce_max)
     if main:
         write_record(run.config.folder, run.settings, state.metrics)
     if config.tracker != "none":

@@ -1,0 +1,72 @@
+"""Before the first step: does the surrogate gradient arrive in the model that is trained, and how is it computed?"""
+
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data import normalize
+from ..gradients import check_gradients
+from ..kernels import gradient_path
+from ..layers import Sugar
+from ..settings import TrainConfig
+from .images import Images, epoch_order, mix_seeds
+from .processes import AllReduceMax
+
+
+def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> str | None:
+    """Return how the gradients of SUGAR are computed: cpp, jiterator, triton, composed or torch.compile; None without.
+
+    What a kernel needs is compiled here.
+    """
+    layers = {(m.surrogate, m.save) for m in network.modules() if isinstance(m, Sugar)}
+    if not layers:
+        return None
+    if config.compile:
+        return "torch.compile"
+    return "+".join(sorted({gradient_path(surrogate, save, device=device) for surrogate, save in layers}))
+
+
+def check_first_step(
+    config: TrainConfig,
+    network: nn.Module,
+    model: nn.Module,
+    images: Images,
+    accelerator: Accelerator,
+    all_reduce_max: AllReduceMax,
+) -> None:
+    """Compare the gradients of the model that is stepped with those of its surrogate, on a training batch.
+
+    Args:
+        config: The run's settings.
+        network: Holds the weights.
+        model: The same as accelerate and torch.compile wrap it.
+        images: Of the run; the first batch of its first epoch is taken, without Mixup.
+        accelerator: Whose autocast and processes the steps have.
+        all_reduce_max: For the decision that all processes take.
+
+    Raises:
+        ValueError: on every process, where they differ on any.
+    """
+    if not any(isinstance(module, Sugar) for module in network.modules()):
+        return
+    order = epoch_order(config.seed, 0, len(images.train))[accelerator.process_index :: accelerator.num_processes]
+    seed = partial(mix_seeds, config.seed, 0)
+    inputs, _ = next(iter(images.train.batches([order[: config.batch_size].tolist()], seed=seed)))
+    inputs = inputs.to(accelerator.device)
+    if inputs.dtype == torch.uint8:
+        inputs = normalize(inputs, images.data_config["mean"], images.data_config["std"])
+    if config.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    model.train()
+    problem = ""
+    try:
+        with accelerator.autocast():
+            check_gradients(model, inputs)
+    except RuntimeError as error:
+        if "passes on" not in str(error):
+            raise
+        problem = str(error)
+    if all_reduce_max(bool(problem))[0]:
+        raise ValueError(f"not trained: {problem or 'another process found that a surrogate gradient is lost'}")
