@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.conftest import image_folder
 from timm_sugar.data import normalize
 from when_it_helps import BareLoop, Cell, Images, place, together
 
+ROOT = Path(__file__).parents[1]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 RECIPE = {"model": "plain", "depth": 3, "width": 8}
 
@@ -166,11 +168,77 @@ def test_a_study_that_is_killed_goes_on(tmp_path, capsys):
         assert len(killed["train_loss"]) == 2
         assert killed["test_top1"] >= 1 / 3
     capsys.readouterr()
-    study.main(["--part", "dying", "--output", str(tmp_path / "whole"), "--summary"])
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[3].split() == ["timm", "sugar_bsilu", f"{100 * whole['val_top1'][-1]:.2f}"]
+    (page := tmp_path / "page.md").write_text("before\n<!-- dying -->\n<!-- /dying -->\nafter\n")
+    study.main(["--part", "dying", "--output", str(tmp_path / "whole"), "--summary", "--into", str(page)])
+    shown = capsys.readouterr().out.rstrip()
+    assert f"| timm | sugar_bsilu | 0.01 | 1 | {100 * whole['test_top1']:.2f} |" in shown
+    assert page.read_text() == f"before\n<!-- dying -->\n\n{shown}\n\n<!-- /dying -->\nafter\n"
     assert (tmp_path / "whole" / "dying.png").is_file()
+    folder = (tmp_path / "whole" / "dying").rename(tmp_path / "cells")
+    gathered = study.read_results(tmp_path / "whole" / "dying")
+    for cell, result in zip(gathered, study.read_results(folder), strict=True):
+        assert study.tables([cell]) == study.tables([result])
+        assert cell["train_loss"] == pytest.approx(result["train_loss"], rel=1e-5)
+        assert {**cell, "train_loss": 0, "gradient_norms": 0} == {
+            **study._rounded(result),
+            "train_loss": 0,
+            "gradient_norms": 0,
+        }
+    folder.rename(tmp_path / "whole" / "dying")
     with pytest.raises(SystemExit) as caught:
         study.main([*command.replace("--epochs 2", "--epochs 3").split(), "--output", str(tmp_path / "whole")])
     assert caught.value.code == 2
     assert "trained with epochs 2, not 3: take another --output" in capsys.readouterr().err
+
+
+def test_the_pages_numbers_are_those_of_the_committed_cells():
+    page = " ".join((ROOT / "docs" / "when-it-helps.md").read_text().split())
+    results = {part: study.read_results(ROOT / "docs" / "when-it-helps" / part) for part in ("rates", "fair")}
+    for part, cells in results.items():
+        assert " ".join(study.tables(cells).split()) in page, part
+    found = {(r["init"], r["activation"], r["lr"]): r for r in results["rates"]}
+    assert len(found) == 84
+
+    def val(init: str, activation: str, rate: float | None = None) -> float:
+        rate = study.best_rate(results["rates"], activation, init) if rate is None else rate
+        return 100 * found[init, activation, rate]["val_top1"][-1]
+
+    def over_inits(value: Callable[[str], float], form: str) -> list[str]:
+        return [format(value(init), form) for init in ("timm", "pytorch")]
+
+    timm, pytorch = over_inits(lambda i: val(i, "sugar_bsilu", 0.001) - val(i, "relu", 0.001), ".1f")
+    assert f"is {timm} points above ReLU with timm's initialisation and {pytorch} with PyTorch's" in page
+    timm, pytorch = over_inits(lambda i: val(i, "sugar_bsilu") - val(i, "relu"), "+.1f")
+    assert f"{timm} points with timm's initialisation, {pytorch} with PyTorch's (one seed" in page
+
+    def moves(init: str, activation: str) -> float:
+        values = [val(init, activation, rate) for rate in (0.001, 0.003, 0.01, 0.03)]
+        return max(values) - min(values)
+
+    sugar, relu = (over_inits(lambda i, a=a: moves(i, a), ".1f") for a in ("sugar_bsilu", "relu"))
+    ours = f"{sugar[0]} points with timm's initialisation and by {sugar[1]} with PyTorch's"
+    assert f"{ours}, ReLU's by {relu[0]} and {relu[1]}" in page
+    best = [max(val(init, name) for init in ("timm", "pytorch")) for name in ("sugar_bsilu", "relu")]
+    assert f"{best[0]:.2f}%, is {best[1] - best[0]:.1f} points below ReLU's best, {best[1]:.2f}%" in page
+    ratios = over_inits(
+        lambda i: (
+            found[i, "sugar_bsilu", 0.001]["gradient_norms"]["first"]
+            / found[i, "relu", 0.001]["gradient_norms"]["first"]
+        ),
+        ".0f",
+    )
+    assert f"gradient is {ratios[0]} and {ratios[1]} times ReLU's" in page
+    others = {name for _, name, _ in found} - {"sugar_bsilu"}
+    leads = over_inits(lambda i: val(i, "sugar_bsilu", 0.001) - max(val(i, name, 0.001) for name in others), ".1f")
+    assert f"the best of the seven, by {leads[0]} and {leads[1]} points" in page
+    relu, sugar = (
+        over_inits(lambda i, a=a: 100 * found[i, a, 0.3]["dead_channels"] / found[i, a, 0.3]["channels"], ".1f")
+        for a in ("relu", "sugar_bsilu")
+    )
+    assert f"ReLU lost {relu[0]} and {relu[1]}% of its channels, SUGAR B-SiLU lost {sugar[0]} and {sugar[1]}%" in page
+    names = {"sugar_nelu": "SUGAR NeLU", "leaky_relu": "LeakyReLU", "silu": "SiLU", "gelu": "GELU"}
+    gains = {a: [*study.against_relu(results["fair"], a, "timm").values()] for a in ("sugar_bsilu", *names)}
+    assert {len(values) for values in gains.values()} == {3}
+    assert f"{study.with_interval(gains['sugar_bsilu'])} points (three seeds, test)" in page
+    for activation, name in names.items():
+        assert f"{name} ({study.with_interval(gains[activation], '+')})" in page

@@ -5,7 +5,7 @@
 
 A part is train/when_it_helps/PART.yaml: rates, fair (each at the best rate of `rates`), control, dying and finetune.
 Stop it whenever you like: the same command goes on, and a finished cell is not run again. OUTPUT/PART holds a JSON file
-a cell; `--summary` prints the tables and draws the picture of what is finished.
+a cell; `--summary` prints the tables of what is finished, draws its picture and gathers its cells in OUTPUT/PART.json.
 """
 
 import argparse
@@ -36,10 +36,12 @@ from timm_sugar.analysis.units import count_units
 from timm_sugar.data import channel_statistics, decode, eval_transform, load_source, split_validation, stratified_sample
 from timm_sugar.files import write_file
 from timm_sugar.surrogates import get_surrogate
-from timm_sugar.terminal import Parser, print_table
+from timm_sugar.terminal import Parser
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from bare_loop import COMPILE, BareLoop, place, together
+
+from paper.table import replace_between
 
 RECIPES = Path(__file__).with_suffix("")
 PARTS = ("rates", "fair", "control", "dying", "finetune")
@@ -134,8 +136,28 @@ def plan(recipe: dict[str, Any], output: Path) -> list[Cell]:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return what `train_cell` wrote for each finished cell of a part."""
+    """Return what `train_cell` wrote for each finished cell of a part: of its folder, or else as `gather` wrote it."""
+    if not folder.is_dir() and folder.with_suffix(".json").is_file():
+        stored = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
+        return [stored["shared"] | cell for cell in stored["cells"]]
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def gather(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the cells of a part as one JSON file, a line a cell, what all of them share once."""
+    shared = {key: value for key, value in results[0].items() if all(r.get(key) == value for r in results)}
+    cells = [json.dumps({key: _rounded(r[key]) for key in r if key not in shared}) for r in results]
+    lines = ",\n".join(cells)
+    write_file(path, f'{{"shared": {json.dumps(shared)},\n"cells": [\n{lines}\n]}}\n')
+
+
+def _rounded(value: Any) -> Any:
+    """Return floats with six digits, which is more than accuracies of 10,000 images have."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def best_rate(results: Sequence[dict[str, Any]], activation: str, init: str) -> float:
@@ -409,64 +431,135 @@ def with_interval(values: Sequence[float], sign: str = "") -> str:
     return f"{fmean(values):{sign}.2f}" + (f" ± {interval(values):.2f}" if len(values) > 1 else "")
 
 
-def summarise(results: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Print the tables of a part, in percent, and draw its picture as `picture`.png and .pdf."""
-    by: dict[tuple[str, str], dict[float, dict[int, dict[str, Any]]]] = {}
-    for r in results:
+Runs = dict[tuple[str, str], dict[float, dict[int, dict[str, Any]]]]
+
+
+def by_cell(results: Sequence[dict[str, Any]]) -> Runs:
+    """Return results by (init, activation), rate and seed; timm's initialisation and the order of `rates` first."""
+    names = read_recipe("rates")["activations"]
+    order = {name: place for place, name in enumerate(names)}
+    by: Runs = {}
+    for r in sorted(results, key=lambda r: (r["init"] != "timm", order.get(r["activation"], len(names)), r["lr"])):
         by.setdefault((r["init"], r["activation"]), {}).setdefault(r["lr"], {})[r["seed"]] = r
+    return by
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """Return the tables of a part in Markdown, in percent."""
+    by = by_cell(results)
     rates = sorted({r["lr"] for r in results})
-    print("Validation accuracy (%) after the last epoch, mean over seeds; ! where a run diverged")
-    rows: list[list[Any]] = []
-    for (init, activation), runs in by.items():
-        shown = [
-            f"{100 * fmean(r['val_top1'][-1] for r in runs[rate].values()):.2f}"
-            + "!" * any(r["diverged"] for r in runs[rate].values())
-            if rate in runs
-            else ""
-            for rate in rates
+    lines = []
+    if any(len(runs) > 1 for runs in by.values()):
+        lines += [
+            "Validation accuracy (%) after the last epoch by learning rate, mean over the seeds; the best in bold:",
+            "",
         ]
-        rows.append([init, activation, *shown])
-    print_table(["init", "activation", *(f"{rate:g}" for rate in rates)], rows, left=(0, 1))
-    print("\nTest accuracy (%) at the best rate by validation, 95% t-intervals, difference from relu paired by seed")
-    rows = []
+        lines += _head(["init", "activation", *(f"{rate:g}" for rate in rates)], 2)
+        for (init, activation), runs in by.items():
+            best = best_rate(results, activation, init)
+            shown = [_validation([*runs.get(rate, {}).values()], rate == best) for rate in rates]
+            lines.append(f"| {init} | {activation} | {' | '.join(shown)} |")
+        lines.append("")
+    lines += [
+        "Test accuracy (%) at the best rate, with 95% t-intervals over the seeds; differences are paired by seed:",
+        "",
+    ]
+    head = ["init", "activation", "rate", "n", "test accuracy", "against relu", "by seed", "first gradient", "dead (%)"]
+    lines += _head(head, 2)
     for (init, activation), runs in by.items():
-        best = runs[best_rate(results, activation, init)]
-        tests = [100 * r["test_top1"] for r in best.values()]
-        relu = by.get((init, "relu"))
-        other = relu[best_rate(results, "relu", init)] if relu else {}
-        gains = [100 * (best[seed]["test_top1"] - other[seed]["test_top1"]) for seed in best if seed in other]
-        one = next(iter(best.values()))
-        norms = fmean(r["gradient_norms"]["first"] for r in best.values())
+        rate = best_rate(results, activation, init)
+        best = runs[rate]
+        gains = against_relu(results, activation, init)
+        norm = fmean(r["gradient_norms"]["first"] for r in best.values())
         dead = 100 * fmean(r["dead_channels"] / r["channels"] for r in best.values())
-        gain = with_interval(gains, "+") if gains and activation != "relu" else ""
-        mean = with_interval(tests)
-        rows.append([init, activation, f"{one['lr']:g}", len(tests), mean, gain, f"{norms:.3g}", f"{dead:.1f}"])
-    head = ["init", "activation", "rate", "n", "test", "against relu", "first gradient", "dead (%)"]
-    print_table(head, rows, left=(0, 1))
-    draw(by, picture)
+        gain = with_interval([*gains.values()], "+") if gains else ""
+        each = ", ".join(f"{gains[seed]:+.2f}" for seed in gains) if len(gains) > 1 else ""
+        test = with_interval([100 * r["test_top1"] for r in best.values()])
+        cells = [init, activation, f"{rate:g}", str(len(best)), test, gain, each, f"{norm:.3g}", f"{dead:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    one = results[0]
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(r["seed"] for r in results))
+    lines += ["", f"{len(results)} networks, seed {seeds}; torch {one['torch']}, {one['device']}."]
+    return "\n".join(lines) + "\n"
 
 
-def draw(by: dict[tuple[str, str], dict[float, dict[int, dict[str, Any]]]], picture: Path) -> None:
-    """Draw test accuracy against the learning rate, a panel an initialisation and a curve an activation."""
+def _head(names: Sequence[str], left: int) -> list[str]:
+    return [f"| {' | '.join(names)} |", "| " + "--- | " * left + "--: | " * (len(names) - left - 1) + "--: |"]
+
+
+def _validation(runs: Sequence[dict[str, Any]], best: bool) -> str:
+    if not runs:
+        return ""
+    mean = f"{100 * fmean(r['val_top1'][-1] for r in runs):.2f}"
+    return (f"**{mean}**" if best else mean) + " diverged" * any(r["diverged"] for r in runs)
+
+
+def against_relu(results: Sequence[dict[str, Any]], activation: str, init: str) -> dict[int, float]:
+    """Return by how many points the test accuracy of each seed is above ReLU's, each at its best rate."""
+    if activation == "relu" or not any((r["activation"], r["init"]) == ("relu", init) for r in results):
+        return {}
+    at = [
+        {
+            r["seed"]: 100 * r["test_top1"]
+            for r in results
+            if (r["activation"], r["init"], r["lr"]) == (name, init, rate)
+        }
+        for name in (activation, "relu")
+        for rate in [best_rate(results, name, init)]
+    ]
+    return {seed: at[0][seed] - at[1][seed] for seed in at[0] if seed in at[1]}
+
+
+def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Draw test accuracy as `picture`.png and .pdf: by rate, or, where each activation has one rate, of each seed."""
     from timm_sugar.analysis.plots import STYLES, new_figure, save
 
+    by = by_cell(results)
     inits = list(dict.fromkeys(init for init, _ in by))
     activations = list(dict.fromkeys(activation for _, activation in by))
-    figure, axes = new_figure(1, len(inits), 1.5 + 3.9 * len(inits), 3.6, sharey=True)
-    for (init, activation), runs in by.items():
-        rates = sorted(runs)
-        values = [[100 * r["test_top1"] for r in runs[rate].values()] for rate in rates]
-        colour, dashes, marker, _ = STYLES[activations.index(activation) % len(STYLES)]
-        spread = [0.0 if len(v) < 2 else interval(v) for v in values]
-        style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4, "capsize": 2}
-        axes[0, inits.index(init)].errorbar(rates, [*map(fmean, values)], spread, label=activation, **style)
+    styles = {name: STYLES[place % len(STYLES)] for place, name in enumerate(activations)}
+    tests = {
+        key: {rate: [100 * r["test_top1"] for r in seeds.values()] for rate, seeds in runs.items()}
+        for key, runs in by.items()
+    }
+    if all(len(runs) == 1 for runs in tests.values()):
+        figure, axes = new_figure(1, len(inits), 1.5 + 5.0 * len(inits), 0.9 + 0.36 * len(activations), sharey=True)
+        for (init, activation), runs in tests.items():
+            (values,) = runs.values()
+            ax, row = axes[0, inits.index(init)], activations.index(activation)
+            colour, _, marker, _ = styles[activation]
+            spread = 0.0 if len(values) < 2 else interval(values)
+            ax.errorbar(fmean(values), row, xerr=spread, color=colour, marker=marker, markersize=7, capsize=4)
+            ax.plot(values, [row + 0.25] * len(values), linestyle="", color=colour, marker=".", markersize=5)
+            if activation == "relu":
+                ax.axvline(fmean(values), color="0.6", linestyle=":", zorder=0)
+        rates = {activation: next(iter(runs)) for (_, activation), runs in tests.items()}
+        axes[0, 0].set_yticks(range(len(activations)), [f"{name}, {rates[name]:g}" for name in activations])
+        axes[0, 0].set_ylim(len(activations) - 0.4, -0.6)
+        for ax, init in zip(axes[0], inits, strict=True):
+            ax.set(title=f"{init} initialisation", xlabel="test accuracy (%)")
+        save(figure, picture)
+        return
+    figure, axes = new_figure(1, len(inits), 1.5 + 4.3 * len(inits), 4.2, sharey=True)
+    ticks = sorted({rate for runs in tests.values() for rate in runs})
+    for (init, activation), runs in tests.items():
+        colour, dashes, marker, _ = styles[activation]
+        spread = [0.0 if len(values) < 2 else interval(values) for values in runs.values()]
+        wide = 2.4 if activation in ("relu", "sugar_bsilu") else 1.2
+        style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "linewidth": wide}
+        error = spread if any(spread) else None
+        axes[0, inits.index(init)].errorbar(
+            [*runs], [*map(fmean, runs.values())], error, label=activation, capsize=2, **style
+        )
     for ax, init in zip(axes[0], inits, strict=True):
         ax.set(title=f"{init} initialisation", xlabel="learning rate", xscale="log")
+        ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        ax.minorticks_off()
     axes[0, 0].set_ylabel("test accuracy (%)")
     handles: dict[str, Any] = {}
     for ax in axes[0]:
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, handlelength=4)
     save(figure, picture)
 
 
@@ -491,6 +584,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="cifar10", help="a name, Hub id or folder, as in train/cifar.py")
     parser.add_argument("--output", type=Path, default=Path("output/when_it_helps"), metavar="DIR")
     parser.add_argument("--summary", action="store_true", help="train nothing; show what is finished")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="with --summary: put the tables into this Markdown file"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="end before as many minutes have passed")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="networks at once on the one GPU (default 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -511,7 +607,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.summary:
             if not (results := read_results(folder)):
                 raise ValueError(f"{folder} holds no finished cell")
-            summarise(results, args.output / args.part)
+            shown = tables(results)
+            print(shown)
+            if args.into is not None:
+                replace_between(args.into, args.part, shown)
+            draw(results, args.output / args.part)
+            if folder.is_dir():
+                gather(results, args.output / f"{args.part}.json")
             return
         axes = {name: getattr(args, name) for name in ("seeds", "inits", "rates", "activations")}
         recipe = read_recipe(args.part, epochs=args.epochs, **axes)

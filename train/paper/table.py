@@ -101,13 +101,8 @@ def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -
         ValueError: that file does not hold them.
     """
     shown = markdown(table)
-    begin, end = f"<!-- {table['recipe']} -->", f"<!-- /{table['recipe']} -->"
     if into is not None:
-        before, found, rest = into.read_text(encoding="utf-8").partition(begin)
-        _, found_too, after = rest.partition(end)
-        if not (found and found_too):
-            raise ValueError(f"{into} does not hold {begin} and {end}")
-        write_file(into, f"{before}{begin}\n\n{shown}\n{end}{after}")
+        replace_between(into, table["recipe"], shown)
     write_file(folder / "table.json", json.dumps(table, indent=2) + "\n")
     write_file(folder / "table.md", shown)
     rows = [_percentages(cell) for cell in table["cells"] if cell["mean"] is not None]
@@ -117,6 +112,20 @@ def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -
         from .figures import accuracy_bars
 
         save(accuracy_bars(rows, _title(table)), folder / "bars")
+
+
+def replace_between(page: Path, name: str, text: str) -> None:
+    """Put `text` between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a Markdown file.
+
+    Raises:
+        ValueError: the file does not hold them.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not (found and found_too):
+        raise ValueError(f"{page} does not hold {begin} and {end}")
+    write_file(page, f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def _title(table: dict[str, Any]) -> str:
