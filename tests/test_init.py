@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import timm_sugar.init
-from timm_sugar.init import randomized_asymmetric_
+from timm_sugar.init import pytorch_default_, randomized_asymmetric_
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -77,6 +77,26 @@ def test_keeps_dtype(dtype):
     layer = randomized_asymmetric_(nn.Linear(3, 4, dtype=dtype), generator())
     assert layer.weight.dtype == layer.bias.dtype == dtype
     assert layer.weight.isfinite().all()
+
+
+def test_pytorchs_default_is_uniform_over_fan_in_and_leaves_the_rest():
+    network = nn.Sequential(nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.Linear(400, 300))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(7.0)
+    torch.manual_seed(0)
+    assert pytorch_default_(network) is network
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Linear(400, 300))
+    for ours, theirs in ((network[0], other[0]), (network[2], other[1])):
+        assert torch.equal(ours.weight, theirs.weight)
+        assert torch.equal(ours.bias, theirs.bias)
+        fan_in = ours.weight[0].numel()
+        assert ours.weight.abs().max().item() <= fan_in**-0.5
+        assert ours.weight.var().item() == pytest.approx(1 / (3 * fan_in), rel=0.05)
+    assert network[1].weight.eq(7).all()
+    with pytest.raises(ValueError, match="ReLU has no linear or convolutional layer"):
+        pytorch_default_(nn.ReLU())
 
 
 def test_module_without_layers_is_an_error():

@@ -1,7 +1,8 @@
-"""Randomised asymmetric initialisation, which makes it unlikely that a ReLU network is born dead.
+"""Initialisations in place of a network's own: randomised asymmetric, and what PyTorch's layers draw by default.
 
-Source: Lu, Shin, Su, Karniadakis, "Dying ReLU and Initialization: Theory and Numerical Examples", Communications in
-Computational Physics 28(5), 2020, arXiv:1903.06733.
+Randomised asymmetric initialisation makes it unlikely that a ReLU network is born dead. Source: Lu, Shin, Su, Karniadakis,
+"Dying ReLU and Initialization: Theory and Numerical Examples", Communications in Computational Physics 28(5), 2020,
+arXiv:1903.06733.
 """
 
 import math
@@ -52,4 +53,30 @@ def randomized_asymmetric_(module: ModuleT, generator: torch.Generator | None = 
         weight.copy_(rows[:, :fan_in].reshape(weight.shape))
         if bias is not None:
             bias.copy_(rows[:, fan_in])
+    return module
+
+
+def pytorch_default_(module: ModuleT) -> ModuleT:
+    """Draw every linear and convolutional layer of a module anew, in place, as `torch.nn` does by default.
+
+    Weights and biases are uniform with variance ``1 / (3 * fan_in)``. In a convolution with as many output as input
+    channels this is a sixth of the variance of timm's kaiming_normal over fan_out. Everything else keeps its values.
+
+    Args:
+        module: As of `randomized_asymmetric_`. Random numbers are those of torch's default generator.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ValueError: there is no such layer in the module.
+
+    Example:
+        >>> layer = pytorch_default_(nn.Conv2d(16, 32, 3))  # |weight| is at most 1 / 12
+    """
+    layers = [m for m in module.modules() if isinstance(m, _LAYERS)]
+    if not layers:
+        raise ValueError(f"{type(module).__name__} has no linear or convolutional layer to initialise")
+    for layer in layers:
+        layer.reset_parameters()
     return module

@@ -116,6 +116,9 @@ class TrainConfig:
     surrogate: str | None = _network(None, "surrogate in place of the model's own")
     alpha: float | None = _network(None, "shape parameter of the surrogate")
     act_layer: str | None = _network(None, "an activation by timm's name in place of SUGAR: relu, gelu, nelu, ...")
+    init: Literal["timm", "pytorch"] = _network(
+        "timm", "weights of convolutions and linear layers: as timm's model draws them, or as torch.nn does by default"
+    )
     alpha_schedule: Literal["constant", "linear", "cosine"] = _network(
         "constant", "how alpha goes from its first value to alpha_end, epoch by epoch"
     )
@@ -309,6 +312,8 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError("switch_epoch and switch_surrogate need each other")
     if config.switch_alpha is not None and config.switch_surrogate is None:
         raise ValueError("switch_alpha needs switch_epoch and switch_surrogate")
+    if config.init != "timm" and any(config.model_args.get(name) for name in ("pretrained", "checkpoint_path")):
+        raise ValueError(f"init {config.init} would draw the pretrained weights anew; leave one of them out")
     if config.dry_run and config.eval_only:
         raise ValueError("dry_run and eval_only contradict each other; give one of them")
     if config.weight_decay_end is not None and not config.weight_decay:

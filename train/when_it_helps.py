@@ -35,6 +35,7 @@ import timm_sugar
 from timm_sugar.analysis.units import count_units
 from timm_sugar.data import channel_statistics, decode, eval_transform, load_source, split_validation, stratified_sample
 from timm_sugar.files import write_file
+from timm_sugar.init import pytorch_default_
 from timm_sugar.surrogates import get_surrogate
 from timm_sugar.terminal import Parser
 
@@ -222,9 +223,7 @@ def build(activation: str, init: str, seed: int, recipe: dict[str, Any], stem: s
         model = timm_sugar.create_model(MODELS[stem], act_layer=activation, num_classes=classes)
     if init == "pytorch":
         torch.manual_seed(seed)
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.reset_parameters()
+        pytorch_default_(model)
     return model
 
 

@@ -148,6 +148,20 @@ def test_relu_and_sugar_start_from_the_same_weights(parquet_folder, tmp_path):
     assert config["timm_sugar"] == {"architecture": "resnet18_sugar_bsilu", "surrogate": None, "alpha": None}
 
 
+def test_init_pytorch_is_the_default_of_the_layers_and_kept_out_of_pretrained_weights(parquet_folder, tmp_path):
+    for init in ("timm", "pytorch"):
+        train(_config(parquet_folder, tmp_path / init, init=init, lr=0.0, epochs=1, limit_train=32))
+    weights = [load_file(tmp_path / init / "model/model.safetensors") for init in ("timm", "pytorch")]
+    name = "layer4.1.conv2.weight"  # 3x3, 16 to 16 channels: kaiming_normal has 2 / 144, the default 1 / (3 * 144)
+    variances = [w[name].var().item() for w in weights]
+    assert variances == [pytest.approx(2 / 144, rel=0.1), pytest.approx(1 / 432, rel=0.1)]
+    assert yaml.safe_load((tmp_path / "pytorch/config.yaml").read_text())["init"] == "pytorch"
+    with pytest.raises(ValueError, match="init pytorch would draw the pretrained weights anew"):
+        _config(parquet_folder, tmp_path, init="pytorch", model_args={"pretrained": True})
+    with pytest.raises(ValueError, match="holds a run with init=pytorch, not timm"):
+        train(_config(parquet_folder, tmp_path / "pytorch", lr=0.0, epochs=1, limit_train=32))
+
+
 def test_without_validation_the_last_epoch_counts(parquet_folder, tmp_path):
     summary = train(_config(parquet_folder, tmp_path, val_fraction=0.0, epochs=1))
     assert (summary["best_epoch"], summary["val_top1"]) == (None, None)

@@ -10,6 +10,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 from ..data import Source
+from ..init import pytorch_default_
 from ..models import build, size_arguments
 from ..settings import TrainConfig
 from ..surrogates import unknown_name
@@ -39,6 +40,8 @@ def build_network(config: TrainConfig, source: Source) -> nn.Module:
         network = build(config.model, **config.activation.given(), **arguments)
     except TypeError as error:
         raise ValueError(f"model {config.model} does not take these arguments: {error}") from error
+    if config.init == "pytorch":
+        pytorch_default_(network)
     training, image = network.training, torch.zeros(1, 3, config.img_size, config.img_size)
     try:
         with torch.no_grad():
