@@ -100,8 +100,9 @@ def _selu_derivative(x: Tensor, alpha: None) -> Tensor:
 
 
 def _gelu_derivative(x: Tensor, alpha: None) -> Tensor:
-    density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x.clamp(-_GAUSS_UNDERFLOW, _GAUSS_UNDERFLOW) * density
+    z = x * math.sqrt(0.5)
+    density = torch.exp(-(z * z)) * (1 / math.sqrt(2 * math.pi))
+    return 0.5 * (1 + torch.erf(z)) + x.clamp(-_GAUSS_UNDERFLOW, _GAUSS_UNDERFLOW) * density
 
 
 def _silu_derivative(x: Tensor, alpha: None) -> Tensor:

@@ -24,8 +24,9 @@ _libraries: dict[Surrogate | None, CDLL | None] = {}
 _exact: dict[tuple[Surrogate, torch.dtype], Any] = {}
 _said: set[str] = set()
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-# Without the last two, loops that compute exponentials or compare do not vectorise.
+# Without these two, loops that compute exponentials or compare do not vectorise.
 _FLAGS = ["-x", "c++", "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS_OF_EXACT = ["-ffinite-math-only", "-fno-signed-zeros"]
 _ARGUMENTS = {  # of the functions in kernels.cpp
     "multiply": [c_void_p, c_void_p, c_void_p, c_int64, c_double, c_int],
     "encode": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int],
@@ -46,7 +47,7 @@ def library(surrogate: Surrogate | None) -> CDLL | None:
         if surrogate not in _libraries:
             name = f"the derivative of {surrogate.name}" if surrogate else "lean saving"
             try:
-                _libraries[surrogate] = _load(_source(surrogate), name)
+                _libraries[surrogate] = _load(_source(surrogate), [] if surrogate is None else _FLAGS_OF_EXACT, name)
             except Exception as error:
                 _libraries[surrogate] = None
                 tell_why_not(name, error)
@@ -84,9 +85,9 @@ def _source(surrogate: Surrogate | None) -> str:
     return text
 
 
-def _load(source: str, name: str) -> CDLL:
+def _load(source: str, flags: list[str], name: str) -> CDLL:
     compiler = _compiler()
-    flags = [*_FLAGS, *os.environ.get("TIMM_SUGAR_CXXFLAGS", "-march=native").split()]
+    flags = [*_FLAGS, *flags, *os.environ.get("TIMM_SUGAR_CXXFLAGS", "-march=native").split()]
     key = hashlib.sha256("\0".join([source, *_version(compiler), *flags, processor()]).encode()).hexdigest()
     folder = cache_folder()
     path = folder / f"{key[:32]}.so"

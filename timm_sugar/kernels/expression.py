@@ -137,9 +137,9 @@ def _text(value: Any) -> str:
         return str(value).lower()
     if not isinstance(value, (int, float)):
         raise UnknownOperation(f"a constant {type(value).__name__}")
-    if math.isnan(value):
-        return "T(1e308 * 10 - 1e308 * 10)"
-    return f"T({value!r})" if math.isfinite(value) else f"T({'-' * (value < 0)}1e308 * 10)"
+    if not math.isfinite(value):
+        raise UnknownOperation(f"the constant {value}")
+    return f"T({value!r})"
 
 
 def _on_meta(value: Tensor) -> Tensor:

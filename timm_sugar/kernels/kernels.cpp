@@ -67,7 +67,7 @@ struct Float16 : Bits {
 struct BFloat16 : Bits {
   static float load(uint16_t x) { return as<float>(static_cast<uint32_t>(x) << 16); }
   static uint16_t store(float x) {
-    const uint32_t bits = as<uint32_t>(x), nan = -static_cast<uint32_t>(x != x);
+    const uint32_t bits = as<uint32_t>(x), nan = -static_cast<uint32_t>((bits & 0x7fffffff) > 0x7f800000);
     const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
     return static_cast<uint16_t>((rounded >> 16 & ~nan) | (0x7fc0 & nan));
   }
@@ -75,8 +75,11 @@ struct BFloat16 : Bits {
 
 #ifdef DERIVATIVE_FLOAT
 
+// This part is compiled as if there were no NaN, since otherwise bounds are not the processor's min and max. A NaN is
+// recognised by its bits, and gives NaN.
+//
 // What a derivative calls. The functions of the C library do not vectorise; these do, in float and exp in double too,
-// and none has an absolute error above 2e-7 where it is at most 1. NaN gives NaN.
+// and none has an absolute error above 2e-7 where it is at most 1.
 
 using std::atan;
 using std::cos;
@@ -124,7 +127,7 @@ inline float tanh(float x) {
 inline float erf(float x) {  // Abramowitz and Stegun 7.1.26, to 1.5e-7
   const float z = x < 0 ? -x : x, t = 1 / (1 + 0.3275911f * z);
   const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  const float y = 1 - p * exp(-z * z);
+  const float y = 1 - p * exp(-(z * z));  // which GELU's density shares
   return x < 0 ? -y : y;
 }
 
@@ -144,14 +147,24 @@ inline double expm1(double x) { return std::expm1(x); }
 inline double tanh(double x) { return std::tanh(x); }
 inline double erf(double x) { return std::erf(x); }
 
-inline float derivative(float x, float alpha) {
+inline float formula(float x, float alpha) {
   using T = float;
   DERIVATIVE_FLOAT
 }
 
-inline double derivative(double x, double alpha) {
+inline double formula(double x, double alpha) {
   using T = double;
   DERIVATIVE_DOUBLE
+}
+
+inline float derivative(float x, float alpha) {
+  const uint32_t nan = -static_cast<uint32_t>((as<uint32_t>(x) & 0x7fffffff) > 0x7f800000);
+  return as<float>(as<uint32_t>(formula(x, alpha)) | nan);
+}
+
+inline double derivative(double x, double alpha) {
+  const uint64_t nan = -static_cast<uint64_t>((as<uint64_t>(x) & 0x7fffffffffffffff) > 0x7ff0000000000000);
+  return as<double>(as<uint64_t>(formula(x, alpha)) | nan);
 }
 
 template <typename D, typename T = typename D::stored>
