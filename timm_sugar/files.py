@@ -1,6 +1,10 @@
-"""Files that are whole or not there, and settings as text."""
+"""Files that are whole or not there, and what they hold as JSON and YAML."""
 
+import json
 import os
+import re
+from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,56 @@ import yaml
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, flush it to disk and rename it to `path`. Text is UTF-8."""
+    remove_left_over(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def remove_left_over(path: Path) -> None:
+    """Remove what killed processes left of their attempts to write `path`; those of living ones stay."""
+    for temporary in path.parent.glob(f"{escape(path.name)}.*.tmp"):
+        pid = re.fullmatch(r"\.([1-9]\d*)\.tmp", temporary.name.removeprefix(path.name))
+        if pid and not _is_alive(int(pid[1])):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a file that holds a mapping, in YAML by its name, else in JSON.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else; one line that names it.
+    """
+    return _mapping(path, path.read_bytes(), yaml.safe_load if path.suffix in (".yaml", ".yml") else json.loads)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with a mapping in JSON on each line, and raise as `read_mapping`."""
+    return [_mapping(path, line, json.loads) for line in path.read_bytes().splitlines()]
+
+
+def _mapping(path: Path, text: bytes, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+    try:
+        content = parse(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it holds {content!r:.40}, not a mapping")
+    return content
 
 
 def to_yaml(settings: dict[str, Any]) -> str:

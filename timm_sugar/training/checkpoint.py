@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import write_file
+from ..files import read_mapping, write_file
 
 # 1: the manifest maps file names to SHA-256. 2: it holds the format version and that mapping.
 FORMAT = 2
@@ -37,6 +37,7 @@ class State:
     best_epoch: int | None = None
     metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    origin: str | None = None  # the checkpoint that --resume named, where the run began with one
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int = KEPT) -> Path:
-    """Write ``folder/step-<step>`` and then remove all but the newest `keep`.
+    """Write ``folder/step-<step>`` and then remove what is older than the newest `keep` complete ones.
 
     Args:
         folder: OUTPUT/checkpoints.
@@ -93,8 +94,12 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
         ):  # what torch and safetensors raise for a full disk
             raise
         raise OSError(f"checkpoint {final} cannot be written: {error}; {name_latest(folder)}") from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = 1
+    for old in reversed([path for path in list_checkpoints(folder) if path.name < final.name]):
+        if kept == keep:
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            kept += is_complete(old)
     for left_over in folder.glob("step-*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
     return final
@@ -113,19 +118,47 @@ def read_checkpoint(path: Path) -> Checkpoint:
         weights=load_file(path / "model.safetensors"),
         best=load_file(best) if best.exists() else None,
         optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        state=State(**json.loads((path / _PROGRESS).read_text())),
+        state=read_state(path),
     )
 
 
+def read_state(path: Path) -> State:
+    """Return the progress that a complete checkpoint holds."""
+    return State(**read_mapping(path / _PROGRESS))
+
+
 def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
-    """Return the checkpoint to resume from: the newest in `folder` for "auto", None for "never", else the one named."""
-    path = latest_checkpoint(folder) if resume == "auto" else None if resume == "never" else Path(resume)
-    return None if path is None else read_checkpoint(path)
+    """Read the checkpoint to resume from, see `checkpoint_to_resume`; None where there is none."""
+    path = checkpoint_to_resume(folder, resume)
+    if path is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    if resume != "auto":
+        checkpoint.state.origin = _origin(resume)
+    return checkpoint
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in `folder`, None where there is none."""
-    return next((path for path in reversed(list_checkpoints(folder)) if is_complete(path)), None)
+def checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
+    """Return where a run goes on: None for "never", the newest checkpoint in `folder` for "auto".
+
+    For a checkpoint's path it is the newest in `folder` that came from it, so that the same command goes on after a
+    stop, else that checkpoint itself.
+    """
+    if resume in ("auto", "never"):
+        return latest_checkpoint(folder) if resume == "auto" else None
+    return latest_checkpoint(folder, _origin(resume)) or Path(resume)
+
+
+def _origin(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def latest_checkpoint(folder: Path, origin: str | None = None) -> Path | None:
+    """Return the newest complete checkpoint in `folder`, of this origin if given; None where there is none."""
+    for path in reversed(list_checkpoints(folder)):
+        if is_complete(path) and origin in (None, read_state(path).origin):
+            return path
+    return None
 
 
 def name_latest(folder: Path) -> str:
@@ -146,15 +179,15 @@ def is_complete(path: Path) -> bool:
         ValueError: a newer version wrote it.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = read_mapping(path / _MANIFEST)
+        written = int(manifest.get("format", 1))
+    except (OSError, ValueError, TypeError):
         return False
-    if not isinstance(manifest, dict):
-        return False
-    written = manifest.get("format", 1)
     if written > FORMAT:
         raise ValueError(f"{path} is of checkpoint format {written}; this version of timm-sugar reads up to {FORMAT}")
-    hashes = manifest if written == 1 else manifest["sha256"]
+    hashes = manifest if written == 1 else manifest.get("sha256")
+    if not isinstance(hashes, dict) or _PROGRESS not in hashes:
+        return False
     try:
         return all(_sha256(path / name) == digest for name, digest in hashes.items())
     except OSError:

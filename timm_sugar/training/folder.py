@@ -1,32 +1,50 @@
 """The folder of a run: the files written into it, and the check of settings against them on resume."""
 
 import dataclasses
+import itertools
 import json
-import os
 import platform
-import shutil
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import timm
 import torch
-import yaml
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import timm_sugar
 
-from ..files import to_yaml, write_file
+from ..data import listed
+from ..files import read_mapping, remove_left_over, to_yaml, write_file
 from ..hub import write_model_folder
 from ..settings import TrainConfig, names_of
+from .checkpoint import (
+    Checkpoint,
+    State,
+    checkpoint_to_resume,
+    find_checkpoint,
+    is_complete,
+    latest_checkpoint,
+    list_checkpoints,
+    read_state,
+)
 from .images import Images
 from .processes import from_main_process, process_state
 
+_REMEDY = "give another --output, or --resume never to start over"
+_RESULTS = ("summary.json", "metrics.jsonl", "model")
+_DESCRIPTIONS = (  # of a run, by timm-sugar's commands and trackers
+    "profile.json", "landscape.json", "activation_profile.*", "dead_units.*", "gradient_norms.*", "landscape_*.*",
+    "timm-sugar/events.out.tfevents.*",
+)  # fmt: skip
+
 
 def check_writable(output: Path) -> None:
-    """Create the run's folder.
+    """Create the run's folder, and remove what killed processes left of their attempts to write its files.
 
     Raises:
         ValueError: it cannot be written to.
@@ -35,18 +53,19 @@ def check_writable(output: Path) -> None:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        write_file(output / ".writable", "")
+        (output / ".writable").unlink(missing_ok=True)
+        for name in ("config.yaml", "summary.json", "metrics.jsonl", "profile.json", "landscape.json"):
+            remove_left_over(output / name)
     except OSError as error:
         raise ValueError(f"output folder {output} cannot be written: {error.strerror}") from error
 
 
 def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the summary of a finished run; None if it is unfinished or `resume` is "never".
+    """Return the summary of a finished run; None if it is unfinished, has no model, or `resume` is "never".
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder, or the checkpoint that `resume` names, is of a run with other settings.
     """
     state = process_state()
     found: tuple[dict[str, Any] | None, str | None] = None, None
@@ -64,12 +83,42 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
     """The same for a run of `processes` processes, callable from any process."""
-    before = read_record(config.folder)
-    if before is not None and config.resume == "auto":
-        check_unchanged(str(config.folder), before, dataclasses.asdict(config) | {"processes": processes})
-    path = config.folder / "summary.json"
-    summary: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-    return summary
+    output, settings = config.folder, dataclasses.asdict(config) | {"processes": processes}
+    check_unchanged(str(output), _read_settings(output), settings)
+    path = checkpoint_to_resume(output / "checkpoints", config.resume)
+    if path is not None and config.resume != "auto":
+        if not is_complete(path):
+            raise ValueError(f"{path} is not a complete checkpoint")
+        check_unchanged(str(path), read_state(path).settings, settings)
+    summary = output / "summary.json"
+    finished = summary.exists() and (output / "config.yaml").exists() and _holds_model(output / "model")
+    return read_mapping(summary) if finished else None
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):
+            return (folder / "config.json").exists()
+    except (OSError, SafetensorError):
+        return False
+
+
+def _read_settings(output: Path) -> dict[str, Any]:
+    """Return the settings of the run in OUTPUT, of its newest checkpoint where config.yaml is gone, {} for no run.
+
+    Raises:
+        ValueError: there are results of unknown settings.
+    """
+    record = read_record(output)
+    if record is not None:
+        return record
+    latest = latest_checkpoint(output / "checkpoints")
+    if latest is not None:
+        return read_state(latest).settings
+    results = [name for name in _RESULTS if (output / name).exists()]
+    if results:
+        raise ValueError(f"{output} holds {listed(results)} of unknown settings: it has no config.yaml; {_REMEDY}")
+    return {}
 
 
 def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
@@ -77,16 +126,14 @@ def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
     before = read_record(config.folder)
     if before is None:
         return config
-    return dataclasses.replace(config, mean=config.mean or before["mean"], std=config.std or before["std"])
+    mean, std = config.mean or before.get("mean"), config.std or before.get("std")
+    return dataclasses.replace(config, mean=mean, std=std)
 
 
 def read_record(output: Path) -> dict[str, Any] | None:
     """Return what OUTPUT/config.yaml holds, None where there is none."""
     path = output / "config.yaml"
-    if not path.exists():
-        return None
-    record: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return record
+    return read_mapping(path) if path.exists() else None
 
 
 def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -95,17 +142,16 @@ def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> 
     Raises:
         ValueError: one that changes the result differs; the message names it.
     """
-    remedy = "give another --output, or --resume never to start over"
     data, found = (record.get("data_fingerprint") or {} for record in (before, now))
     changed = [f"{name}={data[name]}, not {found[name]}" for name in data if data[name] != found.get(name, data[name])]
     if changed:
-        raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {remedy}")
+        raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {_REMEDY}")
     for name in (*names_of("data", "result"), "processes"):
         if name not in before:
             continue
         not_resolved = now[name] is None and name in before.get("left_open", ())
         if not not_resolved and now[name] != before[name]:
-            raise ValueError(f"{where} holds a run with {name}={before[name]}, not {now[name]}; {remedy}")
+            raise ValueError(f"{where} holds a run with {name}={before[name]}, not {now[name]}; {_REMEDY}")
     ways = before.get("gradients"), now.get("gradients")
     if None not in ways and ways[0] != ways[1]:
         warnings.warn(f"{where}: gradients were computed by {ways[0]}, from here on by {ways[1]}", stacklevel=2)
@@ -132,25 +178,53 @@ def write_result(
     write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def begin_or_compare(output: Path, resume: str, settings: dict[str, Any]) -> None:
-    """Remove an earlier run if `resume` is "never", else compare its settings and data with those of this run.
+def start_or_resume(
+    output: Path, resume: str, settings: dict[str, Any], step: Callable[[State], int]
+) -> Checkpoint | None:
+    """Return the checkpoint that the run goes on from, None where it starts, with what is of another history set aside.
+
+    Args:
+        output: The run's folder.
+        resume: "auto", "never" or a checkpoint's folder.
+        settings: Of this run, compared with those that the folder and the checkpoint are of.
+        step: Gives the step of a state.
 
     Raises:
         ValueError: see `check_unchanged`.
     """
-    record = None
-    if process_state().is_main_process:
+    found: tuple[dict[str, Any], Checkpoint | None] = {}, None
+    if process_state().is_main_process:  # the others may be on machines that do not see the folder
         if resume == "never":
-            _start_over(output)
-        record = read_record(output)
-    check_unchanged(str(output), from_main_process(record) or {}, settings)
+            described = sorted(path for pattern in _DESCRIPTIONS for path in output.glob(pattern))
+            # The settings last: cut short, what is still there is of one run.
+            names = (output / name for name in (*_RESULTS, "checkpoints"))
+            _set_aside(output, "the earlier run", (*names, *described, output / "config.yaml"))
+        found = _read_settings(output), find_checkpoint(output / "checkpoints", resume)
+    record: dict[str, Any]
+    checkpoint: Checkpoint | None
+    record, checkpoint = from_main_process(found)
+    state = State() if checkpoint is None else checkpoint.state
+    check_unchanged(str(output), record, settings)
+    check_unchanged(str(output) if resume == "auto" else resume, state.settings, settings)
+    if process_state().is_main_process:
+        last = step(state)
+        later = [path for path in list_checkpoints(output / "checkpoints") if path.name > f"step-{last:09d}"]
+        _set_aside(output, f"going on from step {last}; {listed([path.name for path in later])}", later)
+    return checkpoint
 
 
-def _start_over(output: Path) -> None:
-    """Remove configuration, summary, metrics and checkpoints of an earlier run."""
-    for name in ("config.yaml", "summary.json", "metrics.jsonl"):
-        (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+def _set_aside(output: Path, what: str, paths: Iterable[Path]) -> None:
+    """Move those of `paths` that are there to OUTPUT/earlier-N, and say so."""
+    found = [path for path in paths if path.exists()]
+    if not found:
+        return
+    places = (output / f"earlier-{number}" for number in itertools.count(1))
+    place = next(path for path in places if not path.exists())
+    for path in found:
+        moved = place / path.relative_to(output)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(moved)
+    print(f"{what} set aside in {place}", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

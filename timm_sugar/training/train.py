@@ -22,13 +22,13 @@ from ..hub import dataset_of
 from ..layers import Activation
 from ..metrics import METRICS, numbers
 from ..settings import TrainConfig
-from .checkpoint import Checkpoint, State, Weights, find_checkpoint, name_latest, write_checkpoint
+from .checkpoint import Checkpoint, State, Weights, name_latest, write_checkpoint
 from .evaluation import evaluate_split
 from .first_step import check_first_step, path_of
-from .folder import begin_or_compare, check_unchanged, peak_memory, versions, write_metrics, write_record, write_result
+from .folder import peak_memory, start_or_resume, versions, write_metrics, write_record, write_result
 from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, open_source
 from .network import average_batch_norm, build_network, check_names, create_optimizer
-from .processes import AllReduceMax, Stopped, StopSignal, from_main_process, make_accelerator, stop_signals
+from .processes import AllReduceMax, Stopped, StopSignal, make_accelerator, stop_signals
 from .progress import Progress
 from .schedules import activation_at, check_activation, create_lr_schedule, set_activation, set_weight_decay
 
@@ -183,14 +183,9 @@ def fit(run: Run) -> dict[str, Any]:
 
 def resume(run: Run) -> tuple[State, Weights | None]:
     """Restore the checkpoint to resume from; return the progress and the weights of the best epoch so far."""
-    wanted, checkpoint = run.config.resume, None
-    begin_or_compare(run.config.folder, wanted, run.settings)
-    if run.accelerator.is_main_process:  # the others may be on machines that do not see the folder
-        checkpoint = find_checkpoint(run.config.folder / "checkpoints", wanted)
-    checkpoint = from_main_process(checkpoint)
+    checkpoint = start_or_resume(run.config.folder, run.config.resume, run.settings, run.step)
     if checkpoint is None:
         return State(), None
-    check_unchanged(str(run.config.folder) if wanted == "auto" else wanted, checkpoint.state.settings, run.settings)
     run.network.load_state_dict(checkpoint.weights)
     run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
     if run.accelerator.scaler is not None:
