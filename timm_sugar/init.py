@@ -1,8 +1,8 @@
 """Initialisations in place of a network's own: randomised asymmetric, and what PyTorch's layers draw by default.
 
-Randomised asymmetric initialisation makes it unlikely that a ReLU network is born dead. Source: Lu, Shin, Su, Karniadakis,
-"Dying ReLU and Initialization: Theory and Numerical Examples", Communications in Computational Physics 28(5), 2020,
-arXiv:1903.06733.
+Randomised asymmetric initialisation makes it unlikely that a ReLU network is born dead. Source: Lu, Shin, Su,
+Karniadakis, "Dying ReLU and Initialization: Theory and Numerical Examples", Communications in Computational Physics
+28(5), 2020, arXiv:1903.06733.
 """
 
 import math

@@ -136,6 +136,8 @@ def _power_iteration(
 def random_directions(model: nn.Module, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draw two random directions in the space of the weights, filter-normalised (Li et al., arXiv:1712.09913).
 
+    The paper's figure 5 rescales a direction layer by layer; this is finer, and its pictures differ from that figure's.
+
     Every filter of a direction (a slice along the first dimension of a parameter: the weights into one unit) has the
     norm of the model's own filter. Parameters of one dimension (biases, and the parameters of BatchNorm and other
     normalisations) have no direction: they stay. What is drawn depends on the seed and on the names and shapes of the

@@ -1,4 +1,4 @@
-"""Pictures of loss landscapes, as figure 5 shows them: contours and surfaces of several models on one scale."""
+"""Pictures of loss landscapes, contours and surfaces of several models on one scale, in the manner of figure 5."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""ResNets with SUGAR: timm's, and the paper's network for CIFAR.
+"""ResNets with SUGAR: timm's, and the usual network for CIFAR.
 
 Source: He et al., "Deep Residual Learning", arXiv:1512.03385, as in timm; Horuz et al., arXiv:2505.22074, section 4.1.
 """
@@ -91,6 +91,9 @@ def resnet50_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_variant(_BSILU)
 def resnet18_cifar_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """The paper's ResNet-18 for CIFAR with SUGAR B-SiLU: 3x3 stem, no max-pooling (arXiv:2505.22074, section 4.1)."""
+    """ResNet-18 for CIFAR with SUGAR B-SiLU (arXiv:2505.22074, section 4.1): 3x3 stem, no max-pooling.
+
+    The paper does not state its stem; this is the usual one for 32 x 32 images.
+    """
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), model_cls=CifarResNet)
     return _create_resnet("resnet18_cifar_sugar_bsilu", pretrained, **dict(model_args, **kwargs))
