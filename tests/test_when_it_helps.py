@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -242,3 +243,23 @@ def test_the_pages_numbers_are_those_of_the_committed_cells():
     assert f"{study.with_interval(gains['sugar_bsilu'])} points (three seeds, test)" in page
     for activation, name in names.items():
         assert f"{name} ({study.with_interval(gains[activation], '+')})" in page
+
+
+def test_the_advice_has_the_numbers_of_the_study():
+    fair = study.read_results(ROOT / "docs" / "when-it-helps" / "fair")
+    rates = study.read_results(ROOT / "docs" / "when-it-helps" / "rates")
+    readme, advice = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/activations.md"))
+
+    def short(values: list[float]) -> str:
+        return f"{fmean(values):.1f} ± {study.interval(values):.1f}"
+
+    tests = {a: [100 * r["test_top1"] for r in fair if r["activation"] == a] for a in ("relu", "sugar_bsilu")}
+    assert f"| 3 | **{short(tests['relu'])}%** | {short(tests['sugar_bsilu'])}% |" in readme
+    gains = {a: [*study.against_relu(fair, a, "timm").values()] for a in ("sugar_bsilu", "sugar_nelu", "gelu", "silu")}
+    for text in (readme, advice):
+        assert f"was {short(gains['sugar_bsilu']).removeprefix('-')} points below ReLU in a ResNet-18" in text
+        assert f"{short(gains['sugar_nelu'])} points" in text
+    assert f"they were {short(gains['gelu'])} and {short(gains['silu'])} points above ReLU" in advice
+    best = {a: {study.best_rate(rates, a, init) for init in ("timm", "pytorch")} for a in ("sugar_bsilu", "relu")}
+    assert best == {"sugar_bsilu": {0.001, 0.01}, "relu": {0.03}}
+    assert "it was best at 0.001 to 0.01 where ReLU was at 0.03 (1 seed)" in readme

@@ -478,7 +478,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     one = results[0]
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(r["seed"] for r in results))
-    lines += ["", f"{len(results)} networks, seed {seeds}; torch {one['torch']}, {one['device']}."]
+    lines += ["", f"{len(results)} networks, seeds {seeds}; torch {one['torch']}, {one['device']}."]
     return "\n".join(lines) + "\n"
 
 
