@@ -156,7 +156,7 @@ def test_profile_as_a_table(run, parquet_folder, capsys, tmp_path):
     head, *lines = out.splitlines()
     assert head.split() == ["layer", "activation", "units", "dead", "always", "active", "active", "(%)"]
     assert len(lines) == 5 + 2
-    assert "dead on 60 images of test" in lines[-1]
+    assert "dead on 20 images of val" in lines[-1]  # as the card's settings say
     assert not (run / "model" / "profile.json").exists()
     assert main(["profile", str(run / "model"), "--data", parquet_folder, "--output", str(tmp_path / "new")]) == 0
     assert json.loads((tmp_path / "new/profile.json").read_text())["split"] == "test"

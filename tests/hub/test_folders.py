@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from timm.models import generate_default_cfgs, register_model
@@ -15,6 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 import timm_sugar
 from timm_sugar.cli import main
 from timm_sugar.hub import published_files, read_facts
+from timm_sugar.hub.loading import NamedModel
 from timm_sugar.layers import Activation
 from timm_sugar.models import _weights, is_own, stock_architecture
 from timm_sugar.models._weights import find_weights
@@ -57,6 +59,9 @@ def check_folder(folder: Path) -> int:
     assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
     again = published_files(folder, f"timm-sugar/{folder.name}", read_facts(folder / "facts.yaml"))
     assert again["README.md"].decode() == (folder / "README.md").read_text()
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    shown = NamedModel(f"timm-sugar/{folder.name}", "", folder / "README.md").settings()  # as after a download
+    assert [shown[name] for name in ("opt", "lr", "split_seed")] == [settings[n] for n in ("opt", "lr", "split_seed")]
     for path in folder.glob("*[!g]"):  # all but the picture
         if path.name != "model.safetensors":
             content = path.read_text()
