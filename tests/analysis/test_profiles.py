@@ -159,7 +159,7 @@ def test_profile_as_a_table(run, parquet_folder, capsys, tmp_path):
     assert "dead on 20 images of val" in lines[-1]  # as the card's settings say
     assert not (run / "model" / "profile.json").exists()
     assert main(["profile", str(run / "model"), "--data", parquet_folder, "--output", str(tmp_path / "new")]) == 0
-    assert json.loads((tmp_path / "new/profile.json").read_text())["split"] == "test"
+    assert json.loads((tmp_path / "new/profile.json").read_text())["split"] == "val"
 
 
 def test_a_model_by_name_or_one_line(parquet_folder, capsys, monkeypatch, tmp_path):
