@@ -22,14 +22,14 @@ SMALL = dict(limit_train=64, limit_val=20, img_size=16, batch_size=16, epochs=1)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(epochs=0), r"epochs must be at least 1, got 0$"),
+        (dict(epochs=0), r"epochs must be at least 1 and at most 1e\+06, got 0$"),
         (dict(val_fraction=1.0), r"val_fraction must be at least 0 and below 1, got 1.0$"),
-        (dict(crop_pct=0.0), r"crop_pct must be above 0 and at most 1, got 0.0$"),
-        (dict(crop_pct=1.5), r"crop_pct must be above 0 and at most 1, got 1.5$"),
+        (dict(crop_pct=0.0), r"crop_pct must be at least 0.1 and at most 1, got 0.0$"),
+        (dict(crop_pct=1.5), r"crop_pct must be at least 0.1 and at most 1, got 1.5$"),
         (dict(clip_grad=0.0), r"clip_grad must be above 0, got 0.0$"),
-        (dict(std=[0.1, 0.0, 0.1]), r"std must be above 0 and at most 1, got 0.0$"),
+        (dict(std=[0.1, 0.0, 0.1]), r"std must be at least 0.001 and at most 1, got 0.0$"),
         (dict(std=[0.1]), r"std must have 3 values, got \[0.1\]$"),
-        (dict(decay_rate=-1.0), r"decay_rate must be at least 0, got -1.0$"),
+        (dict(decay_rate=-1.0), r"decay_rate must be at least 0 and at most 1000, got -1.0$"),
         (dict(opt_betas=[0.9, 1.0]), r"opt_betas must be at least 0 and below 1, got 1.0$"),
     ],
 )
@@ -54,7 +54,9 @@ def test_every_setting_is_of_one_kind():
     st.lists(st.floats(0, 1), min_size=3, max_size=3),
     st.booleans(),
     st.dictionaries(st.text("abc_", min_size=1), VALUES),
-    st.text(string.printable, min_size=1).filter(lambda text: not text.startswith("-") and text != "none"),
+    st.text(string.printable, min_size=1).filter(
+        lambda text: text.strip() and not text.startswith("-") and text != "none"
+    ),
 )
 def test_flags_give_the_settings_back(mean, compile, model_args, data):
     config = TrainConfig(data=data, mean=mean, compile=compile, model_args=model_args, sched="cosine", output="x")

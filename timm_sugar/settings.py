@@ -71,18 +71,18 @@ class TrainConfig:
     image_column: str | None = _data(
         None, "column of the images, where there are several and none is image or img", kind="data"
     )
-    img_size: int = _data(32, "side of the square input images, pixels", "[1, inf)")
+    img_size: int = _data(32, "side of the square input images, pixels", "[1, 4096]")
     interpolation: Literal["nearest", "bilinear", "bicubic"] = _data("bicubic", "how images are resized")
-    crop_pct: float = _data(1.0, "evaluation resizes to img_size / crop_pct and crops the centre", "(0, 1]")
+    crop_pct: float = _data(1.0, "evaluation resizes to img_size / crop_pct and crops the centre", "[0.1, 1]")
     mean: list[float] | None = _data(
         None, "normalisation, of pixels in [0, 1]; default: of the training images", "[0, 1]", length=3
     )
-    std: list[float] | None = _data(None, "likewise", "(0, 1]", length=3)
+    std: list[float] | None = _data(None, "likewise", "[0.001, 1]", length=3)
     val_fraction: float = _data(
         0.1, "share of the training images split off for validation; 0 for none", "[0, 1)", kind="data"
     )
     split_seed: int = _data(
-        0, "seed of that split and of --limit-train and --limit-val, apart from --seed", "[0, inf)", kind="data"
+        0, "seed of that split and of --limit-train and --limit-val, apart from --seed", "[0, 4294967295]", kind="data"
     )
     limit_train: int | None = _data(None, "train on a stratified sample of this many images", "[1, inf)")
     limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)", kind="data")
@@ -91,21 +91,21 @@ class TrainConfig:
     memory_limit: float = _data(
         4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)", kind="free"
     )
-    workers: int = _data(2, "loader processes for each training process", "[0, inf)", kind="free")
+    workers: int = _data(2, "loader processes for each training process", "[0, 1024]", kind="free")
 
     crop: Literal["none", "resized", "padded"] = _images(
         "none", "crops in training: none, timm's random resized crop, or random after padding by 4 pixels"
     )
     hflip: float = _images(0.0, "probability of a horizontal flip", "[0, 1]")
     color_jitter: float | None = _images(
-        None, "strength of colour jitter; as in timm, none beside auto_augment", "[0, inf)"
+        None, "strength of colour jitter; as in timm, none beside auto_augment", "[0, 10]"
     )
     auto_augment: str | None = _images(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
     re_prob: float = _images(0.0, "probability of random erasing", "[0, 1]")
     re_mode: Literal["const", "rand", "pixel"] = _images("pixel", "fill of random erasing")
-    re_count: int = _images(1, "areas erased at most", "[1, inf)")
-    mixup: float = _images(0.0, "alpha of Mixup; 0 for none", "[0, inf)")
-    cutmix: float = _images(0.0, "alpha of CutMix; 0 for none", "[0, inf)")
+    re_count: int = _images(1, "areas erased at most", "[1, 1000]")
+    mixup: float = _images(0.0, "alpha of Mixup; 0 for none", "[0, 1000]")
+    cutmix: float = _images(0.0, "alpha of CutMix; 0 for none", "[0, 1000]")
     mixup_prob: float = _images(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
     mixup_switch_prob: float = _images(0.5, "probability of CutMix where both are on", "[0, 1]")
     mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "granularity of mixing")
@@ -114,7 +114,7 @@ class TrainConfig:
     model: str = _network("resnet18_sugar_bsilu", "a model of timm's registry, ours included")
     model_args: dict[str, Any] = _network({}, "further arguments of the model", metavar="KEY=VALUE")
     surrogate: str | None = _network(None, "surrogate in place of the model's own")
-    alpha: float | None = _network(None, "shape parameter of the surrogate")
+    alpha: float | None = _network(None, "shape parameter of the surrogate", "[-1e6, 1e6]")
     act_layer: str | None = _network(None, "an activation by timm's name in place of SUGAR: relu, gelu, nelu, ...")
     init: Literal["timm", "pytorch"] = _network(
         "timm", "weights of convolutions and linear layers: as timm's model draws them, or as torch.nn does by default"
@@ -122,41 +122,43 @@ class TrainConfig:
     alpha_schedule: Literal["constant", "linear", "cosine"] = _network(
         "constant", "how alpha goes from its first value to alpha_end, epoch by epoch"
     )
-    alpha_end: float | None = _network(None, "alpha in the last epoch, or the last before switch_epoch")
+    alpha_end: float | None = _network(None, "alpha in the last epoch, or the last before switch_epoch", "[-1e6, 1e6]")
     switch_epoch: int | None = _network(None, "first epoch, counted from 1, that is trained with switch_surrogate")
     switch_surrogate: str | None = _network(None, "surrogate from that epoch on")
-    switch_alpha: float | None = _network(None, "its alpha; default: its own")
+    switch_alpha: float | None = _network(None, "its alpha; default: its own", "[-1e6, 1e6]")
 
-    epochs: int = _optimizer(10, "passes over the training images", "[1, inf)")
-    batch_size: int = _optimizer(128, "images in a forward pass in each process", "[1, inf)")
-    grad_accum: int = _optimizer(1, "forward passes in a step of the optimizer", "[1, inf)")
+    epochs: int = _optimizer(10, "passes over the training images", "[1, 1000000]")
+    batch_size: int = _optimizer(128, "images in a forward pass in each process", "[1, 1000000]")
+    grad_accum: int = _optimizer(1, "forward passes in a step of the optimizer", "[1, 1000000]")
     opt: str = _optimizer("sgd", "optimizer, by timm's name: sgd, adamw, ...")
     opt_betas: list[float] | None = _optimizer(None, "its betas, where it has them", "[0, 1)", length=2)
-    opt_eps: float | None = _optimizer(None, "its epsilon, where it has one", "(0, inf)")
-    lr: float = _optimizer(0.001, "learning rate", "[0, inf)")
+    opt_eps: float | None = _optimizer(None, "its epsilon, where it has one", "(0, 1000]")
+    lr: float = _optimizer(0.001, "learning rate", "[0, 1e30]")
     lr_base_batch: int | None = _optimizer(
         None,
         "batch size that lr, warmup_lr and min_lr are given for; they are scaled linearly to the actual one",
-        "[1, inf)",
+        "[1, 1000000000]",
     )
-    momentum: float = _optimizer(0.9, "momentum of SGD", "[0, inf)")
-    weight_decay: float = _optimizer(0.0, "weight decay; normalisation and biases are left out", "[0, inf)")
+    momentum: float = _optimizer(0.9, "momentum of SGD", "[0, 1]")
+    weight_decay: float = _optimizer(0.0, "weight decay; normalisation and biases are left out", "[0, 1e30]")
     weight_decay_end: float | None = _optimizer(
-        None, "weight decay at the end, reached on a cosine; default: constant", "[0, inf)"
+        None, "weight decay at the end, reached on a cosine; default: constant", "[0, 1e30]"
     )
     clip_grad: float | None = _optimizer(None, "largest norm of the gradients", "(0, inf)")
     sched: Literal["constant", "multistep", "cosine"] = _optimizer("constant", "learning-rate schedule")
-    milestones: list[int] = _optimizer([], "epochs at which a multistep schedule decays", "[1, inf)")
-    decay_rate: float = _optimizer(0.1, "factor of each of those decays", "[0, inf)")
-    warmup_epochs: float | None = _optimizer(None, "epochs of warm-up; default: none, or 10% for cosine", "[0, inf)")
-    warmup_lr: float = _optimizer(0.0, "learning rate at the start of warm-up", "[0, inf)")
-    min_lr: float = _optimizer(0.0, "learning rate at the end of a cosine", "[0, inf)")
+    milestones: list[int] = _optimizer([], "epochs at which a multistep schedule decays", "[1, 1000000]")
+    decay_rate: float = _optimizer(0.1, "factor of each of those decays", "[0, 1000]")
+    warmup_epochs: float | None = _optimizer(
+        None, "epochs of warm-up; default: none, or 10% for cosine", "[0, 1000000]"
+    )
+    warmup_lr: float = _optimizer(0.0, "learning rate at the start of warm-up", "[0, 1e30]")
+    min_lr: float = _optimizer(0.0, "learning rate at the end of a cosine", "[0, 1e30]")
     ema_decay: float | None = _optimizer(
         None, "evaluate and package an exponential moving average of the weights", "[0, 1)"
     )
     sync_bn: bool = _optimizer(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
 
-    seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, inf)")
+    seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, 4294967295]")
     output: str | None = _run(None, "folder of the run; default: output/RECIPE-MODEL-SEED", kind="start", metavar="DIR")
     resume: str = _run(
         "auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder", kind="start"
@@ -263,6 +265,8 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         return [_coerce(name, item, typing.get_args(kind)[0]) for item in value]
     try:
         if kind is str and isinstance(value, (str, Path)):
+            if not str(value).strip() or "\0" in str(value):
+                raise ValueError
             return str(value)
         if kind is bool and isinstance(value, bool):
             return value
@@ -272,11 +276,11 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
                 return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{name} must be {_describe(kind)}, got {value!r}")
+    raise ValueError(f"{name} must be {_describe(kind)}, got {value!r:.60}")
 
 
 def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    names = {int: "a whole number", float: "a finite number", str: "text that is not empty", bool: "true or false"}
     return names.get(kind) or ("a list" if typing.get_origin(kind) is list else "KEY=VALUE pairs")
 
 

@@ -28,51 +28,89 @@ def build_network(config: TrainConfig, source: Source) -> nn.Module:
     """Build the network with weights that depend on the seed only, and run one image of zeros through it.
 
     Raises:
-        ValueError: it does not take these arguments, the classes of the data or images of this size.
+        ValueError: it does not take these arguments, the classes of the data or images of this size, or a step with
+            them does not work.
     """
     torch.manual_seed(config.seed)
     classes = len(source.class_names)
-    arguments = size_arguments(config.model, config.img_size) | {"num_classes": classes} | config.model_args
-    if arguments["num_classes"] != classes:
-        given = arguments["num_classes"]
+    given = config.model_args.get("num_classes", classes)
+    if given != classes:
         raise ValueError(f"data set {source.name!r} has {classes} classes, the model {given}")
+    for name, rate in config.model_args.items():  # timm computes with a negative one
+        if name.endswith("_rate") and isinstance(rate, (int, float)) and not 0 <= rate < 1:
+            raise ValueError(f"model_args {name} must be at least 0 and below 1, got {rate}")
     try:
+        arguments = size_arguments(config.model, config.img_size) | {"num_classes": classes} | config.model_args
         network = build(config.model, **config.activation.given(), **arguments)
-    except TypeError as error:
-        raise ValueError(f"model {config.model} does not take these arguments: {error}") from error
+    except Exception as error:  # whatever timm's families raise
+        if isinstance(error, (ValueError, OSError)) and str(error):  # says what is wrong by itself
+            raise
+        raise ValueError(f"model {config.model} does not take these arguments: {_reason(error)}") from error
     if config.init == "pytorch":
         pytorch_default_(network)
     training, image = network.training, torch.zeros(1, 3, config.img_size, config.img_size)
     try:
         with torch.no_grad():
-            network.eval()(image)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = f"{error}".partition("\n")[0]
-        message = f"model {config.model} does not take images of img_size {config.img_size}: {reason}"
+            logits = network.eval()(image)
+    except Exception as error:
+        message = f"model {config.model} does not take images of img_size {config.img_size}: {_reason(error)}"
         raise ValueError(message) from error
-    if config.batch_size == 1 and not (config.sync_bn or config.eval_only):
-        try:
-            with torch.no_grad():
-                copy.deepcopy(network).train()(image)
-        except ValueError as error:  # of BatchNorm, to which a channel of one image is one value
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (1, classes):
+        raise ValueError(f"model {config.model} does not give a logit for each of {classes} classes, but {shape}")
+    if not config.eval_only:
+        _try_training(config, network)
+    return network.train(training)
+
+
+def _try_training(config: TrainConfig, network: nn.Module) -> None:
+    """Raise ValueError where a copy of the network cannot be trained on images of noise."""
+    trial, count = copy.deepcopy(network).train(), min(config.batch_size, 2)
+    try:
+        with torch.random.fork_rng(devices=()):
+            trial(torch.randn(count, 3, config.img_size, config.img_size)).sum().backward()
+    except Exception as error:
+        if count == 1 and "more than 1 value per channel" in str(error) and not config.sync_bn:
             raise ValueError(
                 f"model {config.model} cannot be trained with batch_size 1 at img_size {config.img_size}: BatchNorm "
                 "would see one value a channel; give it two images or more"
             ) from error
-    return network.train(training)
+        if not (count == 1 and config.sync_bn):
+            raise ValueError(
+                f"model {config.model} cannot be trained with these arguments: {_reason(error)}"
+            ) from error
+    if not all(torch.isfinite(p.grad).all() for p in trial.parameters() if p.grad is not None):
+        raise ValueError(f"model {config.model} cannot be trained with these arguments: its gradients are not finite")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -> torch.optim.Optimizer:
-    """Return timm's optimizer; `lr_scale` multiplies the learning rate."""
+    """Return timm's optimizer; `lr_scale` multiplies the learning rate.
+
+    Raises:
+        ValueError: a step of it with these settings does not work, or ends in weights that are not finite.
+    """
     moments: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
-    return create_optimizer_v2(
-        network,
+    settings: dict[str, Any] = dict(
         opt=config.opt,
         lr=lr_scale * config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         **{name: value for name, value in moments.items() if value is not None},
     )
+    trial = nn.Linear(2, 2)
+    try:
+        trial(torch.ones(2, 2)).sum().backward()
+        create_optimizer_v2(trial, **settings).step()
+        optimizer = create_optimizer_v2(network, **settings)
+    except Exception as error:  # whatever an optimizer raises that needs more than gradients, or has no such setting
+        raise ValueError(f"optimizer {config.opt} cannot be used with these settings: {_reason(error)}") from error
+    if not all(torch.isfinite(p).all() for p in trial.parameters()):
+        raise ValueError(f"optimizer {config.opt} gives weights that are not finite in its first step; lower lr")
+    return optimizer
 
 
 def average_batch_norm(network: nn.Module) -> None:
