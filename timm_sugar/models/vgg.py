@@ -1,4 +1,4 @@
-"""VGG-16 with SUGAR: timm's, with and without BatchNorm, and the paper's network for CIFAR.
+"""VGG-16 with SUGAR: timm's, with and without BatchNorm, and the usual network for CIFAR.
 
 Source: Simonyan and Zisserman, arXiv:1409.1556, as in timm; Horuz et al., arXiv:2505.22074, section 4.1.
 """
@@ -96,5 +96,8 @@ def vgg16_bn_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> VGG:
 
 @register_variant(_BSILU)
 def vgg16_cifar_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> VGG:
-    """The paper's VGG-16 for CIFAR with SUGAR B-SiLU (arXiv:2505.22074, section 4.1)."""
+    """VGG-16 for CIFAR with SUGAR B-SiLU (arXiv:2505.22074, section 4.1).
+
+    That it has BatchNorm and one linear layer is a choice; the paper states neither.
+    """
     return _create_vgg("vgg16_cifar_sugar_bsilu", pretrained, model_cls=CifarVGG, **kwargs)
