@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for name in ("tests", "train", "benchmarks") for path in (ROOT / name).rglob("*.py"))
 # A part imports from those before it, and from itself. "timm_sugar" is the package's own file: the public names.
 ORDER = [
-    "_timm", "_torch", "files", "terminal", "surrogates", "kernels", "functional", "gradients", "layers",
+    "_program", "_timm", "_torch", "files", "terminal", "surrogates", "kernels", "functional", "gradients", "layers",
     "activations", "transformers", "convert", "init", "models", "timm_sugar", "settings", "metrics", "data",
     "analysis", "hub", "training", "cli", "__main__",
 ]  # fmt: skip

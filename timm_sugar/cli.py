@@ -18,6 +18,7 @@ from huggingface_hub.utils import disable_progress_bars
 from timm.models import model_entrypoint
 
 from . import __version__
+from ._program import output_error
 from .activations import calls_summary
 from .analysis import gradient_norms, loss_landscape, profile, summarise_landscape
 from .analysis.speed import activations, bench
@@ -77,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return COMMANDS[args.command].run(args)
+        status = COMMANDS[args.command].run(args)
+        if problem := output_error():
+            raise OSError(f"the output cannot be written: {problem}")
+        return status
     except KeyboardInterrupt:
         return 130
     except Exception as error:

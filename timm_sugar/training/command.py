@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .._program import output_error
 from ..hub import check_destination, check_weights, publish, published_files
 from ..settings import TrainConfig
 from .config import load_config
@@ -87,6 +88,8 @@ def main(script: str, description: str, recipe: str) -> None:
             summary = run()
     if _is_main():
         print(json.dumps(summary, indent=2))
+        if problem := output_error():
+            print(f"{prog}: the summary cannot be printed: {problem}", file=sys.stderr)
     process_state().destroy_process_group()
 
 
