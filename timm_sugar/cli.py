@@ -376,6 +376,13 @@ def _report(args: argparse.Namespace) -> int:
     _argument("--batch-size", type=int, default=128, help="images in a step (default: 128)"),
     _argument("--surrogate", default="bsilu", help="SUGAR's surrogate (default: bsilu)"),
     _argument("--only", nargs="+", metavar="ACTIVATION", help="beside relu: " + ", ".join(activations("bsilu"))),
+    _argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU where there is one)"),
+    _argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="bfloat16 and float16: autocast, in channels-last order (default: float32)",
+    ),
     _argument("--rounds", type=int, default=15, help="steps timed with each activation (default: 15)"),
     _switch("--compile", "train through torch.compile"),
     _JSON,
@@ -384,8 +391,11 @@ def _bench(args: argparse.Namespace) -> int:
     for name in ("img_size", "batch_size", "rounds"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = dict(surrogate=args.surrogate, only=args.only, rounds=args.rounds, compiled=args.compile, device=device)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use; --device cpu")
+    settings = dict(surrogate=args.surrogate, only=args.only, rounds=args.rounds, compiled=args.compile)
+    settings |= dict(device=device, precision=args.precision)
     rows = bench(args.model, args.img_size, args.batch_size, **settings)
     if args.json:
         print(json.dumps(rows, indent=2))
