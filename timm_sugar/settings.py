@@ -200,11 +200,8 @@ class TrainConfig:
         return Activation(self.surrogate, self.alpha, act_layer=self.act_layer)
 
     def __post_init__(self) -> None:
-        kinds = setting_types()
-        for name, known in all_settings().items():
-            value = _coerce(name, getattr(self, name), kinds[name])
-            object.__setattr__(self, name, value)
-            _check_value(name, value, known)
+        for name in all_settings():
+            object.__setattr__(self, name, to_setting(name, getattr(self, name)))
         _check_together(self)
 
 
@@ -216,6 +213,17 @@ def all_settings() -> dict[str, Setting]:
 def setting_types() -> dict[str, Any]:
     """Return the type of each setting by name."""
     return typing.get_type_hints(TrainConfig)
+
+
+def to_setting(name: str, value: Any) -> Any:
+    """Return the value of a setting, from YAML or the command line, as its type.
+
+    Raises:
+        ValueError: it is of another type, or out of range.
+    """
+    value = _coerce(name, value, setting_types()[name])
+    _check_value(name, value, all_settings()[name])
+    return value
 
 
 def names_of(*kinds: Kind) -> list[str]:

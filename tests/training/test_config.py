@@ -86,6 +86,28 @@ def test_unknown_field_of_a_recipe(tmp_path):
         _load("--recipe", tmp_path / "list.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: null\n", "epochs must not be empty"),
+        ("epochs: x\n", "epochs must be a whole number, got 'x'"),
+        ("epochs: 0\n", "epochs must be at least 1 and at most 1e+06, got 0"),
+        ("model_args: [1]\n", "model_args must be KEY=VALUE pairs, got [1]"),
+        ("mean: 3\n", "mean must be a list, got 3"),
+        ("1: 2\n", "unknown field 1;"),
+    ],
+)
+def test_a_recipe_with_a_wrong_value_is_named(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"recipe {path}: {message}")) as caught:
+        _load("--recipe", path, "--epochs", "2")
+    assert "\n" not in str(caught.value)
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match=re.escape(f"recipe {path} is not valid YAML")):
+        _load("--recipe", path)
+
+
 def test_numbers_in_model_args():
     given = _load("--model-args", "init_values=1e-6", "depth=3", "act_layer=relu", "cfg=[8, M, 2E+3]").model_args
     assert given == {"init_values": 1e-6, "depth": 3, "act_layer": "relu", "cfg": [8, "M", 2000.0]}

@@ -230,3 +230,21 @@ def test_files_that_hold_something_else_are_named(finished, name, content):
     with pytest.raises(ValueError, match=rf"^{finished / name} cannot be read: ") as caught:
         train(_config(finished, seed=7))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "{"])
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        ("config.yaml", ["profile", "--data", "digits"]),
+        ("config.yaml", ["publish", "--repo-id", "me/x", "--dry-run"]),
+        ("summary.json", ["publish", "--repo-id", "me/x", "--dry-run"]),
+        ("metrics.jsonl", ["publish", "--repo-id", "me/x", "--dry-run"]),
+        ("config.yaml", ["report", "--output", "{folder}/page.html"]),
+    ],
+)
+def test_commands_name_the_file_that_holds_something_else(finished, name, argv, content, capsys):
+    (finished / name).write_text(content)
+    assert command([argv[0], str(finished), *(part.format(folder=finished) for part in argv[1:])]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"timm-sugar {argv[0]}: error: {finished / name} cannot be read: ")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data import LabelledImages
-from ..files import write_file
+from ..files import read_mapping, write_file
 from ..models._weights import WEIGHTS
 from .publish import MODEL_FILES, RUN_FILES, evaluate_images, model_folder, read_test_images
 
@@ -50,7 +50,7 @@ def to_float16(output: Path, folder: Path, data: str | None = None) -> Path:
         shutil.copy(source / name, model / name)
     save_file(_to_float16(load_file(source / WEIGHTS)), model / WEIGHTS, metadata={"format": "pt"})
 
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_mapping(folder / "summary.json")
     recorded = summary.get("float32_test_top1", summary["test_top1"])
     stored = evaluate_images(timm.create_model(f"local-dir:{model}", pretrained=True), images)
     elsewhere = _top1_in_transformers(model, images)

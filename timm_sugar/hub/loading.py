@@ -25,6 +25,7 @@ from ..data import (
     split_validation,
     stratified_sample,
 )
+from ..files import read_mapping
 from ..models import create_model
 from ..models._download import download
 from .client import check_repo_id
@@ -117,12 +118,10 @@ class NamedModel:
         """Return the training settings of a run's folder, else those that its card shows, else {}."""
         path = Path(self.name, "config.yaml")
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        else:
-            card = self.card.read_text(encoding="utf-8") if self.card else ""
-            shown = re.search(r"^## Training settings\n+(`{3,})yaml\n(.*?)^\1$", card, re.MULTILINE | re.DOTALL)
-            text = shown[2] if shown else "{}"
-        settings: dict[str, Any] = yaml.safe_load(text)
+            return read_mapping(path)
+        card = self.card.read_text(encoding="utf-8") if self.card else ""
+        shown = re.search(r"^## Training settings\n+(`{3,})yaml\n(.*?)^\1$", card, re.MULTILINE | re.DOTALL)
+        settings: dict[str, Any] = yaml.safe_load(shown[2]) if shown else {}
         return settings
 
     def validation_images(self, source: Source) -> tuple[str, LabelledImages]:

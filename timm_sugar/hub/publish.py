@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
@@ -20,7 +19,7 @@ from huggingface_hub.utils import httpx
 from torch import nn
 
 from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
-from ..files import to_yaml, write_file
+from ..files import read_lines, read_mapping, to_yaml, write_file
 from ..metrics import METRICS
 from ..models import create_model
 from ..models._download import file_hash, retry
@@ -76,13 +75,8 @@ def published_files(output: Path, repo_id: str, facts: dict[str, Any] | None = N
     """
     check_repo_id(repo_id)
     model = model_folder(output)
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-        metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{output} cannot be published: {' '.join(str(error).split())}") from error
+    config, summary = read_mapping(model / "config.json"), read_mapping(output / "summary.json")
+    metrics, settings = read_lines(output / "metrics.jsonl"), read_mapping(output / "config.yaml")
     # At the end of training it was known whether ORG/NAME is a folder; here it need not be there any more.
     known = summary["dataset_id"] if "dataset_id" in summary else dataset_of(summary["data"])[0]
     facts = {"dataset": known} | (facts or {})
@@ -134,7 +128,7 @@ def write_folder(
         FileNotFoundError, ValueError: as `published_files`.
     """
     files = published_files(output, repo_id, facts)
-    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    summary = read_mapping(output / "summary.json")
     dataset_id = (facts or {}).get("dataset", summary.get("dataset_id"))
     summary |= {"data": public_data(summary["data"], dataset_id), "dataset_id": dataset_id}
     files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
@@ -173,7 +167,7 @@ def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
     Raises:
         OSError, ValueError, ModuleNotFoundError: they are not at hand.
     """
-    settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    settings = read_mapping(output / "config.yaml")
     if data is None:
         data = settings["data"]
         dataset_id = dataset_of(data)[0]
@@ -199,7 +193,7 @@ def check_weights(output: Path, data: str | None = None) -> str:
         ValueError, OSError, RuntimeError: the weights do not load, here or where the card says that they do, give no
             numbers, or not the recorded accuracy.
     """
-    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    summary = read_mapping(output / "summary.json")
     folder = model_folder(output)
     model = create_model(f"local-dir:{folder}", pretrained=True).eval()
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):

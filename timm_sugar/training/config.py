@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..settings import TrainConfig, all_settings, setting_types, without_none
+from ..settings import TrainConfig, all_settings, setting_types, to_setting, without_none
 from ..surrogates import unknown_name
 
 _PACKAGE = Path(__file__).parents[1]
@@ -74,11 +74,14 @@ def read_fields(recipe: str) -> dict[str, Any]:
         if path.parent != RECIPES:
             raise ValueError(f"recipe file {recipe} does not exist")
         raise ValueError(unknown_name("recipe", recipe, _names()))
-    settings = _parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path}") or {}
+    settings = _parse_yaml(path.read_bytes(), f"recipe {path}") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} must be a mapping of settings")
     check_fields(f"recipe {path}", settings, "grid")
-    return settings
+    try:
+        return {name: value if name == "grid" else to_setting(name, value) for name, value in settings.items()}
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from error
 
 
 def check_fields(where: str, settings: dict[str, Any], besides: str) -> None:
@@ -138,7 +141,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), None)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def _parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from timm_sugar.data import available_cpus
+from timm_sugar.files import read_mapping
 from timm_sugar.settings import TrainConfig, names_of, to_flags
 from timm_sugar.surrogates import unknown_name
 from timm_sugar.terminal import Parser
@@ -264,5 +263,5 @@ def _summary(cell: Cell) -> dict[str, Any] | None:
     path = Path(f"{cell.config.output}", "config.yaml")
     if not path.is_file():
         return None
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    data = read_mapping(path)["data"]
     return read_finished(dataclasses.replace(cell.config, data=data, resume="auto"))
