@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test timm-test lint docs publish clean
+.PHONY: demo test test-versions timm-test lint docs publish clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
