@@ -527,3 +527,33 @@ def test_scripted_it_is_relu_and_says_so_once():
     assert said == ["torch.jit.script compiles SUGAR activations as ReLU, gradient included: train before you script"]
     torch.testing.assert_close(backward(scripted), backward(network(nn.ReLU())))
     check(backward(net))  # the network itself is left as it was
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_forward_mode_goes_on_where_gradients_are_off(save):
+    x, tangent = X[0], UPSTREAM[0].repeat(2)
+    wanted = get_surrogate("bsilu").derivative(x, 1.67) * tangent
+    with torch.no_grad():
+        _, result = jvp(lambda x: sugar(x, save=save), (x,), (tangent,))
+    torch.testing.assert_close(result, wanted)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_checkpoint_under_a_mode_in_one_pass_only(where):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = network(nn.Sequential(nn.LayerNorm(16), Sugar(), nn.Sigmoid()))
+    reference = network(nn.Sequential(nn.LayerNorm(16), Injected("bsilu"), nn.Sigmoid()))
+    wanted = backward(reference)
+    net.zero_grad()
+    with FlopCounterMode(display=False) if where == "forward" else contextlib.nullcontext():
+        y = net[3](checkpoint(net[2], net[1](net[0](X)), use_reentrant=False))
+    with FlopCounterMode(display=False) if where == "backward" else contextlib.nullcontext():
+        (y * UPSTREAM).sum().backward()
+    torch.testing.assert_close(net[0].weight.grad, wanted)
+
+
+def test_fx_traced_in_eval_and_then_trained():
+    traced = torch.fx.symbolic_trace(network(Sugar()).eval()).train()
+    check(backward(torch.export.export(traced, (X,)).module()))
+    check(backward(torch.jit.trace(traced, X)))

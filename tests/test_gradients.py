@@ -131,6 +131,7 @@ def test_a_published_model():
     [
         (lambda: network(nn.ReLU()), "no SUGAR activation runs eagerly in this model"),
         (lambda: torch.jit.trace(network(Sugar()), X), "no SUGAR activation runs eagerly in this model"),
+        (lambda: torch.jit.script(network(nn.ReLU())), "no SUGAR activation runs eagerly in this model"),
         (lambda: network(Sugar()).requires_grad_(False), "no parameter before a SUGAR activation is trained"),
         (lambda: _only_the_head(network(Sugar())), "no parameter before a SUGAR activation is trained"),
         (
@@ -159,3 +160,26 @@ def test_random_numbers_that_differ_between_calls():
 
     with pytest.warns(UserWarning, match="draws random numbers"):
         check_gradients(network(nn.Sequential(Sugar(), Noise()), Sugar()), X)
+
+
+@pytest.mark.parametrize("name", ["bsilu", "nelu", "gelu"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_codes_of_many_layers_are_not_taken_for_a_loss(seed, name):
+    torch.manual_seed(seed)
+    layers = [(nn.Linear(32, 32), Sugar(name, save="uint4")) for _ in range(16)]
+    with warnings.catch_warnings():  # it may be unclear
+        warnings.simplefilter("ignore")
+        check_gradients(nn.Sequential(*(m for pair in layers for m in pair)), torch.randn(16, 32))
+
+
+def test_one_of_many_layers_in_eval():
+    model = timm.create_model("resnet18_sugar_bsilu", num_classes=10).eval()
+    model.act1 = Lost()
+    with pytest.raises(RuntimeError, match=r"^act1 passes on ReLU's gradient"):
+        check_gradients(model, torch.randn(8, 3, 32, 32))
+
+
+def test_inputs_that_have_a_graph_of_their_own():
+    backbone, head = nn.Conv2d(3, 3, 1), network(Sugar())
+    passes(head, backbone(X))
+    assert backbone.weight.grad is None

@@ -15,6 +15,14 @@ def is_transformed() -> bool:
     return _functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def is_recorded() -> bool:
+    """Whether `make_fx`, on which export and AOTAutograd build, records operations; True where it cannot be known."""
+    from torch.fx.experimental import proxy_tensor  # experimental by its name
+
+    mode = getattr(proxy_tensor, "get_proxy_mode", None)
+    return mode is None or mode() is not None
+
+
 def is_trace_check() -> bool:
     """Whether `torch.jit.trace` is at its second trace, which it makes with gradients off and compares with the first.
 

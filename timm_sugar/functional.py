@@ -85,16 +85,18 @@ def activate(
         training: Whether export and tracing keep the surrogate gradient; without, they get ``relu``.
     """
     if has_torch_function_unary(x):
-        overridden: Tensor = handle_torch_function(activate, (x,), x, surrogate, alpha, save, inplace, training)
+        # A graph of fx may be trained whatever the mode it was traced in.
+        overridden: Tensor = handle_torch_function(activate, (x,), x, surrogate, alpha, save, inplace, True)
         return overridden
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
     if save not in SAVE_MODES:
         check_save(save)
     _check_dtype(x)
-    if not torch.is_grad_enabled() and not is_trace_check():
-        return _relu(x, inplace)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled() and not is_trace_check() and (compiling or not is_transformed()):
+        return _relu(x, inplace)  # forward-mode differentiation goes on where gradients are off
+    if compiling:
         graph: Tensor = _in_graph(x, entry.name, entry.number, alpha, save, training)
         return graph
     if _reference is not None:
@@ -143,6 +145,8 @@ def composed(x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
     Args, returns: as `sugar`, with an entry of the table.
     """
     derivative = surrogate.derivative(opmath(x), alpha)
+    if not isinstance(derivative, Tensor):  # a constant
+        derivative = torch.full_like(opmath(x), derivative)
     difference = torch.where(x.isfinite(), x - x.detach(), 0.0)
     y = torch.relu(x).detach() + difference * ((derivative + derivative.detach()) / 2)
     return y.to(x.dtype)

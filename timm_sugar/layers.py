@@ -51,6 +51,8 @@ class Sugar(nn.Module):
         (Sugar(bsilu, alpha=2), torch.Size([8, 64, 7, 7]))
     """
 
+    save: str = "exact"  # for modules that were pickled before there was another way
+
     def __init__(
         self, surrogate: str = "bsilu", alpha: float | None = None, inplace: bool = False, save: str = "exact"
     ):
@@ -251,7 +253,8 @@ def register_surrogate(
     Args:
         name: A lower-case identifier that no built-in surrogate has. Registering it again replaces it.
         derivative: ``(x, alpha) -> s'(x)``, elementwise in differentiable torch operations, float32 or float64 in
-            and out.
+            and out. A pure function of x and alpha: kernels are made from it once, so what it reads from elsewhere
+            stays as it was then.
         function: ``(x, alpha) -> s(x)``, needed only for the indirect form of forward gradient injection and for
             `surrogate_activation`.
         alpha: Default shape parameter; None for a surrogate without one, which then is called with ``alpha=None``.

@@ -76,6 +76,10 @@ FUNCTIONS = {
     "sin": lambda x, alpha: torch.sin(x) * torch.cos(x),
     "sign": lambda x, alpha: torch.sign(x) - 0.5,
     "relu": lambda x, alpha: torch.relu(1 - (x / alpha).abs()),
+    "rsub": lambda x, alpha: torch.rsub(torch.tanh(x), 1.0, alpha=0.25),
+    "nan": lambda x, alpha: torch.where(torch.sqrt(x).isnan(), 0.0, 1 / (1 + x * x)),
+    "not itself": lambda x, alpha: torch.where((y := torch.sin(x) / x) != y, 1.0, y),
+    "bool": lambda x, alpha: 1 / (2.0 * (x > 0) + (x <= 0).to(x.dtype)),
     "sub": lambda x, alpha: torch.sub(1, torch.sigmoid(x), alpha=0.5),
 }
 

@@ -38,6 +38,7 @@ def test_the_formula_may_depend_on_the_dtype():
         (lambda x, alpha: x.half().float(), "_to_copy with a result of torch.float16"),
         (lambda x, alpha: x if alpha > 1 else -x, "_local_scalar_dense"),
         (lambda x, alpha: x.flip(0), "flip"),
+        (lambda x, alpha: torch.div(x, 0.5, rounding_mode="floor"), r"div\(rounding_mode\)"),
         (lambda x, alpha: torch.where(x > 88, math.inf, x), "the constant inf"),
     ],
 )

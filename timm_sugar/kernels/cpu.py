@@ -25,7 +25,18 @@ _exact: dict[tuple[Surrogate, torch.dtype], Any] = {}
 _said: set[str] = set()
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Without these two, loops that compute exponentials or compare do not vectorise.
-_FLAGS = ["-x", "c++", "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS = [
+    "-x",
+    "c++",
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-exceptions",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 _FLAGS_OF_EXACT = ["-ffinite-math-only", "-fno-signed-zeros"]
 _ARGUMENTS = {  # of the functions in kernels.cpp
     "multiply": [c_void_p, c_void_p, c_void_p, c_int64, c_double, c_int],
@@ -103,9 +114,10 @@ def _load(source: str, flags: list[str], name: str) -> CDLL:
                 said = done.stderr.strip().partition("\n")[0]
                 raise OSError(f"{' '.join(compiler)} failed with status {done.returncode}{said and ': '}{said}")
             # The loader ignores what follows the library; a file that was cut short or altered is not loaded.
-            content = made.read_bytes()
-            made.write_bytes(content + hashlib.sha256(content).digest())
-            os.replace(made, path)
+            CDLL(str(made))  # raises before it is kept
+            content, kept = made.read_bytes(), Path(work, "kept")
+            kept.write_bytes(content + hashlib.sha256(content).digest())
+            os.replace(kept, path)
     content = path.read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise OSError(f"{path} is damaged; remove it, and it is compiled again")
@@ -127,13 +139,17 @@ def _declared(found: CDLL) -> CDLL:
 def cache_folder() -> Path:
     """Return where compiled kernels are kept: $TIMM_SUGAR_CACHE, or timm_sugar in the user's cache folder."""
     own = os.environ.get("TIMM_SUGAR_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "timm_sugar")
+    return (
+        Path(own).expanduser().absolute()
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "timm_sugar")
+    )
 
 
 def _compiler() -> list[str]:
     for name in ("CXX", "CC"):
-        if os.environ.get(name):
-            return os.environ[name].split()
+        if command := os.environ.get(name, "").split():
+            return command
     found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if found is None:
         raise OSError("no C++ compiler; install g++ or clang++, or name one in CXX")

@@ -13,17 +13,18 @@ from torch import Tensor
 from ..surrogates import Surrogate
 
 _INFIX = {
-    "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
+    "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
     "logical_and": "&", "logical_or": "|", "bitwise_and": "&", "bitwise_or": "|",
 }  # fmt: skip
 _FUNCTIONS = ("exp", "expm1", "log", "log1p", "tanh", "erf", "sqrt", "sin", "cos", "atan")
 _FORMULAS = {
     **{name: f"{{0}} {symbol} {{1}}" for name, symbol in _INFIX.items()},
     **{name: f"{name}({{0}})" for name in _FUNCTIONS},
+    "div": "T({0}) / T({1})",
     "neg": "-{0}",
     "abs": "{0} < 0 ? -{0} : {0}",
     "square": "{0} * {0}",
-    "reciprocal": "1 / {0}",
+    "reciprocal": "1 / T({0})",
     "rsqrt": "1 / sqrt({0})",
     "sigmoid": "1 / (1 + exp(-{0}))",
     "cosh": "(exp({0}) + exp(-{0})) / 2",
@@ -31,9 +32,9 @@ _FORMULAS = {
     "relu": "{0} < 0 ? 0 : {0}",
     "sign": "T({0} > 0) - T({0} < 0)",
     "where": "{0} ? {1} : {2}",
-    "minimum": "({0} < {1}) | ({0} != {0}) ? {0} : {1}",
-    "maximum": "({0} > {1}) | ({0} != {0}) ? {0} : {1}",
-    "isnan": "{0} != {0}",
+    "minimum": "({0} < {1}) | isnan({0}) ? {0} : {1}",
+    "maximum": "({0} > {1}) | isnan({0}) ? {0} : {1}",
+    "isnan": "isnan({0})",
     "logical_not": "!{0}",
     "bitwise_not": "!{0}",
     "zeros_like": "0",
@@ -44,6 +45,9 @@ _FORMULAS = {
     "alias": "{0}",
     "_to_copy": "{0}",
 }
+
+
+_LAYOUT = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy")  # not of values
 
 
 class UnknownOperation(Exception):
@@ -104,11 +108,11 @@ class _Traced(Tensor):
 
 
 def _formula(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    if name == "rsub":
-        args, name = (args[1], args[0]), "sub"
-    if name in ("add", "sub"):
-        scale = f" * {_text(kwargs['alpha'])}" if "alpha" in kwargs else ""
-        return f"{_text(args[0])} {'+' if name == 'add' else '-'} {_text(args[1])}{scale}"
+    if name in ("add", "sub", "rsub"):
+        scale = kwargs.pop("alpha", args[2] if len(args) > 2 else 1)
+        args = (args[1], args[0], *args[2:]) if name == "rsub" else args
+        scaled = _text(args[1]) if scale == 1 else f"{_text(args[1])} * {_text(scale)}"
+        return f"{_text(args[0])} {'+' if name == 'add' else '-'} {scaled}"
     if name in ("clamp", "clamp_min", "clamp_max"):  # NaN stays
         low, high = {"clamp_min": (args[-1], None), "clamp_max": (None, args[-1])}.get(
             name, (*args[1:], None, None)[:2]
@@ -123,9 +127,17 @@ def _formula(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if isinstance(exponent, (int, float)) and exponent in (1, 2, 3, 4):
             return " * ".join([_text(base)] * int(exponent))
         return f"pow({_text(base)}, {_text(exponent)})"
-    if name not in _FORMULAS:
-        raise UnknownOperation(name)
-    return _FORMULAS[name].format(*map(_text, args))
+    formula = _FORMULAS.get(name, "")
+    if name == "ne" and args[0] is args[1]:
+        formula = _FORMULAS["isnan"]
+    surplus = [key for key, value in kwargs.items() if key not in _LAYOUT and value is not None]
+    if (
+        not formula
+        or surplus
+        or (len(args) > 1 and f"{{{len(args) - 1}}}" not in formula and name not in ("ne", "full_like"))
+    ):
+        raise UnknownOperation(f"{name}({', '.join(surplus)})" if surplus else name)
+    return formula.format(*map(_text, args))
 
 
 def _text(value: Any) -> str:

@@ -81,6 +81,9 @@ struct BFloat16 : Bits {
 // What a derivative calls. The functions of the C library do not vectorise; these do, in float and exp in double too,
 // and none has an absolute error above 2e-7 where it is at most 1.
 
+inline bool isnan(float x) { return (as<uint32_t>(x) & 0x7fffffff) > 0x7f800000; }
+inline bool isnan(double x) { return (as<uint64_t>(x) & 0x7fffffffffffffff) > 0x7ff0000000000000; }
+
 using std::atan;
 using std::cos;
 using std::log;
@@ -158,12 +161,12 @@ inline double formula(double x, double alpha) {
 }
 
 inline float derivative(float x, float alpha) {
-  const uint32_t nan = -static_cast<uint32_t>((as<uint32_t>(x) & 0x7fffffff) > 0x7f800000);
+  const uint32_t nan = -static_cast<uint32_t>(isnan(x));
   return as<float>(as<uint32_t>(formula(x, alpha)) | nan);
 }
 
 inline double derivative(double x, double alpha) {
-  const uint64_t nan = -static_cast<uint64_t>((as<uint64_t>(x) & 0x7fffffffffffffff) > 0x7ff0000000000000);
+  const uint64_t nan = -static_cast<uint64_t>(isnan(x));
   return as<double>(as<uint64_t>(formula(x, alpha)) | nan);
 }
 

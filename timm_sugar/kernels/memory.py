@@ -3,14 +3,18 @@
 import torch
 from torch import Tensor
 
-from .._torch import dispatch_modes, is_transformed
+from .._torch import dispatch_modes, is_recorded, is_transformed
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is no subclass, and nothing records, traces or counts the operations on it."""
-    return type(x) in _PLAIN and not dispatch_modes() and not torch.jit.is_tracing()
+    """Whether x is no subclass, and no tracer records the operations on it.
+
+    A mode that only watches makes no difference: checkpointing may run a forward pass again under another mode, and
+    has to find the same saved tensors.
+    """
+    return type(x) in _PLAIN and not torch.jit.is_tracing() and not (dispatch_modes() and is_recorded())
 
 
 def may_read(*tensors: Tensor) -> bool:
