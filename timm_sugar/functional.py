@@ -85,8 +85,8 @@ def activate(
         training: Whether export and tracing keep the surrogate gradient; without, they get ``relu``.
     """
     if has_torch_function_unary(x):
-        # A graph of fx may be trained whatever the mode it was traced in.
-        overridden: Tensor = handle_torch_function(activate, (x,), x, surrogate, alpha, save, inplace, True)
+        training = training or isinstance(x, torch.fx.Proxy)  # its graph may be trained, traced in eval() or not
+        overridden: Tensor = handle_torch_function(activate, (x,), x, surrogate, alpha, save, inplace, training)
         return overridden
     entry = get_surrogate(surrogate)
     alpha = entry.resolve_alpha(alpha)
