@@ -25,10 +25,15 @@ def _shell(argv, ending, folder):
     return done.returncode, done.stdout, done.stderr
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore it
+
+
 @pytest.mark.parametrize("argv", [MODELS, ["train/digits.py", "--dry-run"], ["-m", "timm_sugar.training", "--dry-run"]])
 def test_ctrl_c_while_it_imports_shows_nothing(argv):
     watch = [sys.executable, "-X", "importtime", *argv]  # names each module, on standard error, once it is imported
-    with subprocess.Popen(watch, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_heed_interrupts)
+    with subprocess.Popen(watch, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
         for line in process.stderr:
             if b" torch._" in line:
                 break
