@@ -144,6 +144,8 @@ def _train_on_two_processes(rank: int, port: int, expected: dict[str, list[torch
         wrapped(x[2 * rank : 2 * rank + 2]).square().mean().backward()
         for parameter, gradient in zip(net.parameters(), expected[save], strict=True):
             result = parameter.grad.full_tensor() if wrapper == "fsdp2" else parameter.grad
+            if wrapper == "fsdp2" and torch.__version__ < "2.9":  # there it sums over gloo, with any activation
+                result = result / 2
             torch.testing.assert_close(result, gradient, msg=lambda text, case=(wrapper, save): f"{case}: {text}")
     dist.destroy_process_group()
 

@@ -125,7 +125,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from timm_sugar.kernels import lean_triton
-for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+targets = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)]
+if triton.__version__ >= "3.5":  # before, ROCm's own linker is needed
+    targets.append(GPUTarget("hip", "gfx942", 64))
+for target in targets:
     for kernel in (f"_{way}code_{save}" for way in ("en", "de") for save in ("uint8", "uint4")):
         for dtype, wide in (("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
             function = getattr(lean_triton, kernel)
