@@ -18,6 +18,9 @@ from timm_sugar.functional import surrogate_activation
 from timm_sugar.kernels import cpu
 from timm_sugar.surrogates import get_surrogate
 
+# Of torch itself, which scripts what it differentiates forward: deprecated since 2.10, a FutureWarning since 2.12.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
 NAMES = list_surrogates()
 SAVES = ["exact", "uint8", "uint4"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
