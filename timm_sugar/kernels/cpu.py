@@ -24,7 +24,7 @@ _libraries: dict[Surrogate | None, CDLL | None] = {}
 _exact: dict[tuple[Surrogate, torch.dtype], Any] = {}
 _said: set[str] = set()
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-# Without these two, loops that compute exponentials or compare do not vectorise.
+# Without the last two, loops that compute exponentials or compare do not vectorise.
 _FLAGS = [
     "-x",
     "c++",
