@@ -1,50 +1,19 @@
 """A sweep: every cell of a recipe with every seed, several at once, each in a process and a folder of its own."""
 
 import argparse
-import dataclasses
-import fcntl
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_sugar.data import available_cpus
-from timm_sugar.files import read_mapping
-from timm_sugar.settings import TrainConfig, names_of, to_flags
+from timm_sugar.settings import names_of, to_flags
 from timm_sugar.surrogates import unknown_name
 from timm_sugar.terminal import Parser
+from timm_sugar.training.cells import Cell, run, summary_of
 from timm_sugar.training.config import check_fields, load_config, read_fields
-from timm_sugar.training.folder import read_finished
-from timm_sugar.training.processes import on_cpu, stop_signals
 
 from .table import make_table, write_table
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One run of a sweep.
-
-    Attributes:
-        name: As in the recipe.
-        seed: Of the run.
-        config: All its settings.
-        command: Script and arguments that train it.
-    """
-
-    name: str
-    seed: int
-    config: TrainConfig
-    command: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"seed{self.seed}/{self.name}"
 
 
 def main(script: str, description: str, recipe: str) -> None:
@@ -66,7 +35,7 @@ def main(script: str, description: str, recipe: str) -> None:
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {args.jobs}")
         failures = {} if args.table_only else run(cells, args.jobs)
-        summaries = [(cell.name, cell.seed, _summary(cell)) for cell in cells]
+        summaries = [(cell.name, cell.config.seed, summary_of(cell)) for cell in cells]
         paper = {name: cell.get("paper") for name, cell in read_grid(args.recipe).items()}
         table = make_table(Path(args.recipe).stem, summaries, paper, _command(args, others))
         write_table(table, folder, args.into)
@@ -151,7 +120,7 @@ def plan(
             own = {"seed": seed, "output": folder / f"seed{seed}" / name} | settings[name]
             argv = [*base, *to_flags({key: value for key, value in own.items() if key != "paper"})]
             config = load_config(argv, script.name, "", recipe)
-            cells.append(Cell(name, seed, config, (str(script.with_name("cifar.py")), *argv)))
+            cells.append(Cell(name, config, (str(script.with_name("cifar.py")), *argv)))
     return cells
 
 
@@ -170,98 +139,3 @@ def read_grid(recipe: str) -> dict[str, dict[str, Any]]:
         if not isinstance(paper, list) or len(paper) != 2 or not 0 < paper[0] <= 1:
             raise ValueError(f"recipe {recipe}, cell {name}: paper must be accuracy and its std as fractions of 1")
     return {str(name): cell for name, cell in cells.items()}
-
-
-def run(cells: Sequence[Cell], jobs: int | None = None) -> dict[Cell, str]:
-    """Train the unfinished cells, one process each; a failed cell does not stop the others.
-
-    Args:
-        cells: See `plan`.
-        jobs: Cells at once, which share the CPU's cores unless OMP_NUM_THREADS says otherwise; None for one a core, or
-            one alone where there is a GPU.
-
-    Returns:
-        Why each cell that failed did.
-
-    Raises:
-        SystemExit: SIGTERM or SIGINT came; all cells have saved their state and stopped; another call resumes them.
-    """
-    failures: dict[Cell, str] = {}
-    waiting: deque[Cell] = deque()
-    for cell in cells:
-        try:
-            if read_finished(cell.config) is None:
-                waiting.append(cell)
-        except ValueError as error:
-            failures[cell] = str(error)
-    jobs = jobs or (available_cpus() if on_cpu() else 1)
-    environment = {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))} | os.environ
-    _say(f"{len(cells)} cells, {len(cells) - len(waiting) - len(failures)} of them finished")
-    running: dict[subprocess.Popen[bytes], Cell] = {}
-    with stop_signals() as stop:
-        try:
-            while (waiting and not stop.number) or running:
-                while waiting and len(running) < jobs and not stop.number:
-                    cell = waiting.popleft()
-                    try:
-                        running[_start(cell, environment)] = cell
-                        _say(f"{cell} started, {len(waiting)} to come")
-                    except BlockingIOError:
-                        failures[cell] = "another process is training it"
-                if stop.number:
-                    _stop(running)
-                for process in [process for process in running if process.poll() is not None]:
-                    cell = running.pop(process)
-                    if process.returncode and not stop.number:
-                        failures[cell] = f"exit status {process.returncode}: {_last_line(_log(cell))}"
-                    _say(f"{cell} {'stopped' if process.returncode else 'finished'}")
-                time.sleep(0.05)
-        finally:
-            _stop(running)
-    if stop.number:
-        _say("stopped; run the same command to resume")
-        raise SystemExit(128 + stop.number)
-    return failures
-
-
-def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a cell, whose log is locked for as long as its process lives, even if this one is killed.
-
-    Raises:
-        BlockingIOError: another process is training it.
-    """
-    _log(cell).parent.mkdir(parents=True, exist_ok=True)
-    with _log(cell).open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        command = [sys.executable, *cell.command]
-        # A session of its own: Ctrl-C would reach it besides the signal from here, and a second one ends it at once.
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-
-
-def _stop(running: dict[subprocess.Popen[bytes], Cell]) -> None:
-    for process in running:
-        process.send_signal(signal.SIGTERM)
-    for process in running:
-        process.wait()
-
-
-def _log(cell: Cell) -> Path:
-    return Path(f"{cell.config.output}.log")
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _summary(cell: Cell) -> dict[str, Any] | None:
-    """Return the summary of a finished cell, wherever its data was when it was trained."""
-    path = Path(f"{cell.config.output}", "config.yaml")
-    if not path.is_file():
-        return None
-    data = read_mapping(path)["data"]
-    return read_finished(dataclasses.replace(cell.config, data=data, resume="auto"))

@@ -1,0 +1,146 @@
+"""A grid of runs, several at once, each in a process and a folder of its own; stopped at any time and gone on with."""
+
+import dataclasses
+import fcntl
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import available_cpus
+from ..files import read_mapping
+from ..settings import TrainConfig
+from .folder import read_finished
+from .processes import on_cpu, stop_signals
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        name: What is trained, with any seed.
+        config: All its settings.
+        command: What Python is started with to train it: a script or module and its arguments.
+    """
+
+    name: str
+    config: TrainConfig
+    command: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"seed{self.config.seed}/{self.name}"
+
+
+def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.inf) -> dict[Cell, str]:
+    """Train the unfinished cells, one process each; a failed cell does not stop the others.
+
+    Args:
+        cells: In the order in which they are started.
+        jobs: Cells at once, which share the CPU's cores unless OMP_NUM_THREADS says otherwise; None for one a core, or
+            one alone where there is a GPU.
+        minutes: After so many, cells that are not finished save their state and stop; another call resumes them.
+
+    Returns:
+        Why each cell that failed did.
+
+    Raises:
+        SystemExit: SIGTERM or SIGINT came; all cells have saved their state and stopped; another call resumes them.
+    """
+    ends = time.monotonic() + 60 * minutes
+    failures: dict[Cell, str] = {}
+    waiting: deque[Cell] = deque()
+    for cell in cells:
+        try:
+            if read_finished(cell.config) is None:
+                waiting.append(cell)
+        except ValueError as error:
+            failures[cell] = str(error)
+    jobs = jobs or (available_cpus() if on_cpu() else 1)
+    environment = {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))} | os.environ
+    _say(f"{len(cells)} cells, {len(cells) - len(waiting) - len(failures)} of them finished")
+    running: dict[subprocess.Popen[bytes], Cell] = {}
+    with stop_signals() as stop:
+
+        def over() -> bool:
+            return stop.number > 0 or time.monotonic() > ends
+
+        try:
+            while (waiting and not over()) or running:
+                while waiting and len(running) < jobs and not over():
+                    cell = waiting.popleft()
+                    try:
+                        running[_start(cell, environment)] = cell
+                        _say(f"{cell} started, {len(waiting)} to come")
+                    except BlockingIOError:
+                        failures[cell] = "another process is training it"
+                if over():
+                    _stop(running)
+                for process in [process for process in running if process.poll() is not None]:
+                    cell = running.pop(process)
+                    if process.returncode and not over():
+                        failures[cell] = f"exit status {process.returncode}: {_last_line(_log(cell))}"
+                    _say(f"{cell} {'stopped' if process.returncode else 'finished'}")
+                time.sleep(0.05)
+        finally:
+            _stop(running)
+    if stop.number:
+        _say("stopped; run the same command to resume")
+        raise SystemExit(128 + stop.number)
+    if time.monotonic() > ends and any(summary_of(cell) is None for cell in cells if cell not in failures):
+        _say("time is up; run the same command to resume")
+    return failures
+
+
+def summary_of(cell: Cell) -> dict[str, Any] | None:
+    """Return the summary of a finished cell, wherever its data was when it was trained; None if it is unfinished.
+
+    Raises:
+        ValueError: its folder is of a run with other settings.
+    """
+    path = cell.config.folder / "config.yaml"
+    if not path.is_file():
+        return None
+    data = read_mapping(path)["data"]
+    return read_finished(dataclasses.replace(cell.config, data=data, resume="auto"))
+
+
+def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a cell, whose log is locked for as long as its process lives, even if this one is killed.
+
+    Raises:
+        BlockingIOError: another process is training it.
+    """
+    _log(cell).parent.mkdir(parents=True, exist_ok=True)
+    with _log(cell).open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        command = [sys.executable, *cell.command]
+        # A session of its own: Ctrl-C would reach it besides the signal from here, and a second one ends it at once.
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _stop(running: dict[subprocess.Popen[bytes], Cell]) -> None:
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for process in running:
+        process.wait()
+
+
+def _log(cell: Cell) -> Path:
+    return Path(f"{cell.config.output}.log")
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
