@@ -131,7 +131,7 @@ inline float erf(float x) {  // Abramowitz and Stegun 7.1.26, to 1.5e-7
   const float z = x < 0 ? -x : x, t = 1 / (1 + 0.3275911f * z);
   const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
   const float y = 1 - p * exp(-(z * z));  // which GELU's density shares
-  return x < 0 ? -y : y;
+  return as<float>(as<uint32_t>(y) | (as<uint32_t>(x) & 0x80000000));
 }
 
 inline double exp(double x) {
