@@ -183,3 +183,16 @@ def test_inputs_that_have_a_graph_of_their_own():
     backbone, head = nn.Conv2d(3, 3, 1), network(Sugar())
     passes(head, backbone(X))
     assert backbone.weight.grad is None
+
+
+def test_an_optimizer_in_the_backward_pass_takes_no_step():
+    model = nn.Sequential(nn.Linear(6, 5), Sugar(), nn.Linear(5, 3))
+    optimizers = {p: torch.optim.SGD([p], lr=1.0) for p in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    before = [p.detach().clone() for p in model.parameters()]
+    images = torch.randn(4, 6)
+    check_gradients(model, images)
+    assert all(map(torch.equal, before, model.parameters()))
+    model(images).sum().backward()  # it goes on stepping afterwards
+    assert not any(map(torch.equal, before, model.parameters()))

@@ -41,6 +41,14 @@ _functorch_active: Any = getattr(torch._C, "_are_functorch_transforms_active", l
 dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
+def post_accumulate_hooks(parameter: torch.Tensor) -> dict[int, Any]:
+    """Return the hooks of `Tensor.register_post_accumulate_grad_hook`, as the dict that torch reads; or an empty one.
+
+    There is no public way to see them. Where it is gone they run in `check_gradients`.
+    """
+    return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+
+
 def jiterator(code: str) -> Any:
     """Return an elementwise CUDA or HIP kernel compiled from C++; None where torch has no such compiler.
 

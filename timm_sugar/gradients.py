@@ -11,6 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ._torch import post_accumulate_hooks
 from .functional import composed, computed_by
 from .surrogates import Surrogate
 
@@ -29,9 +30,10 @@ def check_gradients(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 
     One forward and backward pass of the model as it stands: compiled, wrapped by DDP or FSDP, under the autocast of
     the caller. The gradients of its parameters are compared with those of the same network run eagerly with the
-    composed formula, and with those of plain ReLU. Gradients, buffers, random state and mode are left as they were;
-    hooks on parameters run. In a compiled network dropout and drop path are off meanwhile, since it draws other random
-    numbers than in eager mode: it is compiled once more afterwards.
+    composed formula, and with those of plain ReLU. Gradients, weights, buffers, random state and mode are left as they
+    were: hooks that run once a gradient is accumulated, such as an optimizer's step, do not run; other hooks do. In a
+    compiled network dropout and drop path are off meanwhile, since it draws other random numbers than in eager mode:
+    it is compiled once more afterwards.
 
     Args:
         model: Any network. With several processes each has to call this, as for a training step.
@@ -244,6 +246,7 @@ def _left_as_it_was(model: nn.Module, *inputs: Any) -> Iterator[Callable[[int], 
     """Give a function that sets the state for a pass from a seed, and restore all of it at the end."""
     leaves = [*model.parameters(), *(t for t in _tensors(inputs) if t.is_leaf and t.requires_grad)]
     grads = [leaf.grad for leaf in leaves]
+    hooks = [(found, dict(found)) for leaf in leaves if (found := post_accumulate_hooks(leaf))]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {t.device.index for t in (*leaves, *_tensors(inputs)) if t.is_cuda}
     rates = _random_rates(model) if _is_compiled(model) else []
@@ -263,8 +266,12 @@ def _left_as_it_was(model: nn.Module, *inputs: Any) -> Iterator[Callable[[int], 
         try:
             for module, name, _ in rates:
                 setattr(module, name, 0.0)
+            for found, _ in hooks:
+                found.clear()
             yield again
         finally:
+            for found, kept in hooks:
+                found.update(kept)
             for module, name, rate in rates:
                 setattr(module, name, rate)
             again(0)
