@@ -64,11 +64,11 @@ def test_a_new_metric_is_a_row_and_where_it_is_computed(tmp_path, monkeypatch):
         shown = row.text(summary["weight_norm"])
         assert f"| weight norm | {shown} |" in (tmp_path / "model/README.md").read_text()
         record = read_run(tmp_path, "run")
-        heads, ((*cells,),) = summary_table([record])
-        assert cells[heads.index("weight norm")] == (shown, False)
+        heads, cells = summary_table({"run": [record]})
+        assert cells["run"][heads.index("weight norm")] == (shown, False)
         heads, rows = epoch_table(record.metrics)
         assert [row[heads.index("weight norm")] for row in rows] == ["3.5", "2.5"]
-        charts = {chart["id"]: chart for chart in report_charts.curve_charts({"run": record.metrics})}
+        charts = {chart["id"]: chart for chart in report_charts.curve_charts({"run": [record.metrics]})}
         assert charts["weight-norm"]["data"][0]["y"] == [3.5, 2.5]
     finally:
         METRICS.remove(row)

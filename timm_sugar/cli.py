@@ -21,6 +21,7 @@ from . import __version__
 from ._program import output_error
 from .activations import calls_summary
 from .analysis import gradient_norms, loss_landscape, profile, summarise_landscape
+from .analysis.palette import assign_styles
 from .analysis.speed import activations, bench
 from .files import write_file
 from .hub import (
@@ -277,10 +278,11 @@ def _profile(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "profile.json", json.dumps(result) + "\n")
         named = {Path(args.model).name: result}
-        plots.save(plots.activation_ridges(named), folder / "activation_profile")
-        plots.save(plots.dead_units_by_layer(named), folder / "dead_units")
+        look = assign_styles([own.surrogate or found.layers[0].kind])
+        plots.save(plots.activation_ridges(named, look), folder / "activation_profile")
+        plots.save(plots.dead_units_by_layer({name: [result] for name in named}, look), folder / "dead_units")
         if gradients:
-            plots.save(plots.gradient_norms_by_layer(gradients), folder / "gradient_norms")
+            plots.save(plots.gradient_norms_by_layer(gradients, own.surrogate or "relu"), folder / "gradient_norms")
     if args.json:
         print(json.dumps(result, indent=2))
         return 0

@@ -1,5 +1,6 @@
 """Metrics of a run: one row each, with its key in metrics.jsonl and summary.json, label, unit and direction."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,11 @@ class Metric:
     def scale(self) -> int:
         """What a value in the files is multiplied by to be in `unit`."""
         return 100 if self.unit == "%" else 1
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The values that it can have, in `unit`, where an interval ends."""
+        return {"%": (0.0, 100.0), "nats": (0.0, math.inf)}.get(self.unit, (-math.inf, math.inf))
 
     @property
     def axis(self) -> str:

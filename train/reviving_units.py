@@ -16,8 +16,8 @@ from statistics import mean, stdev
 from typing import Any
 
 try:
-    from paper.figures import seed_curves
-    from timm_sugar.analysis.plots import activation_ridges, dead_units_by_layer, save
+    from timm_sugar.analysis.palette import PALETTE
+    from timm_sugar.analysis.plots import activation_ridges, dead_units_by_layer, metric_curves, save
     from timm_sugar.training import TrainConfig, one_line_errors, train
 except ModuleNotFoundError as error:
     sys.exit(f"reviving_units.py: {error.name} is missing: pip install 'timm-sugar[train,report]'")
@@ -27,6 +27,7 @@ from timm_sugar.analysis import Profile, profile, revived_units
 from timm_sugar.data import normalize
 from timm_sugar.files import write_file
 from timm_sugar.layers import Activation
+from timm_sugar.metrics import find_metric
 from timm_sugar.terminal import Parser
 from timm_sugar.training.checkpoint import latest_checkpoint, read_checkpoint
 from timm_sugar.training.folder import check_writable, finished_summary
@@ -166,20 +167,15 @@ def draw(records: list[dict[str, Any]], output: Path) -> None:
             of_seeds = [profiles(output / f"seed{record['seed']}" / f"{arm}-{lr:g}") for record in records]
             found |= {"before": [each["before"] for each in of_seeds]}
             found |= {f"after {label}": [each["after"] for each in of_seeds]}
-        figure = seed_curves(curves, ("dead_units", "val_top1"))
+        shown = [find_metric(name) for name in ("dead_units", "val_top1")]
+        arms = [PALETTE[surrogate or "relu"] for surrogate in ARMS.values()]
+        figure = metric_curves(curves, shown, arms, spread=stdev)
         for ax in figure.axes:
             ax.axvline(begun, color="0.5", linestyle=":", linewidth=1)
         save(figure, output / f"epochs_{lr:g}")
-        layers = {label: pooled(of_seeds) for label, of_seeds in found.items()}
-        save(dead_units_by_layer(layers), output / f"layers_{lr:g}")
-        save(activation_ridges({label: each[0] for label, each in found.items()}), output / f"profile_{lr:g}")
-
-
-def pooled(profiles: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up the units of several seeds, layer by layer."""
-    columns = zip(*(found["layers"] for found in profiles), strict=True)
-    layers = [{key: sum(layer[key] for layer in column) for key in ("dead", "units")} for column in columns]
-    return {"layers": layers, "dead_units": sum(x["dead"] for x in layers) / sum(x["units"] for x in layers)}
+        styles = [PALETTE["relu"]._replace(colour="#9aa3ad"), *arms]  # before: ReLU too, paler
+        save(dead_units_by_layer(found, styles), output / f"layers_{lr:g}")
+        save(activation_ridges({label: each[0] for label, each in found.items()}, styles), output / f"profile_{lr:g}")
 
 
 def show(records: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from timm.layers import create_act_layer
 from torch import Tensor, nn
 
 import timm_sugar
+from timm_sugar.analysis.seeds import interval
 from timm_sugar.analysis.units import count_units
 from timm_sugar.data import channel_statistics, decode, eval_transform, load_source, split_validation, stratified_sample
 from timm_sugar.files import write_file
@@ -416,18 +417,10 @@ def device_name(model: nn.Module) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
-def interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95% t-interval of the mean; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    from scipy.stats import t  # scikit-learn, of the extra "train", brings it
-
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-
-
 def with_interval(values: Sequence[float], sign: str = "") -> str:
     """Return the mean and its interval as text; the mean alone where there is no interval."""
-    return f"{fmean(values):{sign}.2f}" + (f" ± {interval(values):.2f}" if len(values) > 1 else "")
+    half = interval(values)
+    return f"{fmean(values):{sign}.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 Runs = dict[tuple[str, str], dict[float, dict[int, dict[str, Any]]]]
@@ -511,12 +504,13 @@ def against_relu(results: Sequence[dict[str, Any]], activation: str, init: str) 
 
 def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
     """Draw test accuracy as `picture`.png and .pdf: by rate, or, where each activation has one rate, of each seed."""
-    from timm_sugar.analysis.plots import STYLES, new_figure, save
+    from timm_sugar.analysis.palette import assign_styles
+    from timm_sugar.analysis.plots import new_figure, save
 
     by = by_cell(results)
     inits = list(dict.fromkeys(init for init, _ in by))
     activations = list(dict.fromkeys(activation for _, activation in by))
-    styles = {name: STYLES[place % len(STYLES)] for place, name in enumerate(activations)}
+    styles = dict(zip(activations, assign_styles(activations), strict=True))
     tests = {
         key: {rate: [100 * r["test_top1"] for r in seeds.values()] for rate, seeds in runs.items()}
         for key, runs in by.items()
@@ -526,8 +520,8 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
         for (init, activation), runs in tests.items():
             (values,) = runs.values()
             ax, row = axes[0, inits.index(init)], activations.index(activation)
-            colour, _, marker, _ = styles[activation]
-            spread = 0.0 if len(values) < 2 else interval(values)
+            colour, marker = styles[activation].colour, styles[activation].marker
+            spread = interval(values)
             ax.errorbar(fmean(values), row, xerr=spread, color=colour, marker=marker, markersize=7, capsize=4)
             ax.plot(values, [row + 0.25] * len(values), linestyle="", color=colour, marker=".", markersize=5)
             if activation == "relu":
@@ -542,13 +536,13 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
     figure, axes = new_figure(1, len(inits), 1.5 + 4.3 * len(inits), 4.2, sharey=True)
     ticks = sorted({rate for runs in tests.values() for rate in runs})
     for (init, activation), runs in tests.items():
-        colour, dashes, marker, _ = styles[activation]
-        spread = [0.0 if len(values) < 2 else interval(values) for values in runs.values()]
+        style = styles[activation]
+        spread = [interval(values) or 0.0 for values in runs.values()]
         wide = 2.4 if activation in ("relu", "sugar_bsilu") else 1.2
-        style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "linewidth": wide}
+        drawn = {"linestyle": style.dashes, "marker": style.marker, "markersize": 5, "linewidth": wide}
         error = spread if any(spread) else None
         axes[0, inits.index(init)].errorbar(
-            [*runs], [*map(fmean, runs.values())], error, label=activation, capsize=2, **style
+            [*runs], [*map(fmean, runs.values())], error, label=activation, capsize=2, color=style.colour, **drawn
         )
     for ax, init in zip(axes[0], inits, strict=True):
         ax.set(title=f"{init} initialisation", xlabel="learning rate", xscale="log")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from timm_sugar.analysis import gradient_norms, profile
 from timm_sugar.analysis.report import write_report
 from timm_sugar.analysis.run import read_run, unique_names
+from timm_sugar.analysis.seeds import group_by_seed
 from timm_sugar.cli import main
 from timm_sugar.hub import find_model, image_batches
 from timm_sugar.training import load_config
@@ -267,6 +269,74 @@ def test_a_file_without_what_is_shown_is_named(file, content, message, tmp_path)
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=f"{file} cannot be read: {message}"):
         read_run(tmp_path, "run")
+
+
+def seeds_of(run: Path, folder: Path, accuracies: list[float]) -> list[Path]:
+    """Copies of a run with other seeds and validation accuracies, the last of them not finished."""
+    copies = []
+    for seed, accuracy in enumerate(accuracies):
+        copy = Path(shutil.copytree(run, folder / f"seed{seed}" / run.name))
+        settings = yaml.safe_load((copy / "config.yaml").read_text())
+        (copy / "config.yaml").write_text(yaml.safe_dump(settings | {"seed": seed, "output": str(copy)}))
+        lines = [
+            json.loads(line) | {"val_top1": accuracy} for line in (copy / "metrics.jsonl").read_text().splitlines()
+        ]
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (copy / "summary.json").write_text(json.dumps(summary(copy) | {"seed": seed, "val_top1": accuracy}))
+        copies.append(copy)
+    (copies[-1] / "summary.json").unlink()
+    return copies
+
+
+def test_seeds_are_one_row_and_one_curve(folders, tmp_path):
+    sugar = seeds_of(folders[0], tmp_path, [0.8, 0.9, 0.85, 0.1])
+    write_report([*sugar, folders[1]], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    head, row, relu = page.tables["summary-table"]
+    alone = f"{folders[1].parent.name}/relu"
+    assert (row[0], relu[0], head.count("seeds")) == ("sugar", alone, 1)
+    cells = dict(zip(head, row, strict=True))
+    half = 4.302653 * 0.05 / 3**0.5  # of three finished runs: t with 2 degrees of freedom, standard deviation 0.05
+    assert cells["validation top-1 accuracy"].split(" ★")[0] == f"85.00% ± {100 * half:.2f}%"
+    assert (cells["seeds"], cells["state"]) == ("0, 1, 2", "3 of 4 finished")
+    each = page.tables["each-run"]
+    assert [line[0] for line in each[1:]] == [
+        *(f"seed{seed}/sugar" for seed in range(4)),
+        f"{folders[1].parent.name}/relu",
+    ]
+    band, curve, other = page.charts["accuracy"]["data"]
+    assert (band["meta"], curve["meta"], other["meta"]) == (0, 0, 1)
+    assert curve["y"] == pytest.approx([85, 85])
+    assert band["y"] == pytest.approx([85 - 100 * half] * 2 + [85 + 100 * half] * 2, rel=1e-5)
+    assert (band["x"], curve["x"]) == ([1, 2, 2, 1], [1, 2])
+    assert page.tables["differences"][0] == ["setting", "sugar", alone]
+    assert "activation-4" in page.charts  # the profile of each run
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(folders, tmp_path):
+    first, second = (read_run(run, name) for run, name in zip(folders[:2], "ab", strict=True))
+    assert list(group_by_seed([first, second])) == ["a", "b"]
+    again = replace(first, name="b-0")
+    assert list(group_by_seed([replace(first, name="a-0"), again])) == ["a-0", "b-0"]  # the same seed
+    seeds = [replace(first, name=f"lr0.1-s{seed}", settings=first.settings | {"seed": seed}) for seed in (1, 2)]
+    assert {name: len(runs) for name, runs in group_by_seed(seeds).items()} == {"lr0.1": 2}
+    other = replace(seeds[0], settings=seeds[0].settings | {"lr": 0.5})
+    assert list(group_by_seed([other, replace(seeds[1], name="x")])) == ["lr0.1-s1", "x"]
+    data = replace(seeds[0], name="y", settings=seeds[0].settings | {"data_fingerprint": {"train": "else"}})
+    assert len(group_by_seed([data, seeds[1]])) == 2
+
+
+def test_where_no_unit_is_dead_the_page_says_so(folders, tmp_path):
+    for place, run in enumerate(folders[:2]):
+        copy = Path(shutil.copytree(run, tmp_path / run.name))
+        found = json.loads((copy / "profile.json").read_text())
+        for layer in found["layers"]:
+            layer["dead"] = 0
+        (copy / "profile.json").write_text(json.dumps(found))
+        write_report([copy], tmp_path / f"{place}.html")
+        page = Page((tmp_path / f"{place}.html").read_text(encoding="utf-8"))
+        assert "dead-by-layer" not in page.charts
+        assert f"No unit is dead in any layer. Dead are, of {run.name}: 0 of 24 units." in page.text
 
 
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

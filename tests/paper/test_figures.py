@@ -3,27 +3,17 @@
 import pytest
 from matplotlib.patches import Rectangle
 
-from paper.figures import accuracy_bars, seed_curves
+from paper.figures import accuracy_bars, method_style, surrogate_style
+from timm_sugar.analysis.palette import assign_styles
 from timm_sugar.analysis.plots import save
 
 
-def _runs(*losses):
-    return [[{"epoch": i + 1, "val_loss": loss, "val_top1": loss / 10} for i, loss in enumerate(run)] for run in losses]
-
-
-def test_curves_are_means_with_a_band_of_one_standard_deviation(tmp_path):
-    runs = {"ReLU": _runs((1.0, 3.0, 9.0), (3.0, 5.0)), "SUGAR": _runs((1.0, 2.0))}
-    figure = seed_curves(runs, ("val_loss", "val_top1"), log_scale=True)
-    loss, accuracy = figure.axes
-    assert [line.get_ydata().tolist() for line in loss.lines] == [[2.0, 4.0], [1.0, 2.0]]  # 2 epochs are in both
-    band = loss.collections[0].get_paths()[0].vertices
-    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((2 - 2**0.5, 4 + 2**0.5))
-    assert [line.get_ydata().tolist() for line in accuracy.lines] == [[20.0, 40.0], [10.0, 20.0]]
-    assert (loss.get_yscale(), accuracy.get_yscale()) == ("log", "linear")
-    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in loss.lines}) == 2
-    save(figure, tmp_path / "curves")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
+def test_an_activation_has_one_colour_in_all_pictures():
+    for name in ("bsilu", "nelu", "gelu"):
+        assert method_style(f"sugar_{name}")[1] == method_style(f"rai_sugar_{name}")[1] == surrogate_style(name)[1]
+        assert surrogate_style(name)[1] == assign_styles(["relu", f"sugar_{name}"])[1].colour
+    assert method_style("he")[1] == method_style("rai")[1] == assign_styles(["relu"])[0].colour
+    assert method_style("rai_sugar_bsilu")[0] == "SUGAR B-SiLU, RAI"
 
 
 def test_bars_stand_on_the_baseline(tmp_path):
@@ -33,6 +23,9 @@ def test_bars_stand_on_the_baseline(tmp_path):
     (ax,) = figure.axes
     rectangles = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     bars = [patch for patch in rectangles if patch.get_width() == pytest.approx(0.4)]
+    elu = {bar.get_height(): bar for bar in bars}
+    assert elu[5.0].get_edgecolor() == elu[10.0].get_facecolor() != elu[-1.0].get_facecolor()  # a colour a function
+    assert sorted(text.get_text() for text in ax.texts) == [" no run", "+10.0", "+5.0", "-1.0"]
     assert sorted((bar.get_y(), bar.get_height()) for bar in bars) == [(70.0, -1.0), (70.0, 5.0), (70.0, 10.0)]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["NeLU\n0.01", "ELU"]
     # The ends of the error bars: of ELU's 75 and of NeLU's 69, none of the bar without a deviation.

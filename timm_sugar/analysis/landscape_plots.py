@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .plots import BLACK, Figure, new_figure
+from .plots import Figure, new_figure
 
 try:
     from matplotlib.colors import LogNorm
@@ -35,9 +35,9 @@ def landscape_contours(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
         shade = ax.contourf(axis, axis, loss, levels, norm=norm, cmap="viridis_r", extend="both")
         lines = ax.contour(axis, axis, loss, levels, colors="white", linewidths=0.5)
         outline = [withStroke(linewidth=2, foreground="white")]
-        for text in ax.clabel(lines, fmt=_number, fontsize=7, colors=BLACK):
+        for text in ax.clabel(lines, fmt=_number, fontsize=7, colors="black"):
             text.set_path_effects(outline)
-        ax.plot(0, 0, "+", color=BLACK, markersize=9, markeredgewidth=1.6, path_effects=outline)
+        ax.plot(0, 0, "+", color="black", markersize=9, markeredgewidth=1.6, path_effects=outline)
         ax.set(title=name, aspect="equal")
         ax.grid(visible=False)
     _hide_rest(axes, len(landscapes))

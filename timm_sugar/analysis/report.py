@@ -3,8 +3,9 @@
 import importlib.util
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -17,12 +18,13 @@ from ..metrics import METRICS, Metric
 from ..settings import names_of, to_flags
 from . import report_charts as charts
 from .landscape import summarise_landscape
+from .palette import assign_styles
 from .report_pictures import draw_pictures, surface_images
 from .run import RunRecord, finite, read_run, unique_names
+from .seeds import counted, group_by_seed, interval
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
-_COLOURS = 8  # of runs, in the template
 _NOTHING = "–"  # noqa: RUF001
 
 
@@ -50,41 +52,56 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
         raise ModuleNotFoundError("reports need plotly: pip install 'timm-sugar[report]'")
 
     records = [read_run(folder, name) for folder, name in zip(runs, unique_names(runs), strict=True)]
+    groups = group_by_seed(records)
     output.parent.mkdir(parents=True, exist_ok=True)
-    pictures = draw_pictures(records, output.with_suffix(""))
-    write_file(output, render(records))
+    pictures = draw_pictures(groups, output.with_suffix(""))
+    write_file(output, render(groups))
     return [output, *pictures]
 
 
-def render(records: Sequence[RunRecord]) -> str:
-    """Return the page about runs, in the order in which they are given."""
+def render(groups: Mapping[str, Sequence[RunRecord]]) -> str:
+    """Return the page about runs, gathered by `group_by_seed`, in the order in which they are given."""
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    profiles = {i: (r.name, r.profile) for i, r in enumerate(records) if r.profile is not None}
-    complete = {i: r for i, r in enumerate(records) if r.landscape_is_complete}
-    landscapes = {i: r.landscape for i, r in complete.items() if r.landscape is not None}
-    sections = {
-        "curves": charts.curve_charts({r.name: r.metrics for r in records}),
-        "dead": list(filter(None, [charts.dead_unit_chart(profiles), charts.gradient_chart(profiles)]))
-        if profiles
-        else [],
-        "activation": [charts.activation_chart(i, name, found) for i, (name, found) in profiles.items()],
-        "landscape": _landscape_charts(complete),
+    records = [record for group in groups.values() for record in group]
+    alone = {record.name: [record] for record in records}
+    curve_of = {record.name: i for i, group in enumerate(groups.values()) for record in group}
+    profiled = {r.name: r.profile for r in records if r.profile is not None}
+    profiles = {
+        i: (name, found)
+        for i, (name, group) in enumerate(groups.items())
+        if (found := [profiled[r.name] for r in group if r.name in profiled])
     }
-    differing, common = compare_settings(records)
+    landscapes = {r.name: r.landscape for r in records if r.landscape is not None and r.landscape_is_complete}
+    dead = charts.dead_unit_chart(profiles) if profiles else None
+    sections = {
+        "curves": charts.curve_charts(
+            {name: [r.metrics for r in counted(group) if r.metrics] for name, group in groups.items()}
+        ),
+        "dead": [dead] if dead else [],
+        "gradients": list(filter(None, [charts.gradient_chart(profiles)])) if profiles else [],
+        "activation": [
+            charts.activation_chart(place, curve_of[name], name, found)
+            for place, (name, found) in enumerate(profiled.items())
+        ],
+        "landscape": _landscape_charts(landscapes, curve_of),
+    }
+    differing, common = compare_settings(groups)
     return template.render(
         title=f"Run {records[0].name}" if len(records) == 1 else f"{len(records)} runs compared",
+        groups=groups,
         runs=records,
-        summary=summary_table(records),
+        styles=assign_styles([group[0].look for group in groups.values()]),
+        summary=summary_table(groups),
+        each=summary_table(alone) if len(groups) < len(records) else None,
         sections=sections,
         charts=[chart for section in sections.values() for chart in section],
-        profiles=profiles,
-        landscapes={i: summarise_landscape(found) for i, found in landscapes.items()},
+        profiled=profiled,
+        dead_totals=charts.dead_unit_totals(profiles),
+        landscapes={name: summarise_landscape(found) for name, found in landscapes.items()},
         surfaces=surface_images(landscapes),
-        symbols=list(charts.SYMBOLS.values()),
-        colours=_COLOURS,
         words=_WORDS,
         epochs={r.name: epoch_table(r.metrics) for r in records if r.metrics},
         differing=differing,
@@ -96,30 +113,43 @@ def render(records: Sequence[RunRecord]) -> str:
     )
 
 
-def summary_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Return the heads of the columns that any run has values for, and for each run its cells.
+Cell = tuple[str, bool]
 
-    A cell is its text, and whether it is the best of its column. None is marked where all are equal, where only one
-    finished run has a value, or where values cannot be compared because the runs have other data.
+
+def summary_table(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[list[str], dict[str, list[Cell]]]:
+    """Return the heads of the columns that any run has values for, and for each group of runs its cells.
+
+    Of several runs, which differ in their seed alone, a cell is the mean with its 95% t-interval, of the finished ones
+    where there are any. A cell is its text, and whether it is the best of its column. None is marked where all are
+    equal, where only one group with a finished run has a value, or where values cannot be compared because the runs
+    have other data.
     """
+    records = [record for group in groups.values() for record in group]
     same_data = len({tuple(r.settings.get(name) for name in names_of("data")) for r in records}) == 1
-    measured = [{metric.label: _value(record, metric.key) for metric in METRICS if metric.column} for record in records]
-    others = [_facts(record) for record in records]
-    if all(record.summary for record in records):
-        others = [row | {"state": None} for row in others]
-    metrics = {m.label: m for m in METRICS if m.column and any(row[m.label] is not None for row in measured)}
-    rest = [head for head in others[0] if any(row[head] is not None for row in others)]
-    cells: list[list[tuple[str, bool]]] = [[] for _ in records]
+    shown = [metric for metric in METRICS if metric.column]
+    measured = {name: {m.label: _values(group, m.key) for m in shown} for name, group in groups.items()}
+    others = {name: _facts(group) for name, group in groups.items()}
+    metrics = {m.label: m for m in shown if any(row[m.label] for row in measured.values())}
+    hidden = {"state"} if all(record.summary for record in records) else set()
+    hidden |= {"seeds"} if len(groups) == len(records) else set()
+    rest = [head for head in next(iter(others.values())) if any(row[head] is not None for row in others.values())]
+    rest = [head for head in rest if head not in hidden]
+    cells: dict[str, list[Cell]] = {name: [] for name in groups}
     for head, metric in metrics.items():
-        values = [row[head] if record.summary else None for record, row in zip(records, measured, strict=True)]
-        known = {value for value in values if value is not None}
+        means = {name: fmean(row[head]) for name, row in measured.items() if row[head]}
+        known = {means[name] for name, group in groups.items() if name in means and any(r.summary for r in group)}
         comparable = metric.better is not None and len(known) > 1 and (same_data or metric.split == "train")
         best = (max if metric.better == "higher" else min)(known) if comparable else None
-        for row, value, cell in zip(measured, values, cells, strict=True):
-            cell.append((_text(metric, row[head]), best is not None and value == best))
-    for facts, cell in zip(others, cells, strict=True):
-        cell.extend((facts[head] or _NOTHING, False) for head in rest)
+        for name, cell in cells.items():
+            is_best = best is not None and means.get(name) == best and any(r.summary for r in groups[name])
+            cell.append((_text(metric, measured[name][head]), is_best))
+    for name, cell in cells.items():
+        cell.extend((others[name][head] or _NOTHING, False) for head in rest)
     return [*metrics, *rest], cells
+
+
+def _values(group: Sequence[RunRecord], key: str) -> list[float]:
+    return [value for record in counted(group) if (value := _value(record, key)) is not None]
 
 
 def _value(record: RunRecord, key: str) -> float | None:
@@ -129,16 +159,22 @@ def _value(record: RunRecord, key: str) -> float | None:
     return finite({**record.best_line, **(record.summary or {})}.get(key))
 
 
-def _facts(record: RunRecord) -> dict[str, str | None]:
-    """Return what the summary says of a run besides its metrics."""
-    done = record.summary or {}
-    epoch = done.get("best_epoch", record.best_line.get("epoch"))
+def _facts(group: Sequence[RunRecord]) -> dict[str, str | None]:
+    """Return what the summaries say of runs besides their metrics."""
+    shown = counted(group)
+    finished = sum(record.summary is not None for record in group)
+    epochs = [(r.summary or {}).get("best_epoch", r.best_line.get("epoch")) for r in shown]
+    one = shown[0]
+    state = f"epoch {len(one.metrics)} of {one.settings.get('epochs', '?')}"
+    if finished or len(group) > 1:
+        state = "finished" if finished == len(group) else f"{finished} of {len(group)} finished"
     return {
-        "activation": record.activation,
-        "state": "finished" if done else f"epoch {len(record.metrics)} of {record.settings.get('epochs', '?')}",
-        "best epoch": None if epoch is None else str(epoch),
-        "parameters": f"{done['parameters']:,}" if "parameters" in done else None,
-        "model": record.settings.get("model"),
+        "seeds": ", ".join(str(record.settings.get("seed")) for record in shown),
+        "activation": one.activation,
+        "state": state,
+        "best epoch": ", ".join(str(epoch) for epoch in epochs if epoch is not None) or None,
+        "parameters": f"{one.summary['parameters']:,}" if one.summary and "parameters" in one.summary else None,
+        "model": one.settings.get("model"),
     }
 
 
@@ -148,11 +184,18 @@ def _inline_script(code: str) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", code)
 
 
-def compare_settings(records: Sequence[RunRecord]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return the settings that differ, by name with the value of each run, and those that all have in common."""
-    flat = [_flatten({k: v for k, v in r.settings.items() if k not in ("output", "left_open")}) for r in records]
-    names = list(dict.fromkeys(name for settings in flat for name in settings))
-    values = {name: [_setting_text(settings.get(name)) for settings in flat] for name in names}
+def compare_settings(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the settings that differ, by name with those of each group of runs, and those that all have in common."""
+    flat = [
+        [_flatten({k: v for k, v in r.settings.items() if k not in ("output", "left_open")}) for r in group]
+        for group in groups.values()
+    ]
+    names = list(dict.fromkeys(name for group in flat for settings in group for name in settings))
+
+    def of_group(group: list[dict[str, Any]], name: str) -> str:
+        return ", ".join(dict.fromkeys(_setting_text(settings.get(name)) for settings in group))
+
+    values = {name: [of_group(group, name) for group in flat] for name in names}
     differing = {name: row for name, row in values.items() if len(set(row)) > 1}
     return differing, {name: row[0] for name, row in values.items() if name not in differing}
 
@@ -181,22 +224,29 @@ def _commands(record: RunRecord) -> str:
 def epoch_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the metrics by epoch, for people who cannot see the curves."""
     shown = [metric for metric in METRICS if any(line.get(metric.key) is not None for line in metrics)]
-    rows = [[str(line["epoch"]), *(_text(metric, line.get(metric.key)) for metric in shown)] for line in metrics]
+    rows = []
+    for line in metrics:
+        values = [[] if line.get(metric.key) is None else [line[metric.key]] for metric in shown]
+        rows.append([str(line["epoch"]), *map(_text, shown, values)])
     return ["epoch", *(metric.label for metric in shown)], rows
 
 
-def _text(metric: Metric, value: float | None) -> str:
-    return _NOTHING if value is None else metric.text(value)
+def _text(metric: Metric, values: Sequence[float]) -> str:
+    """Return a value, or the mean of several with its interval."""
+    if not values:
+        return _NOTHING
+    half = interval(values)
+    return metric.text(fmean(values)) + ("" if half is None else f" ± {metric.text(half)}")
 
 
-def _landscape_charts(records: dict[int, RunRecord]) -> list[charts.Chart]:
-    found = {i: record.landscape for i, record in records.items() if record.landscape is not None}
+def _landscape_charts(found: dict[str, dict[str, Any]], curve_of: dict[str, int]) -> list[charts.Chart]:
     losses = [loss for f in found.values() for row in f["loss"] for loss in row if loss is not None]
     if not losses:
         return []
     high = max(max(losses), 1e-6)
     low = min(max(min(losses), high * 1e-6), high / 1.1)
-    return [charts.landscape_chart(i, records[i].name, f, low, high) for i, f in found.items()]
+    each = enumerate(found.items())
+    return [charts.landscape_chart(place, curve_of[name], name, f, low, high) for place, (name, f) in each]
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

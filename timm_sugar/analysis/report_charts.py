@@ -3,115 +3,166 @@
 import html
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from ..metrics import METRICS, with_unit
 from .run import finite
+from .seeds import band, interval, mean_by_epoch
 
 Chart = dict[str, Any]
-# As plotly.js and as the legend names them.
-SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "cross": "✚", "star": "★"}
-_SYMBOLS = tuple(SYMBOLS)
+Profiles = Mapping[int, tuple[str, Sequence[dict[str, Any]]]]
+_MOST_TICKS = 24  # of layers, by name
 
 
-def curve_charts(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> list[Chart]:
-    """Line charts of the metrics that have one, by epoch.
+def curve_charts(metrics: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> list[Chart]:
+    """Line charts of the metrics that have one, by epoch; of several seeds the mean, and a band for its interval.
 
     Args:
-        metrics: Name of each run -> the lines of its metrics.jsonl.
+        metrics: Name of each curve -> for each seed, the lines of its metrics.jsonl.
 
     Returns:
         Charts that have anything to show, each with `id`, `title`, `description`, `data` and `layout`. Traces carry the
-        number of their run in `meta`.
+        number of their curve in `meta`.
     """
     charts = []
     for title in dict.fromkeys(metric.chart for metric in METRICS if metric.chart):
         shown = [metric for metric in METRICS if metric.chart == title]
         traces, last = [], []
-        for run, (name, lines) in enumerate(metrics.items()):
+        for run, (name, seeds) in enumerate(metrics.items()):
             for metric in shown:
-                values = [(line["epoch"], finite(line.get(metric.key))) for line in lines]
-                points = [(epoch, metric.scale * value) for epoch, value in values if value is not None]
+                points = mean_by_epoch(seeds, metric.key, metric.scale)
                 if points:
                     part = metric.label if len(shown) > 1 else ""
                     dash = "dot" if part and metric.split == "train" else "solid"
-                    traces.append(_line(run, name, part, dash, points))
+                    traces += [*_band(run, band(points, metric.limits)), _line(run, name, part, dash, points)]
                     last.append(f"{name}{', ' + part if part else ''}: {points[-1][1]:.4g}")
         if traces:
             axis = with_unit(title.lower(), shown[0].unit)
             description = f"Line chart of {axis} by epoch. At the end: {'; '.join(last)}."
             layout = _axes("epoch", axis)
-            if max(epoch for trace in traces for epoch in trace["x"]) <= 10:
-                layout["xaxis"] |= {"dtick": 1}
+            epochs = max(epoch for trace in traces for epoch in trace["x"])
+            layout["xaxis"] |= {"tickformat": "d"} | ({"dtick": 1} if epochs <= 10 else {})
+            if len({y for trace in traces for y in trace["y"]}) == 1:  # else plotly.js puts it between -1 and 1
+                layout["yaxis"] |= {"rangemode": "tozero"}
             charts.append(_chart(title.lower().replace(" ", "-"), title, description, traces, layout))
     return charts
 
 
-def dead_unit_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart:
-    """Dead units of each layer, a bar for each run.
+def dead_unit_totals(profiles: Profiles) -> list[str]:
+    """Say of each profile how many units are dead."""
+    return [
+        f"{name}: {_mean_text([sum(layer['dead'] for layer in found['layers']) for found in of_seeds])} of "
+        f"{sum(layer['units'] for layer in of_seeds[0]['layers']):,} units"
+        for name, of_seeds in profiles.values()
+    ]
+
+
+def dead_unit_chart(profiles: Profiles) -> Chart | None:
+    """Dead units of each layer, a bar for each run, or for the mean of several seeds.
 
     Args:
-        profiles: Number of a run -> its name and the content of its profile.json.
+        profiles: Number of a curve -> its name and, for each seed, the content of its profile.json.
+
+    Returns:
+        None where no unit is dead.
     """
     traces = []
-    for run, (name, found) in profiles.items():
-        layers = found["layers"]
-        traces.append(
-            {
-                "type": "bar",
-                "meta": run,
-                "name": html.escape(name),
-                "x": [*range(1, len(layers) + 1)],
-                "y": [100 * layer["dead"] / layer["units"] for layer in layers],
-                "text": [f"{html.escape(layer['name'])}: {layer['dead']} of {layer['units']}" for layer in layers],
-                "textposition": "none",
-                "hovertemplate": "%{text} dead (%{y:.1f}%)",
-            }
-        )
-    totals = "; ".join(
-        f"{name}: {sum(layer['dead'] for layer in found['layers'])} of "
-        f"{sum(layer['units'] for layer in found['layers'])} units"
-        for name, found in profiles.values()
-    )
-    layout = _axes("layer, in the order of the forward pass", "dead units (%)") | {"barmode": "group"}
+    for run, (name, of_seeds) in profiles.items():
+        layers = of_seeds[0]["layers"]
+        dead = [[found["layers"][place]["dead"] for found in of_seeds] for place in range(len(layers))]
+        shares = [
+            [100 * count / layer["units"] for count in counts] for counts, layer in zip(dead, layers, strict=True)
+        ]
+        texts = [
+            f"{html.escape(layer['name'])}: {_mean_text(counts)} of {layer['units']}"
+            for counts, layer in zip(dead, layers, strict=True)
+        ]
+        trace: Chart = {
+            "type": "bar",
+            "meta": run,
+            "name": html.escape(name),
+            "x": [*range(1, len(layers) + 1)],
+            "y": [*map(fmean, shares)],
+            "text": texts,
+            "textposition": "none",
+            "hovertemplate": "%{text} dead (%{y:.1f}%)",
+        }
+        if len(of_seeds) > 1:
+            ends = band([(0, y, interval(share)) for y, share in zip(trace["y"], shares, strict=True)], (0, 100))
+            down, up = zip(
+                *((y - low, high - y) for (_, low, high), y in zip(ends, trace["y"], strict=True)), strict=True
+            )
+            trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+        traces.append(trace)
+    if not any(share for trace in traces for share in trace["y"]):
+        return None
+    layout = _axes("layer, in the order of the forward pass", "dead units (%)") | {"barmode": "group", "height": 380}
     layout["yaxis"] |= {"rangemode": "tozero"}
-    if max(len(found["layers"]) for _, found in profiles.values()) <= 10:
-        layout["xaxis"] |= {"dtick": 1}
-    return _chart(
-        "dead-by-layer", "Dead units by layer", f"Bar chart of dead units by layer. {totals}.", traces, layout
-    )
+    layout["xaxis"] |= _layer_ticks([layers_of(found) for _, of_seeds in profiles.values() for found in of_seeds])
+    description = f"Bar chart of dead units by layer. {'; '.join(dead_unit_totals(profiles))}."
+    return _chart("dead-by-layer", "Dead units by layer", description, traces, layout)
 
 
-def gradient_chart(profiles: Mapping[int, tuple[str, dict[str, Any]]]) -> Chart | None:
+def gradient_chart(profiles: Profiles) -> Chart | None:
     """Norm of the gradient of each layer's weights with SUGAR and, on the same weights and images, with ReLU.
 
     Args:
-        profiles: As for `dead_unit_chart`.
+        profiles: As for `dead_unit_chart`; of several seeds the mean is shown.
 
     Returns:
         None where no profile has gradients.
     """
-    traces = []
-    for run, (name, found) in profiles.items():
-        for kind, dash in (("sugar", "solid"), ("relu", "dot")):
-            norms = [finite(row[kind]) or None for row in found.get("gradients") or []]  # no logarithm of 0
-            if any(norms):
-                label = {"sugar": "SUGAR", "relu": "ReLU"}[kind]
-                traces.append(_line(run, name, label, dash, list(enumerate(norms, 1))))
+    traces, names = [], []
+    for run, (name, of_seeds) in profiles.items():
+        measured = [found["gradients"] for found in of_seeds if found.get("gradients")]
+        names += [[row["name"] for row in rows] for rows in measured]
+        for kind, label, dash in (("sugar", "SUGAR", "solid"), ("relu", "ReLU", "dot")):
+            columns = [[finite(row[kind]) for row in rows] for rows in zip(*measured, strict=True)]
+            means = [fmean(known) if len(known := [v for v in c if v is not None]) == len(c) else None for c in columns]
+            points = [(place, norm or None, None) for place, norm in enumerate(means, 1)]  # no logarithm of 0
+            if any(means):
+                traces.append(_line(run, name, label, dash, points))
     if not traces:
         return None
-    layout = _axes("layer with weights, from the input", "norm of the gradient")
-    layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
+    layout = _axes("layer with weights, from the input", "norm of the gradient") | {"height": 380}
+    layout["yaxis"] |= {"type": "log", "tickformat": "~g"}
+    layout["xaxis"] |= _layer_ticks(names)
     description = "Line chart of the gradient's norm by layer, with SUGAR (solid) and with ReLU (dotted)."
     return _chart("gradients", "Gradient by layer: SUGAR solid, ReLU dotted", description, traces, layout)
 
 
-def activation_chart(run: int, name: str, found: dict[str, Any]) -> Chart:
+def layers_of(profile: Mapping[str, Any]) -> list[str]:
+    """Names of the layers of a profile."""
+    return [layer["name"] for layer in profile["layers"]]
+
+
+def _layer_ticks(names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Ticks of an axis of layers: their names, where all networks have the same, else whole numbers."""
+    count = max(map(len, names))
+    if any(each != names[0] for each in names):
+        return {"tickformat": "d"} | ({"dtick": 1} if count <= 10 else {})
+    places = range(0, count, math.ceil(count / _MOST_TICKS))
+    ticks = {
+        "tickvals": [place + 1 for place in places],
+        "ticktext": [html.escape(names[0][place]) for place in places],
+    }
+    return ticks | {"autotickangles": [0, -90]}
+
+
+def _mean_text(counts: Sequence[int]) -> str:
+    """Return a count, or the mean of several with its interval."""
+    spread = interval(counts)
+    return f"{counts[0]:,}" if spread is None else f"{fmean(counts):,.1f} ± {spread:,.1f}"
+
+
+def activation_chart(place: int, run: int, name: str, found: dict[str, Any]) -> Chart:
     """How often the elements of each layer are active: the histograms of figures 4 and 10 as rows of a heat map.
 
     Args:
-        run: Number of the run.
-        name: Its name.
+        place: Number of the chart.
+        run: Number of the curve that the run belongs to.
+        name: Name of the run.
         found: The content of its profile.json.
     """
     layers = found["layers"]
@@ -138,20 +189,21 @@ def activation_chart(run: int, name: str, found: dict[str, Any]) -> Chart:
         },
     }  # fmt: skip
     layout = _axes("active for this share of the images (%)", "layer") | {"height": min(620, 190 + 20 * len(layers))}
-    layout["yaxis"] |= {"autorange": "reversed", "dtick": 1 if len(layers) <= 20 else 5}
+    layout["yaxis"] |= {"autorange": "reversed"} | _layer_ticks([layers_of(found)])
     description = (
         f"Heat map: for each of {len(layers)} layers of {name}, which share of its elements is active for which share "
         f"of the images. {100 * found['dead_elements']:.1f}% of all elements are never active."
     )
-    return _chart(f"activation-{run}", name, description, [trace], layout)
+    return _chart(f"activation-{place}", name, description, [trace], layout)
 
 
-def landscape_chart(run: int, name: str, found: dict[str, Any], low: float, high: float) -> Chart:
+def landscape_chart(place: int, run: int, name: str, found: dict[str, Any], low: float, high: float) -> Chart:
     """Contours of the loss around a model.
 
     Args:
-        run: Number of the run.
-        name: Its name.
+        place: Number of the chart.
+        run: Number of the curve that the run belongs to.
+        name: Name of the run.
         found: The content of its landscape.json.
         low: Loss at which the colours begin, the same for all runs.
         high: Loss at which they end.
@@ -196,7 +248,7 @@ def landscape_chart(run: int, name: str, found: dict[str, Any], low: float, high
     layout = _axes("first direction", "second direction") | {"height": 430}
     layout["xaxis"] |= {"constrain": "domain"}
     layout["yaxis"] |= {"constrain": "domain", "scaleanchor": "x"}
-    return _chart(f"landscape-{run}", name, description, [trace], layout)
+    return _chart(f"landscape-{place}", name, description, [trace], layout)
 
 
 def number(value: float | None) -> str:
@@ -204,19 +256,37 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"  # noqa: RUF001
 
 
-def _line(run: int, name: str, part: str, dash: str, points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
+Point = tuple[float, float | None, float | None]  # x, mean, and half the width of its interval
+
+
+def _line(run: int, name: str, part: str, dash: str, points: Sequence[Point]) -> dict[str, Any]:
     label = html.escape(f"{name}, {part}" if part else name)
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "meta": run,
         "name": label,
-        "x": [epoch for epoch, _ in points],
-        "y": [value for _, value in points],
+        "x": [x for x, _, _ in points],
+        "y": [y for _, y, _ in points],
+        "customdata": ["" if half is None else f" ± {half:.3g}" for _, _, half in points],
         "line": {"dash": dash, "width": 2},
-        "marker": {"symbol": _SYMBOLS[run % len(_SYMBOLS)], "size": 7, "maxdisplayed": 20},
-        "hovertemplate": "%{y:.5g}",
+        "marker": {"size": 7, "maxdisplayed": 20},
+        "hovertemplate": "%{y:.5g}%{customdata}",
     }
+
+
+def _band(run: int, ends: Sequence[tuple[float, float, float]]) -> list[dict[str, Any]]:
+    """The area of the intervals around a line, where there are any."""
+    outline = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]
+    trace = {
+        "type": "scatter",
+        "mode": "lines",
+        "meta": run,
+        "fill": "toself",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
+    return [trace | {"x": [x for x, _ in outline], "y": [y for _, y in outline]}] if ends else []
 
 
 def _axes(x: str, y: str) -> dict[str, Any]:

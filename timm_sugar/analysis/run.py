@@ -58,6 +58,12 @@ class RunRecord:
         return self.settings.get("act_layer") or "the model's own"
 
     @property
+    def look(self) -> str:
+        """The activation as `assign_styles` takes it."""
+        line = self.summary or (self.metrics[-1] if self.metrics else self.settings)
+        return line.get("surrogate") or self.settings.get("act_layer") or ""
+
+    @property
     def landscape_is_complete(self) -> bool:
         """Whether there is a landscape with all its points, and finite losses among them."""
         found = self.landscape

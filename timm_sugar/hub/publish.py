@@ -108,7 +108,7 @@ def _training_curves(lines: list[dict[str, Any]]) -> bytes | None:
     shown = [metric for metric in METRICS if metric.chart in ("Loss", "Accuracy")]
     shown = [metric for metric in shown if any(line.get(metric.key) is not None for line in lines)]
     content = io.BytesIO()
-    metric_curves({"": lines}, shown).savefig(content, format="png", dpi=110, metadata={"Software": None})
+    metric_curves({"": [lines]}, shown).savefig(content, format="png", dpi=110, metadata={"Software": None})
     return content.getvalue()
 
 

@@ -2,50 +2,35 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from matplotlib.ticker import PercentFormatter
 
-from timm_sugar.analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, STYLES, Figure, new_figure
-from timm_sugar.metrics import find_metric
+from timm_sugar.analysis.palette import PALETTE
+from timm_sugar.analysis.plots import Figure, new_figure
 from timm_sugar.surrogates import get_surrogate, list_surrogates
 
 from .collapse import COLLAPSED, born_dead_bound, learned_below, relative_ranges
 from .dying_relu import GRID, TARGETS
 
-METHOD_STYLE = {
-    "he": ("ReLU, He", BLACK, "o", "-"),
-    "rai": ("ReLU, RAI", ORANGE, "s", "--"),
-    "sugar": ("SUGAR, He", BLUE, "^", "-"),
-    "rai_sugar": ("SUGAR, RAI", GREEN, "D", "-."),
-}
-SURROGATE_STYLE = {
-    "bsilu": ("B-SiLU", BLUE, "-"),
-    "nelu": ("NeLU", RED, "-"),
-    "elu": ("ELU", GREEN, "--"),
-    "selu": ("SELU", ORANGE, "--"),
-    "gelu": ("GELU", PURPLE, "-."),
-    "silu": ("SiLU", SKY, "-."),
-    "mish": ("Mish", "#8c6d00", ":"),
-    "leaky_relu": ("LeakyReLU", "#888888", ":"),
-}
+LABELS = {"bsilu": "B-SiLU", "nelu": "NeLU", "elu": "ELU", "selu": "SELU", "gelu": "GELU", "silu": "SiLU"}
+LABELS |= {"mish": "Mish", "leaky_relu": "LeakyReLU", "relu": "ReLU"}
 DRAWN_ALPHA = {"nelu": 0.1, "leaky_relu": 0.2}  # larger than the defaults, at which a picture cannot show them
 
 
 def method_style(method: str) -> tuple[str, str, str, str]:
-    """Label, colour, marker and dashes of a method of appendix A."""
-    head, found, surrogate = method.partition("sugar_")
-    label, colour, marker, dashes = METHOD_STYLE[f"{head}sugar" if found else method]
-    if found:
-        label = label.replace("SUGAR", f"SUGAR {surrogate_style(surrogate)[0]}")
-    return label, colour, marker, dashes
+    """Label, colour, marker and dashes of a method of appendix A: the activation's colour, dashed from RAI's start."""
+    _, found, surrogate = method.rpartition("sugar_")
+    activation, colour, _ = surrogate_style(surrogate if found else "relu")
+    start, marker, dashes = ("RAI", "s", "--") if method.startswith("rai") else ("He", "o", "-")
+    return f"{'SUGAR ' if found else ''}{activation}, {start}", colour, marker, dashes
 
 
-def surrogate_style(name: str) -> tuple[str, str, str]:
+def surrogate_style(name: str) -> tuple[str, str, Any]:
     """Label, colour and dashes of a surrogate; registered ones share a grey."""
-    return SURROGATE_STYLE.get(name, (name, "0.4", "--"))
+    own = PALETTE.get(name)
+    return LABELS.get(name, name), own.colour if own else "0.4", own.dashes if own else "--"
 
 
 def sugar_gradients() -> Figure:
@@ -53,7 +38,7 @@ def sugar_gradients() -> Figure:
     figure, axes = new_figure(1, 3, sharey=True)
     x = torch.linspace(-4, 4, 801)
     for ax, name in zip(axes[0], (None, "bsilu", "nelu"), strict=True):
-        label, colour, derivative = "ReLU", BLACK, (x > 0).float()
+        label, colour, derivative = "ReLU", "black", (x > 0).float()
         if name is not None:
             entry, alpha = get_surrogate(name), DRAWN_ALPHA.get(name)
             derivative = entry.derivative(x, entry.resolve_alpha(alpha))
@@ -73,8 +58,8 @@ def surrogate_functions() -> Figure:
     left, right = axes[0]
     left.set(title="function s(x)", xlabel="x", xlim=(-5, 3), ylim=(-2, 3.6))
     right.set(title="derivative s'(x)", xlabel="x", xlim=(-5, 3))
-    left.plot(x, torch.relu(x), color=BLACK, linewidth=2.4)
-    right.plot(x, (x > 0).float(), color=BLACK, linewidth=2.4, label="ReLU")
+    left.plot(x, torch.relu(x), color="black", linewidth=2.4)
+    right.plot(x, (x > 0).float(), color="black", linewidth=2.4, label="ReLU")
     for name in list_surrogates():
         entry = get_surrogate(name)
         alpha = entry.resolve_alpha(DRAWN_ALPHA.get(name))
@@ -202,45 +187,6 @@ def _of(results: list[dict[str, Any]], function: str) -> list[dict[str, Any]]:
     return [result for result in results if result["function"] == function]
 
 
-def seed_curves(
-    runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
-    metrics: Sequence[str] = ("val_loss",),
-    log_scale: bool = False,
-) -> Figure:
-    """Figures 2 and 9: metrics by epoch, the mean over the seeds with a band of one standard deviation.
-
-    Args:
-        runs: Label of each curve -> the runs of its seeds, each the lines of its metrics.jsonl. Epochs that not all of
-            its runs have are left out.
-        metrics: Fields of those lines, a panel each; fractions of 1 are drawn in percent.
-        log_scale: Draw losses on a logarithmic axis, as the paper's figure 9.
-    """
-    figure, axes = new_figure(1, len(metrics), width=5.2 * len(metrics), height=3.8)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        row = find_metric(metric)
-        for place, (name, seeds) in enumerate(runs.items()):
-            colour, dashes, marker, _ = STYLES[place % len(STYLES)]
-            by_epoch = [
-                {line["epoch"]: row.scale * line[metric] for line in lines if line.get(metric) is not None}
-                for lines in seeds
-            ]
-            epochs = sorted(set.intersection(*(set(values) for values in by_epoch)))
-            points = [[values[epoch] for values in by_epoch] for epoch in epochs]
-            centre = [mean(values) for values in points]
-            spread = [stdev(values) if len(values) > 1 else 0.0 for values in points]
-            low, high = ([m + sign * s for m, s in zip(centre, spread, strict=True)] for sign in (-1, 1))
-            ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
-            style = {"color": colour, "linestyle": dashes, "marker": marker, "markevery": max(1, len(epochs) // 10)}
-            ax.plot(epochs, centre, label=name, markersize=4, **style)
-        ax.set(xlabel="epoch", ylabel=row.axis)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        if log_scale and row.unit == "nats":
-            ax.set_yscale("log")
-    columns = min(len(runs), 2 * len(metrics))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
-    return figure
-
-
 def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Figures 3 and 11 to 13: accuracy of each function, as it is and as SUGAR's surrogate, against the ReLU baseline.
 
@@ -262,17 +208,21 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     baseline, spread = found["relu"]
     if not math.isnan(spread):
         ax.axhspan(baseline - spread, baseline + spread, color="0.8", linewidth=0)
-    ax.axhline(baseline, color=BLACK, linewidth=1.4, label=f"ReLU, the baseline: {baseline:.1f}%")
-    for prefix, shift, colour, hatch, label in (
-        ("", -0.2, ORANGE, "", "the function itself"),
-        ("sugar_", 0.2, BLUE, "////", "SUGAR: ReLU with its derivative"),
-    ):
-        drawn = [(place + shift, *found[prefix + n]) for place, n in enumerate(functions) if prefix + n in found]
-        if drawn:
-            x, tops, errors = zip(*drawn, strict=True)
-            style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": label, "capsize": 2.5}
+    ax.axhline(baseline, color="black", linewidth=1.4, label=f"ReLU, the baseline: {baseline:.1f}%")
+    for place, name in enumerate(functions):
+        colour = surrogate_style(name if name in PALETTE else name.rpartition("_")[0])[1]
+        for shift, key, face in ((-0.2, name, "white"), (0.2, f"sugar_{name}", colour)):
+            if key not in found:
+                ax.text(place + shift, baseline, " no run", ha="center", va="bottom", rotation=90, fontsize=7)
+                continue
+            top, error = found[key]
+            style = {"facecolor": face, "edgecolor": colour, "capsize": 2.5, "error_kw": {"linewidth": 1}}
             # From the baseline, so that lengths are differences and the axis need not begin at 0.
-            ax.bar(x, [top - baseline for top in tops], 0.4, baseline, yerr=errors, error_kw={"linewidth": 1}, **style)
+            bars = ax.bar(place + shift, top - baseline, 0.4, baseline, yerr=error, **style)
+            ax.bar_label(bars, [f"{top - baseline:+.1f}"], padding=2, fontsize=7)
+    ax.margins(y=0.08)
+    for face, label in (("white", "the function itself"), ("0.3", "SUGAR: ReLU with its derivative")):
+        ax.bar(0, 0, 0, baseline, facecolor=face, edgecolor="0.3", label=label)
     ax.set_xticks(range(len(functions)), map(_function_label, functions))
     ax.set_ylabel("test accuracy (%)")
     figure.suptitle(title)

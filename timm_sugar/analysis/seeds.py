@@ -1,0 +1,95 @@
+"""Runs that differ in their seed alone: which belong together, their means and the intervals of these."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from ..settings import names_of
+from .run import RunRecord, finite
+
+
+def group_by_seed(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Gather runs whose settings differ in nothing but the seed.
+
+    Args:
+        records: Runs, finished or not.
+
+    Returns:
+        Name of each group -> its runs, both in the order in which they are given. A run alone keeps its name; a group
+        is called by what the names of its runs have in common: "relu" for "seed0/relu" and "seed1/relu".
+    """
+    compared = sorted({*names_of("data", "result"), "processes", "data_fingerprint"} - {"seed"})
+    by_settings: dict[str, list[RunRecord]] = {}
+    for record in records:
+        by_settings.setdefault(repr([record.settings.get(name) for name in compared]), []).append(record)
+    groups: list[list[RunRecord]] = []
+    for runs in by_settings.values():
+        seeds = {run.settings.get("seed") for run in runs}
+        groups += [runs] if len(seeds) == len(runs) else [[run] for run in runs]  # a run twice is no other seed
+    groups.sort(key=lambda runs: records.index(runs[0]))
+    names = [_common_name([run.name for run in runs]) for runs in groups]
+    doubtful = {name for name in names if not name or names.count(name) > 1}
+    return {
+        f"{runs[0].name} and {len(runs) - 1} more" if name in doubtful and len(runs) > 1 else name: runs
+        for name, runs in zip(names, groups, strict=True)
+    }
+
+
+def counted(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the runs of a group whose mean is shown: the finished ones; all where none is finished."""
+    return [record for record in records if record.summary] or list(records)
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Return half the width of the 95% t-interval of the mean; None for fewer than two values.
+
+    Example:
+        >>> round(interval([1.0, 2.0, 3.0]), 3)
+        2.484
+    """
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def mean_by_epoch(
+    runs: Sequence[Sequence[Mapping[str, Any]]],
+    key: str,
+    scale: float = 1,
+    spread: Callable[[Sequence[float]], float | None] = interval,
+) -> list[tuple[float, float, float | None]]:
+    """Return epoch, mean over the runs, and their spread, of a metric, for the epochs in which all runs have it.
+
+    Args:
+        runs: The lines of each run's metrics.jsonl.
+        key: The metric.
+        scale: What the values are multiplied by.
+        spread: What takes the values of several runs and returns their spread; that of one run is None.
+    """
+    found = [{line["epoch"]: scale * value for line in lines if (value := finite(line.get(key))) is not None}
+             for lines in runs]  # fmt: skip
+    epochs = sorted(set.intersection(*map(set, found))) if found else []
+    columns = [[values[epoch] for values in found] for epoch in epochs]
+    spreads = [spread(column) if len(column) > 1 else None for column in columns]
+    return [*zip(epochs, map(fmean, columns), spreads, strict=True)]
+
+
+def band(
+    points: Sequence[tuple[float, float, float | None]], limits: tuple[float, float] = (-math.inf, math.inf)
+) -> list[tuple[float, float, float]]:
+    """Return x, lower and upper end of the intervals of what `mean_by_epoch` returns, cut off at `limits`."""
+    low, high = limits
+    return [(x, max(mean - half, low), min(mean + half, high)) for x, mean, half in points if half is not None]
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Return the parts, between separators, that all names have at the same place."""
+    parts = [re.findall(r"[/_.\s-]|[^/_.\s-]+", name) for name in names]
+    if len({len(each) for each in parts}) > 1:
+        return ""
+    common = "".join(each[0] for each in zip(*parts, strict=True) if len({*each}) == 1)
+    return re.sub(r"([/_.\s-])[/_.\s-]+", r"\1", common).strip("/_.- ") if len(names) > 1 else names[0]
