@@ -9,6 +9,7 @@ from pathlib import Path
 _cache = tempfile.TemporaryDirectory(prefix="timm-sugar-tests-")
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_cache.name, HF_DATASETS_OFFLINE="1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores run tests; threads would only wait
+os.environ.setdefault("TIMM_SUGAR_CACHE", _cache.name)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -11,6 +11,14 @@ from typing import Any
 import yaml
 
 
+def cache_folder() -> Path:
+    """Return the folder of kernels and decoded images: $TIMM_SUGAR_CACHE, or timm_sugar in the user's cache folder."""
+    own = os.environ.get("TIMM_SUGAR_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "timm_sugar")
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, flush it to disk and rename it to `path`. Text is UTF-8."""
     remove_left_over(path)

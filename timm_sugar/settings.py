@@ -91,6 +91,9 @@ class TrainConfig:
     memory_limit: float = _data(
         4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)", kind="free"
     )
+    cache_limit: float = _data(
+        8.0, "GiB of decoded images to keep on disk for the next start; 0 for none", "[0, inf)", kind="free"
+    )
     workers: int = _data(2, "loader processes for each training process", "[0, 1024]", kind="free")
 
     crop: Literal["none", "resized", "padded"] = _images(

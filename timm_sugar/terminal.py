@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -25,10 +26,15 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Collec
 
 
 @contextmanager
-def progress_bars(*tasks: str) -> Iterator[list[Callable[[int, int], None]]]:
-    """Show a bar for each task on a terminal, by rich; yield for each a function that takes steps done and in all."""
+def progress_bars(*tasks: str, every: float | None = None) -> Iterator[list[Callable[[int, int], None]]]:
+    """Show a bar for each task on a terminal, by rich; yield for each a function that takes steps done and in all.
+
+    Args:
+        tasks: Their names.
+        every: Where there is no terminal, print a line after a second and then at most one in so many; None for none.
+    """
     if not sys.stderr.isatty() or find_spec("rich") is None:
-        yield [lambda done, total: None for _ in tasks]
+        yield [_print_lines(task, every) for task in tasks]
         return
     import rich.progress as bars  # comes with an extra
     from rich.console import Console
@@ -39,3 +45,15 @@ def progress_bars(*tasks: str) -> Iterator[list[Callable[[int, int], None]]]:
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield [updater(progress.add_task(task, total=None)) for task in tasks]
+
+
+def _print_lines(task: str, every: float | None) -> Callable[[int, int], None]:
+    due = time.monotonic() + 1
+
+    def show(done: int, total: int) -> None:
+        nonlocal due
+        if every is not None and time.monotonic() >= due:
+            due = time.monotonic() + every
+            print(f"{task}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return show

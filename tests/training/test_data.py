@@ -133,6 +133,43 @@ def test_another_mean_of_the_same_data_is_refused(tmp_path):
     train(_config(tmp_path / "data", tmp_path / "run", memory_limit=0, mean=record["mean"], std=record["std"]))
 
 
+def test_what_is_kept_of_the_images_changes_no_result(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TIMM_SUGAR_CACHE", str(tmp_path / "cache"))
+    data = image_folder(tmp_path / "data", 24, ("train", "test"))
+    train(_config(data, tmp_path / "off", cache_limit=0))
+    assert not (tmp_path / "cache" / "images").exists()
+    train(_config(data, tmp_path / "cold"))
+    kept = sorted((tmp_path / "cache" / "images").iterdir())
+    sizes = [2 * 3 * 8 + 4, *(count * 3 * 16 * 16 + 4 for count in (6, 18, 24))]
+    assert sorted(path.stat().st_size for path in kept) == sizes  # mean and std; validation, training and test images
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_sugar.data.loading.decode", lambda *args, **more: pytest.fail("decoded again"))
+        patch.setattr("timm_sugar.training.images.channel_statistics", lambda *args: pytest.fail("measured again"))
+        train(_config(data, tmp_path / "warm"))
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])
+    train(_config(data, tmp_path / "damaged"))
+    assert f"{kept[0]} is damaged; the images are decoded again\n" in capfd.readouterr().err
+    monkeypatch.setenv("TIMM_SUGAR_CACHE", str(tmp_path / "data" / "train" / "red" / "20.png"))
+    train(_config(data, tmp_path / "unwritable"))
+    assert capfd.readouterr().err == "decoded images are not kept for the next start: Not a directory\n"
+    for name in ("cold", "warm", "damaged", "unwritable"):
+        assert _weights(tmp_path / name) == _weights(tmp_path / "off"), name
+
+
+def test_statistics_of_images_that_are_not_in_memory_are_kept_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_SUGAR_CACHE", str(tmp_path / "cache"))
+    data = image_folder(tmp_path / "data", 24, ("train", "test"))
+    for name in ("cold", "warm"):
+        train(_config(data, tmp_path / name, hflip=0.5))
+        monkeypatch.setattr(
+            "timm_sugar.training.images.channel_statistics", lambda *args: pytest.fail("measured again")
+        )
+    assert _weights(tmp_path / "cold") == _weights(tmp_path / "warm")
+    for name, settings in (("in memory", {}), ("others", {"hflip": 0.5, "split_seed": 1})):
+        with pytest.raises(pytest.fail.Exception, match="measured again"):
+            train(_config(data, tmp_path / name, **settings))
+
+
 def _nothing_trained(run):
     return not list(run.rglob("*.safetensors"))
 

@@ -1,13 +1,17 @@
 """Data sets, transforms, batches and evaluation."""
 
+from .cache import ArrayCache
 from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
 from .folders import listed
-from .images import BadImageError, LabelledImages, available_cpus, check_readable, readable
-from .loading import Split, decode, decoded_size, fingerprint, seed_everything
+from .images import BadImageError, LabelledImages, available_cpus
+from .loading import Split, content_key, decode, decode_kept, decoded_size, fingerprint, seed_everything, with_digests
+from .parallel import check_readable, readable
 from .sources import Source, load_source, split_validation, stratified_sample
-from .transforms import channel_statistics, eval_transform, normalize, train_transform
+from .transforms import EVALUATION, channel_statistics, eval_transform, normalize, train_transform
 
 __all__ = [
+    "EVALUATION",
+    "ArrayCache",
     "BadImageError",
     "Evaluation",
     "LabelledImages",
@@ -17,7 +21,9 @@ __all__ = [
     "available_cpus",
     "channel_statistics",
     "check_readable",
+    "content_key",
     "decode",
+    "decode_kept",
     "decoded_size",
     "eval_transform",
     "evaluate",
@@ -31,4 +37,5 @@ __all__ = [
     "split_validation",
     "stratified_sample",
     "train_transform",
+    "with_digests",
 ]

@@ -3,8 +3,7 @@
 import io
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -41,6 +40,7 @@ class LabelledImages:
         labels: Class of each image, int64, shape (N,).
         place: Row number -> location of the image, for messages.
         stored: Row number -> encoded image; None if the source holds decoded images.
+        digests: SHA-256 of what `content` gives for each image, uint8, shape (N, 32); None where it is not known.
     """
 
     read: Callable[[int], Image.Image]
@@ -48,6 +48,7 @@ class LabelledImages:
     labels: np.ndarray
     place: Callable[[int], str] = "in row {}".format
     stored: Callable[[int], bytes] | None = None
+    digests: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +72,7 @@ class LabelledImages:
         try:
             return get(row)
         except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-            if _is_system_error(error):
+            if is_system_error(error):
                 message = f"cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
             else:
                 unknown = isinstance(error, UnidentifiedImageError)
@@ -81,10 +82,11 @@ class LabelledImages:
 
     def subset(self, indices: np.ndarray) -> "LabelledImages":
         """Return the images at `indices`, in that order."""
-        return LabelledImages(self.read, self.rows[indices], self.labels[indices], self.place, self.stored)
+        digests = None if self.digests is None else self.digests[indices]
+        return replace(self, rows=self.rows[indices], labels=self.labels[indices], digests=digests)
 
 
-def _is_system_error(error: BaseException | None) -> bool:
+def is_system_error(error: BaseException | None) -> bool:
     """Whether reading failed because of the file system or memory, rather than the content of the image."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
@@ -132,40 +134,6 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if not (largest > least and np.isfinite(pixels).all()):
         raise ValueError(f"its pixels are not all finite, or their range, {least:g} to {largest:g}, is empty")
     return Image.fromarray(np.clip(np.round((pixels - least) * (255 / (largest - least))), 0, 255).astype(np.uint8))
-
-
-def readable(images: LabelledImages, threads: int = 2) -> np.ndarray:
-    """Decode every image and return the indices of those that can be, int64.
-
-    Raises:
-        BadImageError: a file cannot be read because of the file system or memory.
-    """
-
-    def check(chunk: range) -> list[int]:
-        good = []
-        for index in chunk:
-            try:
-                images[index]
-            except BadImageError as error:
-                if _is_system_error(error.__cause__):
-                    raise
-                continue
-            good.append(index)
-        return good
-
-    with ThreadPoolExecutor(threads) as pool:
-        return np.array([index for part in pool.map(check, chunks(len(images))) for index in part], np.int64)
-
-
-def check_readable(images: LabelledImages, threads: int = 2) -> None:
-    """Decode every image.
-
-    Raises:
-        BadImageError: one cannot be decoded; the message names its file or row.
-    """
-    bad = np.setdiff1d(np.arange(len(images)), readable(images, threads))
-    if len(bad):
-        images[int(bad[0])]
 
 
 def chunks(count: int, size: int = 256) -> list[range]:

@@ -2,26 +2,42 @@
 
 import hashlib
 import os
+import platform
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import timm
 import torch
+import torchvision
+from PIL import features
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .cache import ArrayCache
 from .images import BadImageError, LabelledImages, available_cpus, chunks
+from .parallel import compute_rows
 from .sources import Source
-from .transforms import ImageTransform
+from .transforms import EVALUATION, ImageTransform, eval_transform
 
 
-def decode(images: LabelledImages, transform: ImageTransform, threads: int = 2) -> Tensor:
+def decode(
+    images: LabelledImages, transform: ImageTransform, processes: int | None = None, title: str | None = None
+) -> Tensor:
     """Decode and transform every image, once.
+
+    Args:
+        images: At least one.
+        transform: RGB image -> array or tensor (3, H, W).
+        processes: At most; None for one a CPU core.
+        title: Of the progress bar; None for none.
 
     Returns:
         uint8 tensor (N, 3, H, W).
@@ -29,23 +45,76 @@ def decode(images: LabelledImages, transform: ImageTransform, threads: int = 2) 
     Raises:
         BadImageError: an image cannot be decoded; the message names its file or row.
     """
-    first = transform(images[0])
-    pixels = np.empty((len(images), *first.shape), np.uint8)
-
-    def fill(chunk: range) -> None:
-        for index in chunk:
-            pixels[index] = transform(images[index])
-
-    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the interpreter lock
-        list(pool.map(fill, chunks(len(images))))
-    return torch.from_numpy(pixels)
+    shape = (len(images), *transform(images[0]).shape)
+    return torch.from_numpy(compute_rows(lambda index: transform(images[index]), shape, title, processes))
 
 
-def fingerprint(source: Source, threads: int = 2) -> dict[str, int | str]:
-    """Return counts and hashes by which two data sets differ if their classes, labels or images differ.
+def decode_kept(
+    images: LabelledImages, data_config: dict[str, Any], cache: ArrayCache, title: str | None = None
+) -> Tensor:
+    """Decode every image as for evaluation, or take what a cache has of it.
+
+    Returns:
+        uint8 tensor (N, 3, H, W) of the data config's input_size, as `eval_transform` gives it. What is written to it
+        is written to this process's copy.
+
+    Raises:
+        BadImageError: as for `decode`.
+    """
+    transform = eval_transform(data_config)
+    key = content_key(images, "pixels", *(data_config[name] for name in EVALUATION))
+    shape = (len(images), *data_config["input_size"])
+    return torch.from_numpy(cache.array(key, shape, lambda: decode(images, transform, title=title).numpy()))
+
+
+def content_key(images: LabelledImages, *what: object) -> str | None:
+    """Return a key of what is computed from images: their content in order, the code and libraries that decode, `what`.
+
+    It is None where their `digests` are not known, or they are not encoded.
+
+    Args:
+        images: At least one.
+        what: Everything else that the result depends on.
+    """
+    if images.stored is None or images.digests is None:
+        return None
+    return repr((hashlib.sha256(images.digests.tobytes()).hexdigest(), _decoder(), *what))
+
+
+@lru_cache
+def _decoder() -> tuple[str, ...]:
+    codecs = [features.version(name) for name in ("jpg", "jpg_2000", "libjpeg_turbo", "libtiff", "webp", "avif")]
+    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("images.py", "transforms.py"))
+    modules = (PIL, timm, torchvision)
+    return hashlib.sha256(code).hexdigest(), platform.machine(), *(str(m.__version__) for m in modules), repr(codecs)
+
+
+def with_digests(source: Source, threads: int = 2) -> Source:
+    """Return a source whose images carry their digests, by which `fingerprint` and `decode_kept` tell their content.
 
     Images are hashed by content rather than by size and modification time, because a run may resume on another machine
     with a copy of the data. This reads the data once, as an epoch does; decoding takes much longer than hashing.
+
+    Raises:
+        BadImageError: an image cannot be read.
+    """
+
+    def digest(images: LabelledImages, chunk: range) -> bytes:
+        return b"".join(hashlib.sha256(images.content(index)).digest() for index in chunk)
+
+    def hashed(images: LabelledImages) -> LabelledImages:
+        found = b"".join(pool.map(partial(digest, images), chunks(len(images))))
+        return replace(images, digests=np.frombuffer(found, np.uint8).reshape(-1, 32))
+
+    with ThreadPoolExecutor(threads) as pool:
+        return replace(source, train=hashed(source.train), test=hashed(source.test))
+
+
+def fingerprint(source: Source) -> dict[str, int | str]:
+    """Return counts and hashes by which two data sets differ if their classes, labels or images differ.
+
+    Args:
+        source: As `with_digests` returns it, else the images are read.
 
     Returns:
         "train_images", "test_images" and "classes" (numbers); "class_names", "labels" and "images" (the first 16
@@ -54,18 +123,13 @@ def fingerprint(source: Source, threads: int = 2) -> dict[str, int | str]:
     Raises:
         BadImageError: an image cannot be read.
     """
-
-    def hash_chunk(images: LabelledImages, chunk: range) -> bytes:
-        return b"".join(hashlib.sha256(images.content(index)).digest() for index in chunk)
-
     splits = (source.train, source.test)
-    with ThreadPoolExecutor(threads) as pool:
-        content = [pool.map(partial(hash_chunk, images), chunks(len(images))) for images in splits]
-        digests = [part for parts in content for part in parts]
+    if any(images.digests is None for images in splits):
+        return fingerprint(with_digests(source))
     hashed = {
         "class_names": "\0".join(source.class_names).encode(),
         "labels": b"".join(images.labels.astype("<i8").tobytes() for images in splits),
-        "images": b"".join(digests),
+        "images": b"".join(images.digests.tobytes() for images in splits if images.digests is not None),
     }
     return {
         "train_images": len(source.train),

@@ -28,7 +28,8 @@ from .folders import (
     split_folders,
     split_of,
 )
-from .images import LabelledImages, available_cpus, readable, to_rgb
+from .images import LabelledImages, to_rgb
+from .parallel import readable
 
 NAMES = {
     "digits": "scikit-learn",
@@ -106,7 +107,7 @@ def _load(data: str, label_column: str | None, split_seed: int, streaming: bool,
 
 
 def _without_bad_images(source: Source) -> Source:
-    train, test = (images.subset(readable(images, available_cpus())) for images in (source.train, source.test))
+    train, test = (images.subset(readable(images, "looking for bad images")) for images in (source.train, source.test))
     for name, found, kept in (("training", source.train, train), ("test", source.test, test)):
         if not len(kept):
             raise ValueError(f"data set {source.name!r}: none of the {len(found)} {name} images can be decoded")

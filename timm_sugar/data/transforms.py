@@ -13,6 +13,7 @@ from torchvision import transforms
 from .._timm import replace_augmentation
 
 ImageTransform = Callable[[Image.Image], Any]
+EVALUATION = ("input_size", "interpolation", "crop_pct", "crop_mode")  # what `eval_transform` takes of a data config
 
 
 def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
@@ -21,8 +22,7 @@ def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
     Returns:
         RGB image -> uint8 tensor (3, H, W). `normalize` does the rest, to the bit as timm's own transform does.
     """
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    return create_transform(is_training=False, use_prefetcher=True, **{k: data_config[k] for k in keys})
+    return create_transform(is_training=False, use_prefetcher=True, **{k: data_config[k] for k in EVALUATION})
 
 
 def train_transform(

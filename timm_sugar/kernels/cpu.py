@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..files import cache_folder
 from ..surrogates import Surrogate
 from .expression import derivative_source
 
@@ -134,16 +135,6 @@ def _declared(found: CDLL) -> CDLL:
             if function is not None:
                 function.argtypes, function.restype = _ARGUMENTS[name.partition("_")[0]], None
     return found
-
-
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: $TIMM_SUGAR_CACHE, or timm_sugar in the user's cache folder."""
-    own = os.environ.get("TIMM_SUGAR_CACHE")
-    return (
-        Path(own).expanduser().absolute()
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "timm_sugar")
-    )
 
 
 def _compiler() -> list[str]:

@@ -1,8 +1,9 @@
 """The images of a run: split, decoded into memory where they fit, sharded over processes, ordered by epoch."""
 
+import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ from timm.data import Mixup
 from torch import Tensor
 
 from ..data import (
+    EVALUATION,
+    ArrayCache,
     LabelledImages,
     Source,
     Split,
     available_cpus,
     channel_statistics,
     check_readable,
-    decode,
+    content_key,
+    decode_kept,
     decoded_size,
     eval_transform,
     fingerprint,
@@ -27,6 +31,7 @@ from ..data import (
     split_validation,
     stratified_sample,
     train_transform,
+    with_digests,
 )
 from ..settings import TrainConfig
 
@@ -74,7 +79,8 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         ValueError: there are too few images for a step or for validation, an image cannot be decoded, or the
             processes do not have the same data.
     """
-    found = fingerprint(source, available_cpus())
+    source = with_digests(source, available_cpus())
+    found = fingerprint(source)
     first, *others = gather_object([found])
     for process, other in enumerate(others, 1):
         differs = [f"{name}={first[name]} and {other[name]}" for name in first if other[name] != first[name]]
@@ -95,17 +101,19 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     evaluation = eval_transform(data_config)
     augmented = config.crop != "none" or any((config.hflip, config.color_jitter, config.auto_augment, config.re_prob))
     room = config.memory_limit * 2**30
+    cache = ArrayCache(int(config.cache_limit * 2**30), *([partial(print, file=sys.stderr)] if rank == 0 else []))
     pixels: dict[str, Tensor | None] = {}
     for name, part in {**shares, "train": parts["train"]}.items():
         room -= decoded_size(part, data_config)
         held = room >= 0 and len(part) > 0 and not (name == "train" and augmented)
-        pixels[name] = decode(part, evaluation, available_cpus()) if held else None
+        title = f"decoding {name} images" if rank == 0 else None
+        pixels[name] = decode_kept(part, data_config, cache, title) if held else None
         if name == "test" and not held and not config.skip_bad_images:
-            check_readable(part, available_cpus())  # they are not needed before the end
+            check_readable(part, title)  # they are not needed before the end
 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
-        measured = channel_statistics(_sample(parts["train"], pixels["train"]))
+        measured = _statistics(parts["train"], pixels["train"], data_config, cache)
     data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
     transforms = dict(val=evaluation, test=evaluation, train=evaluation)
     if augmented:
@@ -146,13 +154,18 @@ def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:
         )
 
 
-def _sample(images: LabelledImages, pixels: Tensor | None) -> Iterator[Tensor]:
-    """Yield the images in memory, else a stratified sample of them at their own size; uint8 (N, 3, H, W)."""
-    if pixels is not None:
-        yield from pixels.split(4096)
-        return
-    for index in stratified_sample(images.labels, _STATISTICS_SAMPLE, 0):
-        yield torch.from_numpy(np.array(images[index])).permute(2, 0, 1)[None]
+def _statistics(images: LabelledImages, pixels: Tensor | None, data_config: dict[str, Any], cache: ArrayCache) -> Any:
+    """Return mean and std of the images in memory, else of a stratified sample of them at their own size."""
+    how = [data_config[name] for name in EVALUATION]
+    if pixels is None:
+        images, how = images.subset(stratified_sample(images.labels, _STATISTICS_SAMPLE, 0)), ["own size"]
+
+    def measure() -> np.ndarray:
+        own_size = (torch.from_numpy(np.array(images[i])).permute(2, 0, 1)[None] for i in range(len(images)))
+        return np.array(channel_statistics(own_size if pixels is None else pixels.split(4096))).view(np.uint8)
+
+    key = content_key(images, "statistics", *how)
+    return cache.array(key, (2, 24), measure).view(np.float64).tolist()
 
 
 def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
