@@ -77,6 +77,11 @@ def find_activations(model: nn.Module) -> Iterator[Activation]:
                 yield Activation(parent, key, f"{prefix}.{key}".lstrip("."), value, kind, gate)
 
 
+def activation_kinds(model: nn.Module) -> list[str]:
+    """Return the kinds of activation that a network has outside of gates, as modules or attributes, sorted."""
+    return sorted({found.kind for found in find_activations(model) if found.kind is not None and not found.gate})
+
+
 def called_activations(model: nn.Module, kinds: Collection[str] = tuple(KINDS)) -> dict[str, list[str]]:
     """Return the activations that forwards outside gates call by name, such as ``{"layer1.0": ["relu"]}``."""
     found = {}

@@ -29,10 +29,13 @@ from .hub import (
     check_weights,
     find_model,
     image_batches,
+    image_files,
+    predict,
     publish,
     published_files,
     read_facts,
     sample_batches,
+    summary_line,
     to_float16,
     verify,
     write_folder,
@@ -163,6 +166,42 @@ def _models(args: argparse.Namespace) -> int:
             table.append((row["name"], f"{row['parameters']:,}", row["activation"], ", ".join(weights) or "-"))
         print_table(("model", "parameters", "activation", "weights"), table, left=(0, 2, 3))
     return 0
+
+
+@_command(
+    "name the classes of images; exit status 1 where a file cannot be read, which does not stop the others",
+    "timm-sugar predict photo.jpg path/to/folder --model output/digits --top 3",
+    _argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, and folders, of any depth, with images"),
+    _argument("--model", required=True, help=f"{_MODEL}; local-dir:FOLDER and hf-hub:ORG/NAME too"),
+    _argument("--top", type=int, default=5, metavar="N", help="classes of each image (default: 5)"),
+    _switch("--json", "print a JSON object a line: file, and classes (number, name, probability) or error"),
+)
+def _predict(args: argparse.Namespace) -> int:
+    if args.top < 1:
+        raise ValueError(f"top must be at least 1, got {args.top}")
+    files = image_files(args.images)
+    network = find_model(args.model).load().to("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{args.model}: {summary_line(network)}", file=sys.stderr)
+    failed = []
+    with progress_bars("images") as (on_image,):
+        for done, found in enumerate(predict(network, files, args.top), 1):
+            if found.error:
+                failed.append(found)
+            if args.json:
+                classes = [dict(number=k, name=name, probability=value) for k, name, value in found.classes]
+                print(
+                    json.dumps(
+                        dict(file=found.file) | (dict(error=found.error) if found.error else dict(classes=classes))
+                    )
+                )
+            elif not found.error:
+                print(f"{found.file}: {', '.join(f'{name} {100 * value:.1f}%' for _, name, value in found.classes)}")
+            on_image(done, len(files))
+    for found in failed:
+        print(f"timm-sugar predict: {found.file} {found.error}", file=sys.stderr)
+    if failed:
+        print(f"timm-sugar predict: error: {len(failed)} of {len(files)} files gave no class", file=sys.stderr)
+    return 1 if failed else 0
 
 
 @_command(

@@ -42,6 +42,7 @@ _OPT_IN = ("relu6", "hard_swish")
 ACTIVATION_ARGUMENTS = ("surrogate", "alpha", "act_layer", "save")  # of our entrypoints
 OURS_ALONE = ("surrogate", "alpha", "save", "zero_init_last")  # timm's entrypoints take the last too, of ResNets alone
 _NOTE = "timm_sugar: "
+NOT_EXPRESSED = {"expressed": False}  # the note of a network that its configuration does not build
 NOT_RECORDED = "the conversion is not part of what a saved model records"
 
 
@@ -265,6 +266,8 @@ def _record(model: nn.Module, new: Sugar | None) -> bool | None:
     """
     if isinstance(getattr(model, "pretrained_cfg", None), dict) and model_args(model) is not None:
         return _record_in_timm(model, new)
+    if getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper":
+        return _record_in_wrapper(model, new)
     if hasattr(model, "from_pretrained") and hasattr(getattr(model, "config", None), "to_dict"):
         return _record_in_transformers(model, new)
     return None
@@ -294,8 +297,24 @@ def _record_in_timm(model: Any, new: Sugar | None) -> bool:
             write_note(model, ours)
     if arguments is not None:
         set_model_args(model, kept | arguments)
+    elif not recorded:
+        write_note(model, NOT_EXPRESSED)
     if recorded and new is not None:
         keep_record(model, arguments or {})
+    return recorded
+
+
+def _record_in_wrapper(wrapper: Any, new: Sugar | None) -> bool:
+    """Record in the configuration that transformers saves with a model of timm what timm would save with it."""
+    model, config = wrapper.timm_model, wrapper.config
+    recorded = _record_in_timm(model, new)
+    model._sugar_wrapped = True
+    kept = {key: value for key, value in (config.model_args or {}).items() if key not in ACTIVATION_ARGUMENTS}
+    ours = {key: value for key, value in (model_args(model) or {}).items() if key in ACTIVATION_ARGUMENTS}
+    config.model_args = kept | ours
+    cfg = getattr(config, "pretrained_cfg", None) or {k: v for k, v in model.pretrained_cfg.items() if v is not None}
+    config.pretrained_cfg = cfg | {"notes": list(model.pretrained_cfg.get("notes") or ())}
+    vars(config).pop("timm_sugar", None)  # what a package of ours recorded before
     return recorded
 
 
@@ -373,6 +392,12 @@ def keep_record(model: Any, given: dict[str, Any]) -> None:
 
 
 def _update_record(model: Any, prefix: str, keep_vars: bool) -> None:
+    if prefix == "timm_model." and not hasattr(model, "_sugar_wrapped"):
+        warnings.warn(
+            "the network was converted without the model of transformers around it, whose config.json then builds the "
+            "original activations; convert that model instead",
+            stacklevel=4,
+        )
     built, given = model._sugar_record
     now = _states(model)
     if len(now) > 1 and now != built:

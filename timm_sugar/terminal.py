@@ -39,7 +39,9 @@ def progress_bars(*tasks: str, every: float | None = None) -> Iterator[list[Call
     import rich.progress as bars  # comes with an extra
     from rich.console import Console
 
-    with bars.Progress(*bars.Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+    # What is printed meanwhile appears above the bar; rich would send it to standard error, were that another place.
+    options: dict[str, Any] = dict(console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
+    with bars.Progress(*bars.Progress.get_default_columns(), **options) as progress:
 
         def updater(task: bars.TaskID) -> Callable[[int, int], None]:
             return lambda done, total: progress.update(task, completed=done, total=total)

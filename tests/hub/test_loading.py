@@ -140,7 +140,6 @@ def test_a_folder_without_our_record_is_what_timm_makes_of_it(tmp_path):
     converted = timm_sugar.create_model(f"local-dir:{tmp_path}", pretrained=True, surrogate="nelu", alpha=0.2)
     assert Activation.of(converted) == Activation("nelu", 0.2)
     assert torch.equal(converted.conv1.weight, stock.conv1.weight)
-    torch.save(stock.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"is no published model: it has no model\.safetensors") as error:
         timm_sugar.create_model(f"local-dir:{tmp_path}", pretrained=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from timm_sugar.hub import published_files
 from timm_sugar.hub.reload import check_reload
@@ -204,7 +205,12 @@ def test_a_config_as_timm_wrote_it_at_first_is_loaded_back(tmp_path):
         check_reload(tmp_path, model)
 
 
-def test_pickled_weights_are_not_loaded(cli, run_folder, parquet_folder, tmp_path):
+def test_of_pickled_weights_only_tensors_are_read(cli, run_folder, parquet_folder, tmp_path):
     shutil.copytree(run_folder / "model", tmp_path / "model")
-    (tmp_path / "model/model.safetensors").rename(tmp_path / "model/pytorch_model.bin")
-    assert "no model.safetensors" in one_error(cli("verify", tmp_path / "model", "--data", parquet_folder))
+    (tmp_path / "model/model.safetensors").unlink()
+    torch.save(load_file(run_folder / "model/model.safetensors"), tmp_path / "model/pytorch_model.bin")
+    result = cli("verify", tmp_path / "model", "--data", parquet_folder)
+    assert result.status == 0, result.err
+    (tmp_path / "model/pytorch_model.bin").write_bytes(b"no pickle")
+    error = one_error(cli("verify", tmp_path / "model", "--data", parquet_folder))
+    assert "pytorch_model.bin is no file of tensors alone" in error

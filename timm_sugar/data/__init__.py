@@ -2,8 +2,8 @@
 
 from .cache import ArrayCache
 from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
-from .folders import listed
-from .images import BadImageError, LabelledImages, available_cpus
+from .folders import files_below, is_image_name, listed
+from .images import BadImageError, LabelledImages, available_cpus, to_rgb, why_unreadable
 from .loading import Split, content_key, decode, decode_kept, decoded_size, fingerprint, seed_everything, with_digests
 from .parallel import check_readable, readable
 from .sources import Source, load_source, split_validation, stratified_sample
@@ -28,7 +28,9 @@ __all__ = [
     "eval_transform",
     "evaluate",
     "evaluate_batches",
+    "files_below",
     "fingerprint",
+    "is_image_name",
     "listed",
     "load_source",
     "normalize",
@@ -36,6 +38,8 @@ __all__ = [
     "seed_everything",
     "split_validation",
     "stratified_sample",
+    "to_rgb",
     "train_transform",
+    "why_unreadable",
     "with_digests",
 ]

@@ -72,18 +72,22 @@ class LabelledImages:
         try:
             return get(row)
         except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-            if is_system_error(error):
-                message = f"cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
-            else:
-                unknown = isinstance(error, UnidentifiedImageError)
-                reason = "it is not in a format that Pillow reads" if unknown else f"{error}" or type(error).__name__
-                message = f"cannot be decoded: {reason}; repair or remove it, or train with --skip-bad-images"
-            raise BadImageError(f"image {self.place(row)} {message}") from error
+            remedy = "" if is_system_error(error) else "; repair or remove it, or train with --skip-bad-images"
+            raise BadImageError(f"image {self.place(row)} {why_unreadable(error)}{remedy}") from error
 
     def subset(self, indices: np.ndarray) -> "LabelledImages":
         """Return the images at `indices`, in that order."""
         digests = None if self.digests is None else self.digests[indices]
         return replace(self, rows=self.rows[indices], labels=self.labels[indices], digests=digests)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return "cannot be read: ..." or "cannot be decoded: ..." for what reading or decoding an image raised."""
+    if is_system_error(error):
+        return f"cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = "it is not in a format that Pillow reads" if unknown else " ".join(str(error).split())
+    return f"cannot be decoded: {reason or type(error).__name__}"
 
 
 def is_system_error(error: BaseException | None) -> bool:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from timm.models import is_model
+from timm.models import is_model, parse_model_name
 from torch import Tensor, nn
 
 from ..data import (
@@ -164,26 +164,31 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
     """Find a model by the name that a user gives.
 
     Args:
-        model: A folder with config.json and model.safetensors, a run's folder, ORG/NAME on the Hub, or a model of
-            timm's registry that has published weights.
+        model: A folder with config.json and weights that this package, timm or transformers wrote, a run's folder,
+            ORG/NAME on the Hub, or a model of timm's registry that has published weights. ``local-dir:`` and
+            ``hf-hub:`` may stand before the former and the latter.
         revision: Of a repository: branch, tag or commit.
 
     Raises:
         OSError: there is no such model, the run is not finished, or the card is corrupted.
         ValueError: the name is not legal.
     """
-    folder = Path(model)
-    if folder.is_dir():
+    kind, place = parse_model_name(model) if model.startswith(("local-dir:", "hf-hub:")) else (None, model)
+    if kind == "hf-hub":
+        model, _, given = place.partition("@")
+        revision = revision or given or None
+    folder = Path(place)
+    if folder.is_dir() and kind != "hf-hub":
         published = (folder / "config.json").is_file()
         if (folder / "config.yaml").is_file() and not published and not (folder / "model").is_dir():
             raise FileNotFoundError(f"{model} holds a run without a model: it is not finished")
         folder = folder / "model" if (folder / "model").is_dir() else folder
         readme = folder / "README.md"
-        return NamedModel(model, f"local-dir:{folder}", readme if readme.is_file() else None)
-    if is_model(model.partition(".")[0]):
+        return NamedModel(place, f"local-dir:{folder}", readme if readme.is_file() else None)
+    if kind is None and is_model(model.partition(".")[0]):
         return NamedModel(model, model, None)
-    if model.startswith((".", "/", "~")) or "/" not in model:
-        raise FileNotFoundError(f"there is no folder {model}")
+    if kind == "local-dir" or model.startswith((".", "/", "~")) or "/" not in model:
+        raise FileNotFoundError(f"there is no folder {place}")
     check_repo_id(model)
     try:
         card: Path | None = download(model, "README.md", revision)

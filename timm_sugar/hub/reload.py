@@ -16,6 +16,7 @@ from torch import nn
 
 from .._timm import parse_model_config
 from ..models import is_own
+from ..models._weights import unwrap
 
 _TOLERANCE = 1e-4  # of the largest logit: as far as two processes round differently
 
@@ -63,13 +64,14 @@ def loads_in(config: dict[str, Any]) -> str:
     """
     if is_own(config["architecture"]):
         return "plugin"
-    return "timm_sugar" if "surrogate" in config.get("model_args", {}) else "timm"
+    return "timm_sugar" if "surrogate" in (config.get("model_args") or {}) else "timm"
 
 
 def check_reload(folder: Path, model: nn.Module) -> None:
     """Load a package in another process as its card says, and compare its logits on fixed images with those of `model`.
 
-    timm does it without this package where config.json names what timm has, and transformers where it is installed.
+    timm does it without this package where config.json names what timm has, and transformers where it is installed; it
+    alone where it wrote the folder.
 
     Args:
         folder: With config.json and model.safetensors.
@@ -84,6 +86,8 @@ def check_reload(folder: Path, model: nn.Module) -> None:
     libraries = ["timm_sugar" if needs == "timm_sugar" else "timm"]
     if needs != "timm_sugar" and "timm_sugar" in config:
         libraries.append("transformers")
+    if unwrap(config) and needs != "timm_sugar":
+        libraries = ["transformers"]
     plain = copy.deepcopy(model).cpu().float().eval()
     size = parse_model_config(copy.deepcopy(config))[0].get("input_size", (3, 224, 224))
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))

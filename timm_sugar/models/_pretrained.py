@@ -17,6 +17,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from .._timm import set_model_args
+from ..activations import activation_kinds
 from ..convert import NOT_RECORDED, convert, is_own, keep_record
 from ..layers import Activation
 from ._weights import WEIGHTS, read_config, read_published
@@ -212,7 +213,17 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         recorded = Activation(save=recorded.save)
     arguments = {**found.model_args, **recorded.given(), **wanted.given(), **kwargs}
     saved: dict[str, Any] = dict(pretrained_cfg=found.pretrained_cfg, pretrained_model_args=found.model_args)
-    return build(found.architecture, pretrained=pretrained, **saved, **arguments)
+    model: Any = build(found.architecture, pretrained=pretrained, **saved, **arguments)
+    if model.pretrained_cfg.pop("state_dict", None) is not None:
+        model.pretrained_cfg["source"] = source
+    if found.of_transformers and wanted == Activation() and (kinds := activation_kinds(model)) != ["relu"]:
+        warnings.warn(
+            f"config.json of {model_id} records no conversion, so that this {found.architecture} has "
+            f"{' and '.join(kinds)}, as timm builds it; if it was converted, give surrogate=",
+            stacklevel=2,
+        )
+    built: nn.Module = model
+    return built
 
 
 def build(architecture: str, **kwargs: Any) -> nn.Module:

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -15,15 +16,19 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, is_model
+from torch import Tensor
 
 from .._timm import parse_model_config
-from ..convert import ACTIVATION_ARGUMENTS, read_note
+from ..convert import ACTIVATION_ARGUMENTS, NOT_EXPRESSED, read_note
 from ..layers import Activation
 from ._download import check_token, download, reach_hub
 
 ORGANISATION = "timm-sugar"
 WEIGHTS = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
+_WRAPPER = "timm_model."  # in which transformers' TimmWrapper holds the model
 CHECKOUT = Path(__file__).parents[2] / "hub_cards"  # not in a wheel
 _MOST_PIXELS = 4096  # a side, before and after the crop
 
@@ -47,7 +52,9 @@ class PublishedConfig:
         architecture: Name in timm's registry; the recorded one of this package where there is a record.
         activation: The recorded surrogate, alpha and save, or act_layer where the network has none.
         model_args: Arguments of the model apart from those.
-        pretrained_cfg: For timm: input, classes, and where the weights are.
+        pretrained_cfg: For timm: input, classes, and where the weights are, or themselves as ``"state_dict"`` where it
+            cannot read their file by itself.
+        of_transformers: transformers wrote it, around a model of timm, and it records no activation.
     """
 
     source: str
@@ -55,6 +62,7 @@ class PublishedConfig:
     activation: Activation
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
+    of_transformers: bool = False
 
     def check_arguments(self, variant: str) -> None:
         """Raise RuntimeError where the weights need arguments that `variant` does not have by itself."""
@@ -182,14 +190,18 @@ def _in_folder(variant: str, folder: Path) -> dict[str, str]:
 def read_config(source: str, cache_dir: str | None = None, weights: bool = True) -> PublishedConfig:
     """Read and validate the config.json of a published model: only arguments of a registered model are accepted.
 
+    It may be written by this package, by timm's `save_for_hf`, or by transformers for its TimmWrapper.
+
     Args:
         source: ``hf-hub:ORG/NAME``, with or without ``@REVISION``, or ``local-dir:FOLDER``.
         cache_dir: In place of huggingface_hub's cache.
-        weights: Check that there are weights too, as safetensors, with the hash that the Hub gives.
+        weights: Check that there are weights too, as safetensors, with the hash that the Hub gives. Those of a folder
+            may be pytorch_model.bin, of which nothing but tensors is read.
 
     Raises:
         ValueError: the file is no model's config.json, names an unregistered model or weights that are not
-            safetensors, or asks for more than a model or for another one than the weights are of.
+            safetensors, or asks for more than a model or for another one than the weights are of; or the network was
+            converted in a way that the file does not express.
         OSError: there is no such repository or folder, or a file of it is missing or corrupted.
     """
     kind, _, model_id = source.partition(":")
@@ -202,16 +214,24 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
         where = {"hf_hub_id": f"{repo_id}@{commit}", "hf_hub_filename": WEIGHTS, "source": "hf-hub"}
     else:
         paths = [Path(model_id, name) for name in wanted]
+        if weights and not paths[1].is_file() and Path(model_id, _PICKLE).is_file():
+            paths[1] = Path(model_id, _PICKLE)
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"{model_id} is no published model: it has no {path.name}")
         where = {"file": model_id, "source": "local-dir"}
     try:
         config = json.loads(paths[0].read_text(encoding="utf-8"))
+        wrapped = unwrap(config)
         cfg, architecture, model_args = parse_model_config(config)
         record = config.get("timm_sugar")
         if record is None and (noted := read_note(cfg)) is not None:
             record = {"architecture": architecture} | noted
+        if record == {"architecture": architecture} | NOT_EXPRESSED:
+            raise ValueError(
+                "its network was converted in a way that it does not express (a part of the activations, say); build "
+                "it, convert it in the same way and load its state dict"
+            )
         architecture, activation = _read_record(record, architecture, model_args)
         if not is_model(architecture):
             raise ValueError(f"it names {architecture!r}, which is no model of timm's registry")
@@ -219,18 +239,55 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
         if refused:
             raise ValueError(f"its model_args hold {', '.join(refused)}, which are not arguments of a model")
         file = cfg.get("hf_hub_filename") or WEIGHTS
-        if file not in (WEIGHTS, "pytorch_model.bin"):  # in place of the latter timm takes the former where it is
+        if file not in (WEIGHTS, _PICKLE):  # in place of the latter timm takes the former where it is
             raise ValueError(f"it names {file!r} as its weights; only {WEIGHTS} is loaded")
         fields = {field.name for field in dataclasses.fields(PretrainedCfg)} - _SOURCES
         cfg = {key: value for key, value in cfg.items() if key in fields} | where
         others = {key: value for key, value in model_args.items() if key not in ACTIVATION_ARGUMENTS}
         _check_sizes(cfg, others)
         if weights:
-            _check_shapes(paths[1], architecture, cfg, others)
+            pickled, prefix = paths[1].name == _PICKLE, _WRAPPER if wrapped else ""
+            tensors = _read_pickle(paths[1]) if pickled else None
+            held = {name: tensor.numel() for name, tensor in tensors.items()} if tensors else _sizes(paths[1])
+            held = {name.removeprefix(prefix): size for name, size in held.items()}
+            _check_shapes(held, paths[1].name, architecture, cfg, others)
+            if pickled or wrapped:
+                tensors = tensors or load_file(paths[1])
+                tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+                cfg |= {"state_dict": tensors, "source": ""}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"config.json of {model_id} cannot be used: {reason}") from error
-    return PublishedConfig(source, architecture, activation, others, cfg)
+    return PublishedConfig(source, architecture, activation, others, cfg, wrapped and activation == Activation())
+
+
+def unwrap(config: dict[str, Any]) -> bool:
+    """Make the config.json of transformers' TimmWrapper what timm writes; return whether it was one.
+
+    Raises:
+        ValueError: it is of another model of transformers.
+    """
+    kind = config.get("model_type")
+    if kind is not None and kind != "timm_wrapper" and "architecture" not in config:
+        raise ValueError(
+            f"it is of transformers' {kind}, which timm does not build; load it with transformers, after "
+            "`import timm_sugar.transformers`"
+        )
+    if kind != "timm_wrapper":
+        return False
+    config["model_args"] = config.get("model_args") or {}
+    # transformers builds the model as timm does by default, for images of the default size where that is fixed.
+    default = timm.get_pretrained_cfg(config["architecture"]) if is_model(config["architecture"]) else None
+    if default is not None:
+        config["pretrained_cfg"] = config.get("pretrained_cfg") or default.to_dict()
+        if default.fixed_input_size:
+            config["model_args"].setdefault("img_size", default.input_size[1:])
+    for name in ("hf_hub_filename", "custom_load", "label_offset"):  # of the file that timm publishes
+        config["pretrained_cfg"].pop(name, None)
+    names = config.get("label_names") or []
+    if names == [f"LABEL_{number}" for number in range(len(names))]:  # which stand for none
+        config.pop("label_names", None)
+    return True
 
 
 def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> tuple[str, Activation]:
@@ -260,13 +317,30 @@ def _check_sizes(cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
             raise ValueError(f"it takes {side} pixels from {side / crop:.0f}; a side is at most {_MOST_PIXELS} pixels")
 
 
-def _check_shapes(path: Path, architecture: str, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
-    """Raise ValueError where a file of weights is not that of the model, before memory is taken for either."""
+def _sizes(path: Path) -> dict[str, int]:
     try:
         with safe_open(path, "pt") as file:
-            held = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path.name} is no safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path.name} is no file of tensors alone, and of a pickle nothing else is read; save {WEIGHTS}"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path.name} holds no state dict")
+    return found
+
+
+def _check_shapes(
+    held: dict[str, int], file: str, architecture: str, cfg: dict[str, Any], model_args: dict[str, Any]
+) -> None:
+    """Raise ValueError where a file of weights is not that of the model, before memory is taken for either."""
     try:
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained_cfg=cfg, **model_args)
@@ -276,8 +350,8 @@ def _check_shapes(path: Path, architecture: str, cfg: dict[str, Any], model_args
     # By their number, since timm converts the layout of some older weights as it loads them.
     for name in held.keys() & needed.keys():
         if held[name] != needed[name] and not cfg.get("label_offset"):
-            raise ValueError(f"its model has {needed[name]:,} numbers in {name}, and {path.name} {held[name]:,}")
+            raise ValueError(f"its model has {needed[name]:,} numbers in {name}, and {file} {held[name]:,}")
     if sum(needed.values()) > 2 * sum(held.values()):
         raise ValueError(
-            f"its model has {sum(needed.values()):,} numbers, and {path.name} no more than {sum(held.values()):,}"
+            f"its model has {sum(needed.values()):,} numbers, and {file} no more than {sum(held.values()):,}"
         )
