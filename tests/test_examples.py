@@ -11,8 +11,8 @@ import timm_sugar
 from timm_sugar import surrogates
 
 MODULES = [
-    "surrogates", "functional", "layers", "gradients", "convert", "init", "models._pretrained", "analysis.units",
-    "analysis.profiles", "analysis.landscape", "training.command",
+    "surrogates", "functional", "layers", "gradients", "monitor", "convert", "init", "models._pretrained",
+    "analysis.units", "analysis.profiles", "analysis.landscape", "training.command",
 ]  # fmt: skip
 
 

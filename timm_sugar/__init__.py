@@ -6,10 +6,12 @@ from .functional import forward_gradient_injection, sugar
 from .gradients import check_gradients
 from .layers import Sugar, register_surrogate
 from .models import create_model
+from .monitor import DeadUnitMonitor
 from .surrogates import list_surrogates
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "DeadUnitMonitor",
     "Sugar",
     "check_gradients",
     "convert",

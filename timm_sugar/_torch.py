@@ -34,6 +34,15 @@ def is_trace_check() -> bool:
     return frame is not None
 
 
+def in_backward() -> bool:
+    """Whether autograd is computing a backward pass in this thread, in which checkpointing calls modules again.
+
+    There is no public way to ask. Where it is gone, such calls are counted as if they were the network's own.
+    """
+    return bool(_graph_task() != -1)
+
+
+_graph_task: Any = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _functorch_active: Any = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 # How many dispatch modes see every operation (tracing, fake tensors, counters). There is no public way to ask. Where it

@@ -1,19 +1,21 @@
 """The activations of any network: its modules, its attributes that hold a function, and what its forwards call by name.
 
-`convert` swaps them and `timm_sugar.analysis` counts them, so that both mean the same by an activation.
+`convert` swaps them, `DeadUnitMonitor` and `timm_sugar.analysis` count them: all mean the same by an activation.
 """
 
 import ast
+import copy
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Names of activation classes, wherever they are defined (torch, timm, transformers, a user's file), and of functions.
 KINDS = {
@@ -36,6 +38,8 @@ KINDS = {
 }
 LEARNED = ("prelu",)  # have parameters
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 # Modules that compute a gate: the ReLU between the two layers of a squeeze-excite is no activation of the network.
 _GATE = re.compile(
@@ -117,7 +121,7 @@ def kind_of(value: Any) -> str | None:
 
 def function_of(value: Any) -> Callable[..., Any] | None:
     """Return the plain function that `value` is or is a partial application of; None for anything else."""
-    while isinstance(value, partial):
+    while isinstance(value, (partial, Watched)):
         value = value.func
     return value if isinstance(value, (FunctionType, BuiltinFunctionType)) else None
 
@@ -126,6 +130,99 @@ def name_of(activation: Any) -> str:
     """Return the name of an activation's class or function."""
     function = function_of(activation)
     return type(activation).__name__ if function is None else function.__name__
+
+
+def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]) -> ExitStack:
+    """Have ``see(name, x, channels_last)`` called before each activation of `model` that is outside of gates.
+
+    Watched are modules and attributes that hold a function; a module that two names share goes by the first. Copies of
+    the model, by deepcopy or pickle, are not watched.
+
+    Units are on the last dimension of what a linear layer gives, and on dimension 1 after a convolution, BatchNorm or
+    GroupNorm; the last of these whose input has as many dimensions decides, which is `channels_last`. Without any, the
+    last of three dimensions (tokens) and the first after the batch of four or more (images) are taken.
+
+    Returns:
+        What undoes it when it is closed.
+    """
+    layout: dict[int, bool] = {3: True}  # whether channels are last, by number of dimensions
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # while Dynamo traces, in the order of calls
+    def note_layout(dimensions: int, last: bool) -> None:
+        layout[dimensions] = last
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def is_last(dimensions: int) -> bool:
+        return layout.get(dimensions, False)
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, args: see(name, args[0], is_last(args[0].ndim))
+
+    watched = ExitStack()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            hook = Hook(lambda _, args: note_layout(args[0].ndim, True))
+        elif isinstance(module, _CHANNELS_FIRST):
+            hook = Hook(lambda _, args: note_layout(args[0].ndim, False))
+        else:
+            continue
+        watched.callback(module.register_forward_pre_hook(hook).remove)
+    for parent, key, name, value, _, _ in watchable_activations(model):
+        if isinstance(value, nn.Module):
+            watched.callback(value.register_forward_pre_hook(Hook(watch(name))).remove)
+        else:
+            replaced = Watched(value, watch(name))
+            setattr(parent, key, replaced)
+            watched.callback(_put_back, parent, key, replaced)
+    return watched
+
+
+def watchable_activations(model: nn.Module) -> list[Activation]:
+    """Return the known activations outside of gates, a module that several names share once."""
+    found, shared = [], set()
+    for activation in find_activations(model):
+        if activation.kind is not None and not activation.gate and id(activation.value) not in shared:
+            found.append(activation)
+            if isinstance(activation.value, nn.Module):
+                shared.add(id(activation.value))
+    return found
+
+
+class Hook:
+    """A hook that does nothing in a copy of its module."""
+
+    def __init__(self, call: Callable[..., None] | None = None):
+        self.call = call
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if self.call is not None:
+            self.call(module, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, ()
+
+    @property
+    def __name__(self) -> str:  # torch.jit.script asks for it
+        raise AttributeError("a network whose activations are watched cannot be scripted: detach DeadUnitMonitor first")
+
+
+class Watched:
+    """A function in an attribute of a module; a copy is the plain function."""
+
+    def __init__(self, func: Callable[..., Any], call: Callable[..., None]):
+        self.func, self.call = func, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.call(self, args)
+        return self.func(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (self.func,)
+
+
+def _put_back(parent: nn.Module, key: str, watched: Watched) -> None:
+    if vars(parent).get(key) is watched:  # and not converted meanwhile
+        setattr(parent, key, watched.func)
 
 
 def _named_modules(module: nn.Module, prefix: str = "", gate: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:

@@ -127,6 +127,7 @@ class _ChannelsBackAgain(nn.Module):
         ),
         (_ChannelsBackAgain, (7, 6, 3), {"act1": 5, "act2": 5}),
         (lambda: nn.Sequential(nn.LayerNorm(6), nn.GELU()), (4, 6), {"1": 6}),
+        (lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU()), (3,), {"2": 5}),
     ],
 )
 def test_units_are_features_or_channels(build, image, expected):

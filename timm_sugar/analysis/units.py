@@ -1,9 +1,8 @@
 """Which units of a network are active: counted at its activations during an evaluation pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any
 
 import torch
@@ -11,9 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import find_activations
-
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+from ..activations import watch_activations, watchable_activations
 
 
 @dataclass
@@ -50,7 +47,7 @@ class LayerCounts:
         """Number of active elements of each unit over all images, int64, (units,)."""
         if self.channels_last:
             return self.active.reshape(-1, self.active.shape[-1]).sum(0)
-        return self.active.flatten(1).sum(1)
+        return self.active.reshape(len(self.active), -1).sum(1)
 
 
 @dataclass
@@ -104,11 +101,7 @@ def count_units(model: nn.Module) -> Iterator[UnitCounts]:
     Counted are the modules and the function-valued attributes that `timm_sugar.convert` knows as activations, and
     PReLU; those in gates are left out, as there. What a forward calls by name (``F.relu(x)``) is nowhere to be counted:
     `timm_sugar.activations.called_activations` names it. An activation that is called several times in a forward pass
-    counts as several, in order of calls.
-
-    Units are on the last dimension of what a linear layer gives, and on dimension 1 after a convolution, BatchNorm or
-    GroupNorm; the last of these whose input has as many dimensions decides. Without any, the last of three dimensions
-    (tokens) and the first after the batch of four or more (images) are taken.
+    counts as several, in order of calls. `timm_sugar.activations.watch_activations` says which dimension the units are.
 
     Memory does not depend on the number of images: one int64 for each element of a single image.
 
@@ -121,62 +114,22 @@ def count_units(model: nn.Module) -> Iterator[UnitCounts]:
     """
     counts = UnitCounts()
     calls: dict[str, int] = {}
-    channels_last: dict[int, bool] = {3: True}  # by number of dimensions
 
-    def begin(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls.clear()
-
-    def note_layout(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        channels_last[args[0].ndim] = isinstance(module, nn.Linear)
-
-    def count(name: str, kind: str, x: Tensor) -> None:
+    def count(name: str, x: Tensor, channels_last: bool) -> None:
         calls[name] = calls.get(name, 0) + 1
         key = name if calls[name] == 1 else f"{name}:{calls[name]}"
         if key not in counts.layers:
             with torch.inference_mode(False):  # so that it may be added to outside that mode, too
                 active = torch.zeros(x.shape[1:], dtype=torch.int64, device=x.device)
-            counts.layers[key] = LayerCounts(kind, channels_last.get(x.ndim, False), active)
+            counts.layers[key] = LayerCounts(kinds[name], channels_last, active)
         # Up to 255 images fit a sum of bytes, which takes a tenth of the time of one of int64.
         for part in (x > 0).view(torch.uint8).split(255):
             counts.layers[key].add(part.sum(0, dtype=torch.uint8), len(part), part.numel())
 
-    handles = [model.register_forward_pre_hook(begin)]
-    functions = []
-    try:
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, *_CHANNELS_FIRST)):
-                handles.append(module.register_forward_pre_hook(note_layout))
-        hooked = set()
-        for parent, key, name, value, kind, gate in [*find_activations(model)]:
-            if kind is None or gate:
-                continue
-            if not isinstance(value, nn.Module):
-                functions.append((parent, key, value))
-                setattr(parent, key, _counting(value, name, kind, count))
-            elif value not in hooked:
-                hooked.add(value)
-                handles.append(value.register_forward_pre_hook(_hook(name, kind, count)))
+    kinds = {found.name: found.kind or "" for found in watchable_activations(model)}
+    with watch_activations(model, count) as watched:
+        watched.callback(model.register_forward_pre_hook(lambda *_: calls.clear()).remove)
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parent, key, value in functions:
-            setattr(parent, key, value)
-
-
-def _hook(name: str, kind: str, count: Callable[[str, str, Tensor], None]) -> Callable[..., None]:
-    return lambda module, args: count(name, kind, args[0])
-
-
-def _counting(
-    function: Callable[..., Tensor], name: str, kind: str, count: Callable[[str, str, Tensor], None]
-) -> Callable[..., Tensor]:
-    @wraps(function)
-    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        count(name, kind, x)
-        return function(x, *args, **kwargs)
-
-    return counted
 
 
 def _pad(counts: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,457 @@
+"""`DeadUnitMonitor`: dead units and sparsity by layer while any loop trains any network."""
+
+import itertools
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._torch import in_backward
+from .activations import (
+    Activation,
+    Hook,
+    Watched,
+    called_activations,
+    calls_summary,
+    kind_of,
+    watch_activations,
+    watchable_activations,
+)
+
+_CHECK = 100  # steps after which dead units are looked at for the warning where there is no window
+
+
+@dataclass(frozen=True)
+class LayerActivity:
+    """What one activation did in training; a unit is active where its pre-activation is above 0.
+
+    Attributes:
+        name: Name of the activation in the network; ``name:2`` is its second call in a pass.
+        kind: What it is, a key of `timm_sugar.activations.KINDS`, such as "sugar" or "relu".
+        units: Number of units: channels of a convolution, features of a linear layer.
+        dead: Units that were active nowhere.
+        nearly_dead: Units that were active somewhere, but for less than the monitor's `nearly_dead` of their values.
+        always_active: Units that were active everywhere.
+        sparsity: Fraction of the pre-activations that were not above 0.
+        probability: Of each unit, the fraction of its pre-activations that were above 0.
+    """
+
+    name: str
+    kind: str
+    units: int
+    dead: int
+    nearly_dead: int
+    always_active: int
+    sparsity: float
+    probability: list[float]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """The activations of a network over a window of training.
+
+    Attributes:
+        steps: Training passes in the window.
+        counted_steps: Those of them that were counted.
+        images: Length of the batch dimension, summed over the counted passes (and processes).
+        dead_units, nearly_dead, always_active: Fractions of all units.
+        sparsity: Fraction of all pre-activations that were not above 0.
+        layers: One record for each activation, in the order of the forward pass.
+        not_seen: Activations that no counted pass came to.
+    """
+
+    steps: int
+    counted_steps: int
+    images: int
+    dead_units: float
+    nearly_dead: float
+    always_active: float
+    sparsity: float
+    layers: list[LayerActivity]
+    not_seen: list[str]
+
+    def numbers(self, layers: bool = False) -> dict[str, float]:
+        """Return what a tracker takes: fractions by name; with `layers`, also ``dead_units/NAME`` of each layer."""
+        found = dict(
+            dead_units=self.dead_units,
+            nearly_dead_units=self.nearly_dead,
+            always_active_units=self.always_active,
+            activation_sparsity=self.sparsity,
+        )
+        if layers:
+            found |= {f"dead_units/{layer.name}": layer.dead / layer.units for layer in self.layers}
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as what JSON can hold."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "units", "dead", "nearly dead", "always active", "sparsity")
+        rows = [[*map(str, [*vars(layer).values()][:6]), f"{layer.sparsity:.1%}"] for layer in self.layers]
+        left = max(len(layer.name) for layer in self.layers)
+        lines = [f"{row[0]:{left}}  {row[1]:10}" + "".join(f"{cell:>15}" for cell in row[2:]) for row in (head, *rows)]
+        counted = f"{self.counted_steps} of {self.steps} training passes counted, {self.images} images"
+        lines.append(f"dead units {self.dead_units:.2%}, sparsity {self.sparsity:.1%}; {counted}")
+        return "\n".join([*lines, *([f"not seen: {', '.join(self.not_seen)}"] if self.not_seen else [])])
+
+
+class _Count(NamedTuple):
+    """Of one activation: active values of each unit, integers (units,); values of each; length of the batch."""
+
+    active: Tensor
+    seen: int
+    images: int
+
+
+_Pass: TypeAlias = dict[str, _Count]  # by activation and number of the call
+
+
+class DeadUnitMonitor:
+    """Count dead, nearly dead and always-active units of any network while any loop trains it.
+
+    A step is a training pass: a call of `model` in train() mode. Passes in eval() mode, and what gradient checkpointing
+    computes again, are not counted. Counts stay on the device, and nothing waits for it before `summary` is called.
+    Counted are the activations that `timm_sugar.convert` knows, and PReLU, outside of gates; one that is called several
+    times in a pass counts as several. Attach it before or after `torch.compile`, DDP and `convert`; detach it before
+    `torch.jit.script`, and before `torch.export` in train() mode.
+
+    Args:
+        model: Any network. Its state dict does not change, and copies of it (deepcopy, pickle) are not monitored.
+        window: What `summary` is about: the last so many steps; None is everything since the start or `reset`.
+            Otherwise the device keeps four bytes for each unit and counted step.
+        every: One step in so many is counted, the first of them. 1 counts all, at a higher cost: a unit that is dead
+            in one batch in `every` may be active in the others.
+        nearly_dead: A unit that is active for less than this fraction of its values is nearly dead.
+        warn_above: Warn once where more than this fraction of all units was dead in a window (in 100 steps where
+            `window` is None); None never warns.
+
+    Raises:
+        ValueError: an argument is out of range, or `model` has no activation that can be seen.
+
+    Warns:
+        UserWarning: activations that a forward calls by name (``F.relu(x)``), which cannot be seen; or activations
+            that run in a way that is not counted: outside of a call of `model` (see `step`).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.zero_(), model[0].bias.copy_(torch.tensor([1.0, 1.0, -1.0]))
+        >>> monitor = DeadUnitMonitor(model, window=10, every=1)
+        >>> for _ in range(20):
+        ...     _ = model(torch.randn(8, 2))  # and backward, and a step of the optimizer
+        >>> found = monitor.summary()
+        >>> found.layers[0].dead, found.layers[0].always_active, found.steps, found.images
+        (1, 2, 10, 80)
+        >>> monitor.detach()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        window: int | None = 500,
+        every: int = 5,
+        nearly_dead: float = 0.01,
+        warn_above: float | None = 0.5,
+    ):
+        for name, value in (("window", window), ("every", every)):
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+        if window is not None and window < every:
+            raise ValueError(f"a window of {window} steps may hold none that is counted: every is {every}")
+        for name, share in (("nearly_dead", nearly_dead), ("warn_above", warn_above)):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}")
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("what nn.DataParallel's copies compute cannot be counted: use DistributedDataParallel")
+        while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+        self.model, self.window, self.every = model, window, every
+        self.nearly_dead, self.warn_above = nearly_dead, warn_above
+        self._places = {found.name: found for found in watchable_activations(model)}
+        unseen = calls_summary(model, called_activations(model))
+        if not self._places:
+            why = f"out of reach are {unseen}" if unseen else "those of a scripted or exported network cannot be seen"
+            raise ValueError(f"{type(model).__name__} has no activation module or attribute to monitor; {why}")
+        if unseen:
+            warnings.warn(f"DeadUnitMonitor cannot see {unseen}", stacklevel=2)
+        self._token = torch.zeros(
+            1, device=_device(model)
+        )  # what the operator writes to, so that calls keep their order
+        self._number = next(_numbers)
+        _monitors[self._number] = self
+        self._explicit = False  # whether `step` says where a pass begins and ends
+        self._warned_outside = False
+        self._pending: Callable[[], float | None] | None = None  # fraction of dead units, None until it is there
+        self._traced = False
+        self.reset()
+        self._watched = watch_activations(model, self._see)
+        self._watched.callback(model.register_forward_pre_hook(Hook(self._enter)).remove)
+        self._watched.callback(model.register_forward_hook(Hook(self._leave)).remove)
+        torch.compiler.reset()  # what is compiled does not ask whether a module got or lost a hook
+
+    def reset(self) -> None:
+        """Forget what was counted, as if the monitor was new."""
+        self.steps = 0  # training passes so far
+        self._passes: deque[tuple[int, _Pass]] = deque()  # with the number of the step
+        self._counted = 0
+        self._now: _Pass | None = None  # of a pass that is counted
+        self._inside = False
+        self._calls: Counter[str] = Counter()
+
+    def detach(self) -> None:
+        """Take the monitor off the network, which is then as it was before; `summary` still answers."""
+        self._watched.close()
+        _monitors.pop(self._number, None)
+        if self._traced:
+            torch.compiler.reset()
+            self._traced = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Count everything that runs inside as one training pass, whichever way the network is called.
+
+        For ``model.forward_features(x)`` and other methods, and where one step calls the network several times.
+        """
+        self._explicit = True
+        self._begin()
+        try:
+            yield
+            self._end()
+        finally:
+            self._explicit = self._inside = False
+            self._now = None
+
+    def summary(self, all_processes: bool = False) -> Activity:
+        """Return what was counted in the window; this waits for the device.
+
+        Args:
+            all_processes: Add up the counts of a process group, every process of which has to call this.
+
+        Raises:
+            RuntimeError: no training pass was counted.
+        """
+        totals = self._totals()
+        if all_processes and dist.is_initialized() and dist.get_world_size() > 1:
+            totals = _add_up_processes(totals, _device(self.model))
+        if not totals:
+            raise RuntimeError(
+                f"no training pass of {type(self.model).__name__} was counted: it is to be called in train() mode"
+            )
+        layers = [self._layer(key, count) for key, count in totals.items()]
+        units = sum(layer.units for layer in layers)
+        active = sum(count.active.sum().item() for count in totals.values())
+        ran = {_name(key) for key in totals}
+        return Activity(
+            steps=self.steps if self.window is None else min(self.steps, self.window),
+            counted_steps=self._counted if self.window is None else len(self._passes),
+            images=next(iter(totals.values())).images,
+            dead_units=sum(layer.dead for layer in layers) / units,
+            nearly_dead=sum(layer.nearly_dead for layer in layers) / units,
+            always_active=sum(layer.always_active for layer in layers) / units,
+            sparsity=1 - active / sum(count.seen * len(count.active) for count in totals.values()),
+            layers=layers,
+            not_seen=[name for name in self._places if name not in ran],
+        )
+
+    def _layer(self, key: str, count: _Count) -> LayerActivity:
+        place = self._places[_name(key)]
+        active = count.active.cpu()
+        probability = active.double() / count.seen
+        dead = active == 0
+        return LayerActivity(
+            name=key,
+            kind=kind_of(getattr(place.parent, place.key)) or place.kind or "",  # it may have been converted
+            units=len(active),
+            dead=int(dead.sum()),
+            nearly_dead=int(((probability < self.nearly_dead) & ~dead).sum()),
+            always_active=int((active == count.seen).sum()),
+            sparsity=1 - probability.mean().item(),
+            probability=[float(f"{share:.4g}") for share in probability.tolist()],
+        )
+
+    def _totals(self) -> _Pass:
+        """Add up the passes; activations that had no values in any are left out."""
+        by_key: dict[str, list[_Count]] = {}
+        for _, counts in self._passes:
+            for key, count in counts.items():
+                by_key.setdefault(key, []).append(count)
+        totals = {key: _add(key, counts) for key, counts in by_key.items()}
+        return {key: count for key, count in totals.items() if count.seen}
+
+    # In a compiled network the hooks leave calls of an operator that is opaque to the compiler, `_event`. What they do
+    # depends on the step, and on whether the backward pass computes something again.
+
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        if module is not self.model or self._explicit:
+            return
+        if torch.compiler.is_compiling():
+            if module.training:
+                self._note_traced()
+                _event(None, self._token, self._number, "", True)
+        else:
+            self._begin()
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if module is not self.model or self._explicit:
+            return
+        if torch.compiler.is_compiling():
+            if module.training:
+                _event(None, self._token, self._number, "", False)
+        else:
+            self._end()
+
+    def _see(self, name: str, x: Tensor, channels_last: bool) -> None:
+        if not torch.compiler.is_compiling():
+            self._count(name, x, channels_last)
+        elif self.model.training:
+            self._note_traced()
+            _event(x.detach(), self._token, self._number, name, channels_last)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _note_traced(self) -> None:
+        self._traced = True
+
+    def _begin(self) -> None:
+        self._inside, self._now = True, None
+        if not self.model.training or torch.jit.is_tracing():
+            return
+        if self._pending is not None and (dead := self._pending()) is not None:
+            self._pending = None
+            if self.warn_above is not None and dead > self.warn_above:
+                self.warn_above = None  # once
+                warnings.warn(
+                    f"{dead:.0%} of the units of {type(self.model).__name__} were dead in {self._span} training steps; "
+                    "DeadUnitMonitor.summary() says where",
+                    stacklevel=2,
+                )
+        if self.steps % self.every == 0:
+            for name, place in self._places.items():
+                if not _is_watched(place):
+                    raise RuntimeError(f"{name} was replaced after DeadUnitMonitor was attached: attach it again")
+            self._now = {}
+            self._calls.clear()
+        self.steps += 1
+
+    def _count(self, name: str, x: Tensor, channels_last: bool) -> None:
+        if in_backward() or not isinstance(x, Tensor):  # of torch.fx
+            return
+        if not self._inside:
+            if self.model.training and not self._warned_outside:
+                self._warned_outside = True
+                warnings.warn(
+                    f"{name} runs outside of a call of {type(self.model).__name__}, which DeadUnitMonitor does not "
+                    "count: put `with monitor.step():` around what is a step",
+                    stacklevel=2,
+                )
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("DeadUnitMonitor cannot count inside of a CUDA graph: detach it, or compile without")
+        if self._now is None:
+            return
+        self._calls[name] += 1
+        key = name if self._calls[name] == 1 else f"{name}:{self._calls[name]}"
+        active = _active(x.detach(), channels_last)
+        self._now[key] = _Count(active, x.numel() // max(len(active), 1), len(x))
+
+    def _end(self) -> None:
+        now, self._now, self._inside = self._now, None, False
+        if now is not None:
+            if not now:
+                raise RuntimeError(
+                    f"no activation of {type(self.model).__name__} ran where DeadUnitMonitor sees it: it was compiled "
+                    "before the monitor was attached; attach it again"
+                )
+            self._counted += 1
+            self._passes.append((self.steps, now))
+            if self.window is None and len(self._passes) > 1:
+                self._passes = deque([(self.steps, self._totals())])
+        while self.window is not None and self._passes and self._passes[0][0] <= self.steps - self.window:
+            self._passes.popleft()
+        if self.warn_above is not None and self.steps % self._span == 0:
+            totals = self._totals().values()
+            if totals:
+                self._pending = _when_there(torch.cat([count.active == 0 for count in totals]).double().mean())
+
+    @property
+    def _span(self) -> int:
+        return self.window or _CHECK
+
+
+_monitors: WeakValueDictionary[int, DeadUnitMonitor] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("timm_sugar::monitor", mutates_args={"token"})
+def _event(x: Tensor | None, token: Tensor, monitor: int, name: str, flag: bool) -> None:
+    found = _monitors.get(monitor)
+    if found is None:  # detached
+        return
+    if x is not None:
+        found._count(name, x, flag)
+    elif flag:
+        found._begin()
+    else:
+        found._end()
+
+
+def _active(x: Tensor, channels_last: bool) -> Tensor:
+    """Return how many values of each unit are above 0, int32 (units,)."""
+    # Up to 255 images fit a sum of bytes, which takes a tenth of the time of one of integers.
+    active = sum(part.sum(0, dtype=torch.uint8).int() for part in (x > 0).view(torch.uint8).split(255))
+    assert isinstance(active, Tensor)
+    return active.reshape(-1, active.shape[-1]).sum(0) if channels_last else active.reshape(len(active), -1).sum(1)
+
+
+def _add(key: str, counts: list[_Count]) -> _Count:
+    if len({len(count.active) for count in counts}) > 1:
+        raise RuntimeError(f"{key} had different numbers of units in the passes counted: they cannot be added up")
+    active = torch.stack([count.active for count in counts]).sum(0)
+    return _Count(active, sum(count.seen for count in counts), sum(count.images for count in counts))
+
+
+def _add_up_processes(mine: _Pass, device: torch.device) -> _Pass:
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, [(key, len(c.active), c.seen, c.images) for key, c in mine.items()])
+    total: dict[str, _Count] = {}
+    for key, units, seen, images in (layer for part in of_all for layer in part):
+        none = _Count(torch.zeros(units, dtype=torch.int64, device=device), 0, 0)
+        so_far = total.get(key, none)
+        active = mine[key].active.to(device, torch.int64) if key in mine else none.active
+        if len(so_far.active) != units:
+            raise RuntimeError(f"{key} has {units} units in one process and {len(so_far.active)} in another")
+        total[key] = _Count(active, so_far.seen + seen, so_far.images + images)
+    for count in total.values():
+        dist.all_reduce(count.active)
+    return total
+
+
+def _is_watched(place: Activation) -> bool:
+    value = getattr(place.parent, place.key, None)
+    hooks = value._forward_pre_hooks.values() if isinstance(value, nn.Module) else ()
+    return isinstance(value, Watched) or any(isinstance(hook, Hook) for hook in hooks)
+
+
+def _name(key: str) -> str:
+    return key.partition(":")[0]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _when_there(value: Tensor) -> Callable[[], float | None]:
+    """Return what gives a number, or None as long as the GPU has not come to it."""
+    if not value.is_cuda:
+        number = value.item()
+        return lambda: number
+    copied, done = value.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+    return lambda: copied.item() if done.query() else None
