@@ -3,17 +3,21 @@
 import fcntl
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from paper.sweep import main, plan, run
 from paper.table import make_table, markdown, write_table
+from tests.conftest import image_folder
 from timm_sugar.training import train
 
 SCRIPT = Path(__file__).parents[2] / "train" / "sweep.py"
@@ -89,6 +93,56 @@ def test_stopped_and_gone_on_with(recipe, tmp_path, capsys):
     assert _weights(output) == _weights(whole.output)
 
 
+def _clock(monkeypatch, reached: Callable[[], bool], seconds: float) -> None:
+    """A clock for sweeps that stands at 0 until something is reached, and then at `seconds`."""
+    clock = SimpleNamespace(monotonic=lambda: seconds if reached() else 0.0, sleep=time.sleep)
+    monkeypatch.setattr("timm_sugar.training.cells.time", clock)
+
+
+def test_ended_before_its_time_is_up_and_carried_elsewhere(recipe, tmp_path, monkeypatch, capsys):
+    data = image_folder(tmp_path / "data", 90, ("train", "test"))
+    argv = ["--recipe", recipe, "--cells", "relu", "sugar_elu", "--jobs", "2"]
+    here, there = tmp_path / "here", tmp_path / "there"
+    outputs = [here / "seed42" / name for name in ("relu", "sugar_elu")]
+    with monkeypatch.context() as patch:
+        _clock(patch, lambda: all((output / "metrics.jsonl").exists() for output in outputs), 60 * 10 - 60)
+        assert _main(monkeypatch, *argv, "--data", data, "--output", here, "--minutes", 10) == 75
+    err = capsys.readouterr().err
+    command = shlex.join(["train/sweep.py", *argv, "--data", data, "--output", str(here), "--minutes", "10"])
+    assert err.splitlines()[-1].endswith(
+        f"sweep.py: time is up, 2 cells are not finished; go on with: python {command}"
+    )
+    assert "killed" not in err
+    assert "**Not finished: seed42/relu, seed42/sugar_elu.**" in (here / "table.md").read_text()
+    for output in outputs:
+        assert "saved; resume with" in Path(f"{output}.log").read_text()
+
+    here.rename(there)
+    shutil.move(data, tmp_path / "elsewhere")
+    assert _main(monkeypatch, *argv, "--data", tmp_path / "elsewhere", "--output", there) == 0
+    assert "Not finished" not in (there / "table.md").read_text()
+    for cell in plan(
+        SCRIPT, recipe, tmp_path / "whole", None, ["relu", "sugar_elu"], ["--data", f"{tmp_path}/elsewhere"]
+    ):
+        train(cell.config)
+        assert _weights(there / "seed42" / cell.name) == _weights(cell.config.output)
+
+
+def test_a_cell_that_does_not_stop_in_time_is_killed_with_what_it_started(recipe, fake_script, tmp_path, monkeypatch):
+    ready = tmp_path / "ready"
+    fake_script.with_name("cifar.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"if os.fork(): pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(3600)\n"
+    )
+    cells = plan(fake_script, recipe, tmp_path / "sweep", names=["elu", "relu"])
+    _clock(monkeypatch, ready.exists, 60 * 10 - 29)
+    assert run(cells, jobs=1, minutes=10) == {}
+    assert not _is_locked(Path(f"{cells[0].config.output}.log"))  # which the second process had open, too
+    assert not Path(f"{cells[1].config.output}.log").exists()
+
+
 @pytest.fixture
 def fake_script(tmp_path) -> Path:
     """A train/sweep.py beside which cifar.py fails for relu, and for the others waits for a file, where told to."""
@@ -141,6 +195,8 @@ def _main(monkeypatch, *argv: object) -> int:
         (["--epoch", "3"], "did you mean '--epochs'"),
         (["--recipe", "digits"], "recipe digits has no grid"),
         (["--jobs", "0"], "jobs must be at least 1"),
+        (["--minutes", "0"], "minutes must be above 0, got 0"),
+        (["--minutes", "nan"], "minutes must be above 0, got nan"),
     ],
 )
 def test_usage_errors(argv, message, monkeypatch, capsys):

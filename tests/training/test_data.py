@@ -120,6 +120,19 @@ def test_data_that_changed_before_the_first_checkpoint_are_refused(tmp_path):
     assert _weights(tmp_path / "run") == _weights(tmp_path / "new")
 
 
+def test_data_that_moved_are_known_by_their_content(tmp_path):
+    image_folder(tmp_path / "here", 24, ("train", "test"))
+    train(_config(tmp_path / "here", tmp_path / "run"))
+    weights = _weights(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert train(_config(tmp_path / "there", tmp_path / "run"))["data"] == str(tmp_path / "there")
+    assert _weights(tmp_path / "run") == weights
+    # A finished run reads no images, so nothing tells whether these are its own.
+    with pytest.raises(ValueError, match=r"run holds a run with data=.*/there, not .*/here; give another --output"):
+        train(_config(tmp_path / "here", tmp_path / "run"))
+
+
 def test_another_mean_of_the_same_data_is_refused(tmp_path):
     image_folder(tmp_path / "data", 24, ("train", "test"))
     train(_config(tmp_path / "data", tmp_path / "run"))

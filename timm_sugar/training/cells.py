@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,23 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
         cells: In the order in which they are started.
         jobs: Cells at once, which share the CPU's cores unless OMP_NUM_THREADS says otherwise; None for one a core, or
             one alone where there is a GPU.
-        minutes: After so many, cells that are not finished save their state and stop; another call resumes them.
+        minutes: Return within so many. A minute earlier, or a tenth of them where that is less, cells that are not
+            finished are told to save their state and stop; those that have not done so within half of what is left are
+            killed, which costs them the steps since their last checkpoint. Another call resumes them.
 
     Returns:
-        Why each cell that failed did.
+        Why each cell that failed did; those that are neither here nor finished are still to be trained.
 
     Raises:
         SystemExit: SIGTERM or SIGINT came; all cells have saved their state and stopped; another call resumes them.
     """
-    ends = time.monotonic() + 60 * minutes
+    reserve = min(60.0, 6 * minutes)
+    ends = time.monotonic() + 60 * minutes - reserve
     failures: dict[Cell, str] = {}
     waiting: deque[Cell] = deque()
     for cell in cells:
         try:
-            if read_finished(cell.config) is None:
+            if summary_of(cell) is None:
                 waiting.append(cell)
         except ValueError as error:
             failures[cell] = str(error)
@@ -70,7 +74,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
     with stop_signals() as stop:
 
         def over() -> bool:
-            return stop.number > 0 or time.monotonic() > ends
+            return stop.number > 0 or time.monotonic() >= ends
 
         try:
             while (waiting and not over()) or running:
@@ -82,7 +86,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
                     except BlockingIOError:
                         failures[cell] = "another process is training it"
                 if over():
-                    _stop(running)
+                    _stop(running, math.inf if stop.number else ends + reserve / 2)
                 for process in [process for process in running if process.poll() is not None]:
                     cell = running.pop(process)
                     if process.returncode and not over():
@@ -90,12 +94,10 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
                     _say(f"{cell} {'stopped' if process.returncode else 'finished'}")
                 time.sleep(0.05)
         finally:
-            _stop(running)
+            _stop(running, math.inf)
     if stop.number:
         _say("stopped; run the same command to resume")
         raise SystemExit(128 + stop.number)
-    if time.monotonic() > ends and any(summary_of(cell) is None for cell in cells if cell not in failures):
-        _say("time is up; run the same command to resume")
     return failures
 
 
@@ -126,11 +128,18 @@ def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def _stop(running: dict[subprocess.Popen[bytes], Cell]) -> None:
+def _stop(running: dict[subprocess.Popen[bytes], Cell], until: float) -> None:
+    """Have cells save their state and end; kill those that live at `until`, with the processes that they started."""
     for process in running:
         process.send_signal(signal.SIGTERM)
-    for process in running:
-        process.wait()
+    for process, cell in running.items():
+        try:
+            process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _say(f"{cell} does not stop and is killed")
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _log(cell: Cell) -> Path:

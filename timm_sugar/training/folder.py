@@ -84,7 +84,8 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
     """The same for a run of `processes` processes, callable from any process."""
     output, settings = config.folder, dataclasses.asdict(config) | {"processes": processes}
-    check_unchanged(str(output), _read_settings(output), settings)
+    before = _read_settings(output)
+    check_unchanged(str(output), before, settings)
     path = checkpoint_to_resume(output / "checkpoints", config.resume)
     if path is not None and config.resume != "auto":
         if not is_complete(path):
@@ -92,6 +93,8 @@ def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | N
         check_unchanged(str(path), read_state(path).settings, settings)
     summary = output / "summary.json"
     finished = summary.exists() and (output / "config.yaml").exists() and _holds_model(output / "model")
+    if finished and before.get("data", config.data) != config.data:
+        raise ValueError(f"{output} holds a run with data={before['data']}, not {config.data}; {_REMEDY}")
     return read_mapping(summary) if finished else None
 
 
@@ -139,6 +142,9 @@ def read_record(output: Path) -> dict[str, Any] | None:
 def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Compare the settings of a run, and its data where that is known, with those it was started with.
 
+    Data whose fingerprint is recorded may have moved: their name is not compared, only their fingerprint, once it is
+    known of both.
+
     Raises:
         ValueError: one that changes the result differs; the message names it.
     """
@@ -147,7 +153,7 @@ def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> 
     if changed:
         raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {_REMEDY}")
     for name in (*names_of("data", "result"), "processes"):
-        if name not in before:
+        if name not in before or (name == "data" and data):
             continue
         not_resolved = now[name] is None and name in before.get("left_open", ())
         if not not_resolved and now[name] != before[name]:

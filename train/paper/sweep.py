@@ -1,8 +1,11 @@
 """A sweep: every cell of a recipe with every seed, several at once, each in a process and a folder of its own."""
 
 import argparse
+import math
+import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from timm_sugar.surrogates import unknown_name
 from timm_sugar.terminal import Parser
 from timm_sugar.training.cells import Cell, run, summary_of
 from timm_sugar.training.config import check_fields, load_config, read_fields
+from timm_sugar.training.processes import resume_command
 
 from .table import make_table, write_table
 
@@ -24,8 +28,10 @@ def main(script: str, description: str, recipe: str) -> None:
         description: Its docstring, for --help.
         recipe: The default recipe.
 
-    Exits with status 2 where the arguments are wrong, 1 where a cell failed, 143 or 130 after SIGTERM or Ctrl-C.
+    Exits with status 2 where the arguments are wrong, 1 where a cell failed, 75 where time was up before all cells were
+    finished, 143 or 130 after SIGTERM or Ctrl-C.
     """
+    began = time.monotonic()
     path = Path(script)
     parser = _parser(path.name, description, recipe)
     args, others = parser.parse_known_args()
@@ -34,7 +40,10 @@ def main(script: str, description: str, recipe: str) -> None:
         cells = plan(path, args.recipe, folder, args.seeds, args.cells, others)
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {args.jobs}")
-        failures = {} if args.table_only else run(cells, args.jobs)
+        if not args.minutes > 0:
+            raise ValueError(f"minutes must be above 0, got {args.minutes:g}")
+        minutes = args.minutes - (time.monotonic() - began) / 60
+        failures = {} if args.table_only else run(cells, args.jobs, minutes)
         summaries = [(cell.name, cell.config.seed, summary_of(cell)) for cell in cells]
         paper = {name: cell.get("paper") for name, cell in read_grid(args.recipe).items()}
         table = make_table(Path(args.recipe).stem, summaries, paper, _command(args, others))
@@ -44,6 +53,12 @@ def main(script: str, description: str, recipe: str) -> None:
     print((folder / "table.md").read_text(encoding="utf-8"))
     for cell, reason in failures.items():
         print(f"{path.name}: {cell} failed: {reason}", file=sys.stderr)
+    left = len(table["missing"]) - len(failures)
+    if left and not args.table_only:
+        print(
+            f"{path.name}: time is up, {left} cells are not finished; go on with: {resume_command()}", file=sys.stderr
+        )
+        raise SystemExit(os.EX_TEMPFAIL)
     raise SystemExit(1 if failures else 0)
 
 
@@ -64,6 +79,13 @@ def _parser(prog: str, description: str, recipe: str) -> argparse.ArgumentParser
         "--jobs", type=int, metavar="N", help="cells at once (default: one a CPU core, or one on a GPU)"
     )
     parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="M",
+        help="save and end before so many have passed, with exit status 75 and the command that goes on",
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="DIR", help="a cell is in DIR/seedN/NAME (default output/RECIPE)"
     )
     parser.add_argument("--table-only", action="store_true", help="train nothing; write the table of what is finished")
@@ -73,14 +95,12 @@ def _parser(prog: str, description: str, recipe: str) -> argparse.ArgumentParser
 
 def _command(args: argparse.Namespace, others: Sequence[str]) -> str:
     """Return the command line without what only says where things are."""
-    given = ["--recipe", Path(args.recipe).stem]
-    for name in ("seeds", "cells"):
-        if getattr(args, name):
-            given += [f"--{name}", *map(str, getattr(args, name))]
+    given = {"recipe": Path(args.recipe).stem, "seeds": args.seeds, "cells": args.cells}
+    flags = to_flags({name: value for name, value in given.items() if value})
     rest = list(others)
     if "--data" in rest:
         del rest[(at := rest.index("--data")) : at + 2]
-    return shlex.join(["python", "train/sweep.py", *given, *(flag for flag in rest if not flag.startswith("--data="))])
+    return shlex.join(["python", "train/sweep.py", *flags, *(flag for flag in rest if not flag.startswith("--data="))])
 
 
 def plan(
