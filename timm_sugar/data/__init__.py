@@ -1,6 +1,7 @@
 """Data sets, transforms, batches and evaluation."""
 
 from .cache import ArrayCache
+from .crops import CropFlip
 from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
 from .folders import files_below, is_image_name, listed
 from .images import BadImageError, LabelledImages, available_cpus, to_rgb, why_unreadable
@@ -13,6 +14,7 @@ __all__ = [
     "EVALUATION",
     "ArrayCache",
     "BadImageError",
+    "CropFlip",
     "Evaluation",
     "LabelledImages",
     "NormalizedBatches",

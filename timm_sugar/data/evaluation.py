@@ -89,22 +89,21 @@ def evaluate_batches(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     try:
         for pixels, labels in batches:
             if len(labels):
-                logits = model(normalize(pixels.to(device), mean, std)).float()
-                target = labels.to(device)
+                logits = model(normalize(pixels.to(device, non_blocking=True), mean, std)).float()
+                target = labels.to(device, non_blocking=True)
                 ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
                 loss = F.cross_entropy(logits, target, reduction="sum")
-                correct = torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double().cpu()
-                sums += torch.cat([correct, torch.tensor([float(len(labels))])])
+                sums[:3] += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double()
+                sums[3] += len(labels)
             if after_batch is not None:
                 after_batch()
     finally:
         model.train(was_training)
     if shared and dist.is_initialized():
-        sums = sums.to(device)
         dist.all_reduce(sums)
     loss, top1, top5, images = sums.tolist()
     return Evaluation(loss / images, top1 / images, top5 / images, round(images))

@@ -160,7 +160,7 @@ class Split:
 
     def batches(
         self,
-        order: Sequence[Sequence[int]],
+        order: Sequence[Sequence[int] | Tensor],
         workers: int = 0,
         seed: Callable[[int], int] | None = None,
         pin_memory: bool = False,
@@ -168,7 +168,7 @@ class Split:
         """Yield the batches whose indices are given, as tensors (B, 3, H, W) and labels (B,).
 
         Args:
-            order: The indices of each batch.
+            order: The indices of each batch; tensors where nothing is to wait for the device that the images are on.
             workers: Processes that decode images which are not in memory; what is yielded does not depend on it.
             seed: Index -> seed of whatever is random in the transform of that image.
             pin_memory: Put batches into memory from which they are copied to a GPU faster.
@@ -182,7 +182,7 @@ class Split:
             return
         loader: DataLoader[Any] = DataLoader(
             _Images(self, seed),
-            batch_sampler=[list(indices) for indices in order],
+            batch_sampler=[[int(index) for index in indices] for indices in order],
             num_workers=min(workers, available_cpus()),
             multiprocessing_context="fork" if workers else None,  # what reads an image cannot be pickled
             collate_fn=_collate,

@@ -1,6 +1,7 @@
 """From images to tensors: timm's transforms for training and evaluation, and normalisation."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,12 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tu
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Scale uint8 pixels (N, C, H, W) to [0, 1], subtract `mean` and divide by `std` of each channel; float32."""
-    shape = (1, -1, 1, 1)
-    mean_tensor = torch.tensor(mean, device=pixels.device).view(shape)
-    std_tensor = torch.tensor(std, device=pixels.device).view(shape)
+    mean_tensor, std_tensor = _constants((*mean, *std), pixels.device)
     return pixels.float().div_(255).sub_(mean_tensor).div_(std_tensor)
+
+
+@lru_cache(maxsize=64)
+def _constants(mean_and_std: tuple[float, ...], device: torch.device) -> list[Tensor]:
+    """Return mean and standard deviation on the device, (1, C, 1, 1), made once: a copy would wait for it."""
+    with torch.inference_mode(False):
+        return [part.view(1, -1, 1, 1) for part in torch.tensor(mean_and_std, device=device).chunk(2)]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -12,6 +13,7 @@ from ..data import evaluate_batches
 from .images import Images
 
 _BATCH = 256
+_GPU_PIXELS = 2**21  # in a batch on a GPU, if those are more images: 2048 of 32 x 32
 
 
 def evaluate_split(
@@ -36,12 +38,15 @@ def evaluate_split(
         The metrics (see `timm_sugar.metrics`) over all processes.
     """
     split: Any = getattr(images, name)
+    cuda = accelerator.device.type == "cuda"
+    size = max(_BATCH, _GPU_PIXELS // images.data_config["input_size"][-1] ** 2) if cuda else _BATCH
     # The same number of batches in each process; the last may be empty.
-    count = math.ceil(math.ceil(images.sizes[name] / accelerator.num_processes) / _BATCH)
-    order = [list(range(len(split)))[i * _BATCH : (i + 1) * _BATCH] for i in range(count)]
+    count = math.ceil(math.ceil(images.sizes[name] / accelerator.num_processes) / size)
+    indices = torch.arange(len(split), device=split.labels.device)
+    batches = split.batches([indices[i * size : (i + 1) * size] for i in range(count)], workers, pin_memory=cuda)
     mean, std = images.data_config["mean"], images.data_config["std"]
     with count_units(network) as units:
-        result = evaluate_batches(network, split.batches(order, workers), mean, std, True, after_batch)
+        result = evaluate_batches(network, batches, mean, std, True, after_batch)
     if accelerator.num_processes > 1:
         units.add_up_processes(accelerator.device)
     return {

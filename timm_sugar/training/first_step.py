@@ -1,17 +1,15 @@
 """Before the first step: does the surrogate gradient arrive in the model that is trained, and how is it computed?"""
 
-from functools import partial
-
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..data import normalize
 from ..gradients import check_gradients
 from ..kernels import gradient_path
 from ..layers import Sugar
 from ..settings import TrainConfig
-from .images import Images, epoch_order, mix_seeds
+from .batches import training_batches
+from .images import Images, epoch_order
 from .processes import AllReduceMax
 
 
@@ -52,13 +50,7 @@ def check_first_step(
     if not any(isinstance(module, Sugar) for module in network.modules()):
         return
     order = epoch_order(config.seed, 0, len(images.train))[accelerator.process_index :: accelerator.num_processes]
-    seed = partial(mix_seeds, config.seed, 0)
-    inputs, _ = next(iter(images.train.batches([order[: config.batch_size].tolist()], seed=seed)))
-    inputs = inputs.to(accelerator.device)
-    if inputs.dtype == torch.uint8:
-        inputs = normalize(inputs, images.data_config["mean"], images.data_config["std"])
-    if config.channels_last:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    inputs, _ = next(training_batches(config, images, accelerator.device, 0, [order[: config.batch_size]]))
     model.train()
     problem = ""
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import (
     EVALUATION,
     ArrayCache,
+    CropFlip,
     LabelledImages,
     Source,
     Split,
@@ -45,12 +46,13 @@ class Images:
     Attributes:
         class_names: In the order of the logits.
         data_config: timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved.
-        train: All training images.
+        train: All training images; those in memory are not augmented yet.
         val: This process's shard of the validation images; None if there is no validation.
         test: This process's shard of the test images.
         sizes: Number of images of train, val and test, over all processes.
         bad: Number of images left out because they cannot be decoded.
         fingerprint: Fingerprint of the data, see `timm_sugar.data.fingerprint`.
+        crop_flip: How the training images in memory are augmented; None if they are not.
     """
 
     class_names: tuple[str, ...]
@@ -61,6 +63,7 @@ class Images:
     sizes: dict[str, int]
     bad: int
     fingerprint: dict[str, int | str]
+    crop_flip: CropFlip | None
 
 
 def open_source(config: TrainConfig, warn: bool = True) -> Source:
@@ -100,20 +103,23 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     )
     evaluation = eval_transform(data_config)
     augmented = config.crop != "none" or any((config.hflip, config.color_jitter, config.auto_augment, config.re_prob))
+    crop_flip = _crop_flip(config) if augmented else None
     room = config.memory_limit * 2**30
     cache = ArrayCache(int(config.cache_limit * 2**30), *([partial(print, file=sys.stderr)] if rank == 0 else []))
     pixels: dict[str, Tensor | None] = {}
     for name, part in {**shares, "train": parts["train"]}.items():
         room -= decoded_size(part, data_config)
-        held = room >= 0 and len(part) > 0 and not (name == "train" and augmented)
+        held = room >= 0 and len(part) > 0 and not (name == "train" and augmented and crop_flip is None)
         title = f"decoding {name} images" if rank == 0 else None
-        pixels[name] = decode_kept(part, data_config, cache, title) if held else None
+        # A padded crop is one of the whole image.
+        whole = data_config | {"crop_pct": 1.0} if name == "train" and config.crop == "padded" else data_config
+        pixels[name] = decode_kept(part, whole, cache, title) if held else None
         if name == "test" and not held and not config.skip_bad_images:
             check_readable(part, title)  # they are not needed before the end
 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
-        measured = _statistics(parts["train"], pixels["train"], data_config, cache)
+        measured = _statistics(parts["train"], None if augmented else pixels["train"], data_config, cache)
     data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
     transforms = dict(val=evaluation, test=evaluation, train=evaluation)
     if augmented:
@@ -124,8 +130,16 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         for name, part in (("train", parts["train"]), *shares.items())
     )
     return Images(
-        source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, source.bad_images, found
-    )
+        source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, source.bad_images, found,
+        crop_flip,
+    )  # fmt: skip
+
+
+def _crop_flip(config: TrainConfig) -> CropFlip | None:
+    """Return the augmentation of whole batches that does what the settings ask for; None if there is none."""
+    if config.crop == "resized" or any((config.color_jitter, config.auto_augment, config.re_prob)):
+        return None
+    return CropFlip(4 if config.crop == "padded" else 0, config.hflip)
 
 
 def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, LabelledImages]:

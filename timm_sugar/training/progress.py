@@ -5,10 +5,12 @@ import time
 from typing import Any
 
 import rich.progress as bars
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from ..metrics import METRICS, numbers
+from .device import HostCopy
 
 
 class Progress:
@@ -21,9 +23,10 @@ class Progress:
         done: Steps done before this start.
         images: Images a step, over all processes.
         enabled: Whether this process may show anything; it does only where standard error is a terminal.
+        warm_up: What is shown until the first step is done.
     """
 
-    def __init__(self, total: int, done: int, images: int, enabled: bool):
+    def __init__(self, total: int, done: int, images: int, enabled: bool, warm_up: str = "training"):
         self._images = images
         self._enabled = enabled and sys.stderr.isatty()
         self._shown = 0.0
@@ -41,7 +44,8 @@ class Progress:
             refresh_per_second=5,  # as often as what it shows can change
             disable=not self._enabled,
         )
-        self._task = self._bar.add_task("training", total=total, completed=done, rate="", loss="-", accuracy="-")
+        self._shown_step: HostCopy | None = None
+        self._task = self._bar.add_task(warm_up, total=total, completed=done, rate="", loss="-", accuracy="-")
 
     def __enter__(self) -> "Progress":
         if self._enabled:  # older versions of rich print an empty line where it is disabled
@@ -53,7 +57,7 @@ class Progress:
             self._bar.stop()
 
     def step(self, loss: Tensor, logits: Tensor, labels: Tensor, mixed: bool = False) -> None:
-        """Advance by one step. Nothing is read but where it is shown, a few times a second: it waits for the device.
+        """Advance by one step; nothing waits for the device after the first, which ends the warm-up.
 
         Args:
             loss: Mean over the step, ().
@@ -63,14 +67,18 @@ class Progress:
         """
         if not self._enabled:
             return
-        shown: dict[str, Any] = {}
+        shown: dict[str, Any] = {"description": "training"}
         if (now := time.monotonic()) - self._shown > 0.2:
             self._shown = now
             speed = self._bar.tasks[self._task].speed
             shown["rate"] = f"{speed * self._images:,.0f} images/s" if speed else ""
-            shown["loss"] = f"{loss.item():.3f}"
+            found = torch.stack([loss.double(), (logits.argmax(1) == labels).double().mean()])
+            self._shown_step = self._shown_step or HostCopy(found)
+            self._shown_step.update(found)
+            loss_shown, accuracy = self._shown_step.read()
+            shown["loss"] = f"{loss_shown:.3f}"
             if not mixed:
-                shown["accuracy"] = f"{100 * (logits.argmax(1) == labels).double().mean().item():.0f}%"
+                shown["accuracy"] = f"{100 * accuracy:.0f}%"
         self._bar.update(self._task, advance=1, **shown)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:

@@ -10,29 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..data import normalize, seed_everything
+from ..data import seed_everything
 from ..hub import dataset_of
 from ..layers import Activation
 from ..metrics import METRICS, numbers
 from ..settings import TrainConfig
+from .batches import training_batches
 from .checkpoint import Checkpoint, State, Weights, name_latest, write_checkpoint
+from .device import HostCopy, place_images, use_fused_steps
 from .evaluation import evaluate_split
 from .first_step import check_first_step, path_of
 from .folder import peak_memory, start_or_resume, versions, write_metrics, write_record, write_result
 from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, open_source
 from .network import average_batch_norm, build_network, check_names, create_optimizer
+from .passes import Passes, graph_of
 from .processes import AllReduceMax, Stopped, StopSignal, make_accelerator, stop_signals
 from .progress import Progress
 from .schedules import activation_at, check_activation, create_lr_schedule, set_activation, set_weight_decay
-
-_CUDA_CHECK_STEPS = 20  # reading a loss waits for the GPU
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Run:
         network: Holds the weights that are trained.
         model: The same as accelerate and torch.compile wrap it.
         evaluated: A second network, in float32, for evaluation and packaging; holds the moving average where one is on.
+        passes: Forward and backward of `model`.
         activation: Surrogate and alpha as built.
     """
 
@@ -62,6 +63,7 @@ class Run:
     evaluated: nn.Module
     ema: ModelEmaV3 | None
     mixup: Mixup | None
+    passes: Passes
     optimizer: Any
     scheduler: Any
     activation: Activation
@@ -113,16 +115,20 @@ def build(config: TrainConfig) -> Run:
     step_images = min(config.batch_size * config.grad_accum * processes, count // processes * processes)
     lr_scale = 1.0 if config.lr_base_batch is None else step_images / config.lr_base_batch
     optimizer: Any = create_optimizer(config, network, lr_scale)
+    use_fused_steps(optimizer, device)
     model = torch.compile(network) if config.compile else network
     with warnings.catch_warnings():  # newer versions of torch name broadcast_buffers otherwise
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = create_lr_schedule(config, optimizer, count // step_images, lr_scale)
     mixup = make_mixup(config, len(images.class_names))
+    passes = Passes(config, network, model, accelerator, graph_of(config, accelerator))
+    place_images(images, device)
     return Run(
         config=config, left_open=left_open, accelerator=accelerator, all_reduce_max=AllReduceMax(), images=images,
         step_images=step_images, steps_per_epoch=count // step_images, network=network, model=model,
-        evaluated=evaluated, ema=ema, mixup=mixup, optimizer=optimizer, scheduler=scheduler, activation=activation,
+        evaluated=evaluated, ema=ema, mixup=mixup, passes=passes, optimizer=optimizer, scheduler=scheduler,
+        activation=activation,
     )  # fmt: skip
 
 
@@ -145,7 +151,8 @@ def fit(run: Run) -> dict[str, Any]:
         shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in run.settings.items()}
         run.accelerator.init_trackers("timm-sugar", shown)
     total = config.epochs * run.steps_per_epoch
-    with stop_signals() as stop, Progress(total, run.step(state), run.step_images, enabled=main) as progress:
+    done, warm_up = run.step(state), run.passes.warm_up
+    with stop_signals() as stop, Progress(total, done, run.step_images, main, warm_up) as progress:
         check = partial(run.check_stop, stop)
         evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check)
         try:
@@ -214,10 +221,11 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
     so_far = state.loss_sums[accelerator.process_index] if state.loss_sums else 0.0
     loss_sum = torch.tensor(so_far, dtype=torch.float64, device=device)
     bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+    seen = HostCopy(bad_step)
     began = saved = time.monotonic()
     earlier = state.epoch_seconds
     activation = activation_at(config, state.epoch + 1, run.activation)
-    set_activation(run.network, activation)
+    run.passes.set_activation(activation)
     for loss, logits, labels in train_steps(run, state):
         step = run.step(state)
         loss_sum += loss
@@ -227,10 +235,11 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
         due = time.monotonic() - saved > 60 * config.checkpoint_minutes
         due |= config.checkpoint_steps is not None and state.position % config.checkpoint_steps == 0
         last = state.position == run.steps_per_epoch
-        read = device.type == "cpu" or step % _CUDA_CHECK_STEPS == 0 or last or due or stop.number
-        bad, checkpoint, signum = run.all_reduce_max(int(bad_step.item()) if read else -1, due, stop.number)
-        if signum or (checkpoint and not last):
+        seen.update(bad_step)
+        bad, checkpoint, signum = run.all_reduce_max(seen.read(), due, stop.number)
+        if signum or checkpoint or last:  # what is saved or ends waits for the device
             (bad,) = run.all_reduce_max(int(bad_step.item()))
+            state.epoch_seconds = earlier + time.monotonic() - began
         if bad >= 0:
             run.scheduler.step_update(bad - 1)  # the rate that this step was made with
             raise FloatingPointError(
@@ -262,53 +271,43 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
     Everything random is a function of the seed and of epoch, index, step and rank, and the order of the images one of
     seed, epoch and position, so a run can resume from any step.
     """
-    config, accelerator, train = run.config, run.accelerator, run.images.train
+    config, accelerator = run.config, run.accelerator
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    order = epoch_order(config.seed, state.epoch, len(train))
-    parts = []
+    order = epoch_order(config.seed, state.epoch, len(run.images.train))
+    parts: list[Tensor] = []
     for position in range(state.position, run.steps_per_epoch):
         part = order[position * run.step_images : (position + 1) * run.step_images][rank::processes]
-        parts += [piece.tolist() for piece in part.split(config.batch_size)]
-    seed = partial(mix_seeds, config.seed, state.epoch)
-    batches = train.batches(parts, config.workers, seed, pin_memory=device.type == "cuda")
+        parts += part.split(config.batch_size)
     run.model.train()
     total_steps = config.epochs * run.steps_per_epoch
     pass_number = run.step(state) * config.grad_accum
     loss_sum = torch.zeros((), device=device)
-    for inputs, labels in batches:
+    for inputs, labels in training_batches(config, run.images, device, state.epoch, parts):
         step = pass_number // config.grad_accum
-        seed_everything(mix_seeds(config.seed, pass_number, rank))  # Mixup, drop path and dropout
+        seed = mix_seeds(config.seed, pass_number, rank)
+        seed_everything(seed)  # Mixup, drop path and dropout
         if device.type != "cpu":
-            torch.manual_seed(mix_seeds(config.seed, pass_number, rank))
-        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if inputs.dtype == torch.uint8:
-            inputs = normalize(inputs, run.images.data_config["mean"], run.images.data_config["std"])
+            torch.get_device_module(device).manual_seed(seed)
         targets = labels
         if run.mixup is not None:
             inputs, targets = run.mixup(inputs, labels)
-        if config.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(run.model):
-            logits = run.model(inputs)
-            # Mixup smooths its targets itself.
-            smoothing = config.smoothing if run.mixup is None else 0.0
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-            accelerator.backward(loss)
+            loss, logits = run.passes(inputs, targets)
             if accelerator.sync_gradients:
                 run.scheduler.step_update(step)
                 set_weight_decay(config, run.optimizer, step / total_steps)
                 if config.clip_grad is not None:
                     accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad)
             run.optimizer.step()
-            run.optimizer.zero_grad()
-        loss_sum += loss.detach() / config.grad_accum
+            run.passes.zero_grad(run.optimizer)
+        loss_sum += loss / config.grad_accum
         pass_number += 1
         if pass_number % config.grad_accum == 0:
             average_batch_norm(run.network)
             if run.ema is not None:
                 run.ema.update(run.network)
             state.position += 1
-            yield loss_sum, logits.detach(), labels
+            yield loss_sum, logits, labels
             loss_sum = torch.zeros((), device=device)
 
 

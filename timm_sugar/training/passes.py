@@ -1,0 +1,132 @@
+"""Forward and backward pass of a training step; compiled on a GPU, they are one CUDA graph."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..layers import Activation
+from ..settings import TrainConfig
+from .schedules import set_activation
+
+_WARM_UP = 3  # passes before a capture, as many as torch's documentation takes
+
+
+class Passes:
+    """Adds the gradients of a batch to those of the network's parameters.
+
+    A CUDA graph replays the kernels of one forward and backward pass without the host's part in them. What a step does
+    besides is no part of it: batches, random seeds, Mixup, clipping, the optimizer and its schedules.
+
+    Args:
+        config: The run's settings.
+        network: Holds the weights.
+        model: The same as accelerate and torch.compile wrap it.
+        accelerator: Whose autocast, gradient scaler and accumulation are used.
+        graph: Whether to capture a CUDA graph at the first batch; all batches must be of one shape.
+
+    Attributes:
+        warm_up: What the first step does before it trains, in words.
+    """
+
+    def __init__(
+        self, config: TrainConfig, network: nn.Module, model: nn.Module, accelerator: Accelerator, graph: bool
+    ):
+        self.graph = graph
+        compiling = "compiling and capturing a CUDA graph" if graph else "compiling"
+        self.warm_up = compiling if config.compile else "training"
+        self._network, self._model, self._accelerator = network, model, accelerator
+        self._accumulated = config.grad_accum > 1
+        # Mixup smooths its targets itself.
+        self._smoothing = 0.0 if config.mixup or config.cutmix else config.smoothing
+        self._activation: Activation | None = None
+        self._captured: Any = None
+        self._batch: tuple[Tensor, Tensor] | None = None
+        self._result: tuple[Tensor, Tensor] | None = None
+
+    def set_activation(self, activation: Activation) -> None:
+        """Give the network's SUGAR activations this surrogate and alpha, which are constants of a graph."""
+        if activation != self._activation:
+            set_activation(self._network, activation)
+            self._activation, self._captured = activation, None
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, (), and the logits, (B, classes), until the next call.
+
+        Args:
+            inputs: Float32, (B, 3, H, W).
+            targets: Classes, int64, (B,), or probabilities, (B, classes).
+        """
+        if not self.graph:
+            return self._run(inputs, targets)
+        if self._captured is None:
+            self._capture(inputs, targets)
+        if not self.graph:  # it could not be captured
+            return self._run(inputs, targets)
+        assert self._batch is not None
+        assert self._result is not None
+        self._batch[0].copy_(inputs)
+        self._batch[1].copy_(targets)
+        self._captured.replay()
+        return self._result
+
+    def zero_grad(self, optimizer: Any) -> None:
+        """Begin a step: forget the gradients; those that a graph writes stay where they are."""
+        if not self.graph:
+            optimizer.zero_grad()
+        elif self._accumulated:
+            optimizer.zero_grad(set_to_none=False)
+
+    def _run(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._model(inputs)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self._smoothing)
+        self._accelerator.backward(loss)
+        return loss.detach(), logits.detach()
+
+    def _capture(self, inputs: Tensor, targets: Tensor) -> None:
+        """Capture a pass before the first one of a step; weights, buffers and random state are left as they were."""
+        parameters = [p for p in self._network.parameters() if p.requires_grad]
+        buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
+        self._batch = (inputs.clone(), targets.clone())
+        try:
+            with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UP):
+                        self._forget(parameters)
+                        self._run(*self._batch)
+                torch.cuda.current_stream().wait_stream(side)
+                # A pass writes new gradients, or adds to those that are there: a parameter without stays so.
+                self._forget(parameters, zero=self._accumulated)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread that pins may go on
+                    self._result = self._run(*self._batch)
+            self._captured = graph
+        except RuntimeError as error:
+            self.graph = False
+            self._forget(parameters)
+            warnings.warn(f"trained without a CUDA graph: {str(error).partition(chr(10))[0]}", stacklevel=2)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+    def _forget(self, parameters: list[nn.Parameter], zero: bool = False) -> None:
+        for p in parameters:
+            p.grad = torch.zeros_like(p.grad) if zero and p.grad is not None else None
+
+
+def graph_of(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether a step of this run can be a CUDA graph; if it is compiled for a GPU and cannot, a warning says why."""
+    if not config.compile or accelerator.device.type != "cuda":
+        return False
+    why = ""
+    if accelerator.num_processes > 1:
+        why = "of several processes"
+    elif accelerator.scaler is not None:
+        why = "the gradient scaler of fp16 waits for the GPU"
+    if why and accelerator.is_main_process:
+        warnings.warn(f"compiled without a CUDA graph: {why}", stacklevel=2)
+    return not why
