@@ -120,7 +120,7 @@ def convert(
     Raises:
         ValueError: there is nothing to replace, or a name, alpha or save mode is not valid.
 
-    Example:
+    Examples:
         >>> model = convert(nn.Sequential(nn.Linear(3, 4), nn.GELU()), "nelu")
         >>> model[1], model(torch.ones(2, 3)).shape  # (2, 3) -> (2, 4)
         (Sugar(nelu, alpha=0.01), torch.Size([2, 4]))
@@ -187,7 +187,7 @@ def to_relu(model: ModuleT) -> ModuleT:
     Returns:
         The model itself; where timm or transformers built it, a saved model comes back with ReLU.
 
-    Example:
+    Examples:
         >>> to_relu(nn.Sequential(nn.Linear(3, 4), Sugar("bsilu")))[1]
         ReLU()
     """

@@ -65,7 +65,7 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
         ValueError: no such surrogate or save mode, an alpha that it does not take, or a derivative without bounds
             where the save mode needs them.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
         >>> y = sugar(x, "nelu", alpha=0.1)  # (2,) -> (2,)
         >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()
@@ -200,7 +200,7 @@ def forward_gradient_injection(
     Returns:
         ``f(x)`` with the gradient of g. Where g(x) is not finite, so is the result: use `sugar` there.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
         >>> y = forward_gradient_injection(x, torch.relu, torch.nn.functional.leaky_relu)  # (2,) -> (2,)
         >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()

@@ -48,7 +48,7 @@ def check_gradients(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
             network), no parameter before one is trained, the surrogate is nearer to ReLU than the rounding of the
             dtype, a gradient is not finite, or the network draws random numbers in a way that differs between calls.
 
-    Example:
+    Examples:
         >>> model = torch.compile(timm.create_model("resnet18_sugar_bsilu", num_classes=10))
         >>> timm_sugar.check_gradients(model, torch.randn(8, 3, 32, 32))
     """

@@ -36,7 +36,7 @@ def randomized_asymmetric_(module: ModuleT, generator: torch.Generator | None = 
     Raises:
         ValueError: there is no such layer in the module.
 
-    Example:
+    Examples:
         >>> layer = randomized_asymmetric_(nn.Linear(2, 8))  # weight (8, 2), bias (8,)
     """
     layers = [m for m in module.modules() if isinstance(m, _LAYERS)]
@@ -71,7 +71,7 @@ def pytorch_default_(module: ModuleT) -> ModuleT:
     Raises:
         ValueError: there is no such layer in the module.
 
-    Example:
+    Examples:
         >>> layer = pytorch_default_(nn.Conv2d(16, 32, 3))  # |weight| is at most 1 / 12
     """
     layers = [m for m in module.modules() if isinstance(m, _LAYERS)]

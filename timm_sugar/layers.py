@@ -45,7 +45,7 @@ class Sugar(nn.Module):
     Raises:
         ValueError: no such surrogate, or an alpha that it does not take.
 
-    Example:
+    Examples:
         >>> layer = Sugar("bsilu", alpha=2.0)
         >>> layer, layer(torch.randn(8, 64, 7, 7)).shape  # any shape -> the same
         (Sugar(bsilu, alpha=2), torch.Size([8, 64, 7, 7]))
@@ -158,7 +158,7 @@ class Activation:
         save: What is kept for the backward, as in `timm_sugar.sugar`.
         act_layer: Any activation that timm resolves, by name or class, in place of SUGAR.
 
-    Example:
+    Examples:
         >>> Activation(alpha=0.2).resolve(Activation("nelu", 0.1))
         Activation(surrogate='nelu', alpha=0.2, save='exact', act_layer=None)
         >>> Activation("bsilu").resolve(Activation("nelu", 0.1)).alpha
@@ -262,7 +262,7 @@ def register_surrogate(
     Raises:
         ValueError: the name or alpha is not valid, or derivative is not callable.
 
-    Example:
+    Examples:
         >>> register_surrogate("triangle", lambda x, alpha: torch.relu(1 - x.abs() / alpha), alpha=2.0)
         >>> x = torch.tensor([-1.0, 0.0], requires_grad=True)
         >>> torch.autograd.grad(sugar(x, "triangle").sum(), x)[0].tolist()

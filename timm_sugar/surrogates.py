@@ -141,7 +141,7 @@ _ALIASES = {"swish": "silu"}
 def list_surrogates() -> list[str]:
     """Return the names of all surrogates, sorted. Aliases (``swish``) work but are not listed.
 
-    Example:
+    Examples:
         >>> {"bsilu", "elu", "gelu"} < {*list_surrogates()}
         True
     """

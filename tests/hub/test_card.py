@@ -2,13 +2,15 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from timm_sugar.hub import read_facts
-from timm_sugar.hub.card import dataset_of, escape, model_card, public_settings
+from timm_sugar.hub.card import dataset_of, escape, model_card, public_settings, told_settings
+from timm_sugar.settings import TrainConfig
 
 RUN = dict(
     data="cifar10", test_top1=0.71234, test_top5=0.98, val_top1=0.7, dead_units=0.01, activation_sparsity=0.55,
@@ -71,6 +73,17 @@ def test_metadata():
         "uoft-cs/cifar10",
         {"split_seed": 7},
     )
+
+
+def test_settings_are_those_that_differ_from_the_defaults_and_the_images():
+    settings = asdict(TrainConfig(lr=0.5, opt="sgd", output="out")) | {"processes": 2, "left_open": ["mean"]}
+    assert told_settings(settings) == {
+        "data": "digits", "val_fraction": 0.1, "split_seed": 0, "lr": 0.5, "processes": 2
+    }  # fmt: skip
+    card = model_card(CONFIG, RUN | dict(settings=settings))
+    assert "```yaml\ndata: digits\nval_fraction: 0.1\nsplit_seed: 0\nlr: 0.5\nprocesses: 2\n```" in card
+    assert "The optimizer is timm's `sgd`, with Nesterov's momentum." in card
+    assert "Nesterov" not in model_card(CONFIG, RUN | dict(settings=settings | {"opt": "adamw"}))
 
 
 HOSTILE = [

@@ -3,6 +3,7 @@
 import importlib
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from timm_sugar.hub.loading import NamedModel
 from timm_sugar.layers import Activation
 from timm_sugar.models import _weights, is_own, stock_architecture
 from timm_sugar.models._weights import find_weights
+from timm_sugar.settings import names_of
 from timm_sugar.training import TrainConfig, train
 
 HUB_CARDS = Path(__file__).parents[2] / "hub_cards"
@@ -61,7 +63,12 @@ def check_folder(folder: Path) -> int:
     assert again["README.md"].decode() == (folder / "README.md").read_text()
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     shown = NamedModel(f"timm-sugar/{folder.name}", "", folder / "README.md").settings()  # as after a download
-    assert [shown[name] for name in ("opt", "lr", "split_seed")] == [settings[n] for n in ("opt", "lr", "split_seed")]
+    assert all(value == settings[name] for name, value in shown.items())
+    assert {"data", "split_seed", "val_fraction"} <= shown.keys()
+    defaults = asdict(TrainConfig())
+    told = {name for name in names_of("data", "result") if settings.get(name, defaults[name]) != defaults[name]}
+    assert told <= shown.keys()
+    assert not {name for name in names_of("result") if shown.get(name) == defaults[name]} & shown.keys()
     for path in folder.glob("*[!g]"):  # all but the picture
         if path.name != "model.safetensors":
             content = path.read_text()

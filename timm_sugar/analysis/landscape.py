@@ -146,7 +146,7 @@ def random_directions(model: nn.Module, seed: int = 0) -> tuple[dict[str, Tensor
     Returns:
         Two of: parameter's name -> tensor of its shape, dtype and device.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 4)
         >>> (first, second) = random_directions(model, seed=0)
         >>> {name: tensor.shape for name, tensor in first.items()}

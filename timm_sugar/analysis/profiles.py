@@ -95,7 +95,7 @@ def profile(model: nn.Module, batches: Iterable[Any], shared: bool = True) -> Pr
     Raises:
         ValueError: there are no images, or no activation was seen.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         >>> found = profile(model, [torch.randn(8, 3, 6, 6), torch.randn(2, 3, 6, 6)])
         >>> found.images, found.layers[0].units, found.layers[0].elements  # elements of (4, 4, 4)
@@ -146,7 +146,7 @@ def gradient_norms(
     Raises:
         ValueError: the model has other activations, so that its ReLU twin is another function.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
         >>> [row["name"] for row in gradient_norms(model, torch.randn(8, 2), torch.zeros(8, dtype=torch.long))]
         ['0', '2']

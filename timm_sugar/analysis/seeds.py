@@ -45,7 +45,7 @@ def counted(records: Sequence[RunRecord]) -> list[RunRecord]:
 def interval(values: Sequence[float]) -> float | None:
     """Return half the width of the 95% t-interval of the mean; None for fewer than two values.
 
-    Example:
+    Examples:
         >>> round(interval([1.0, 2.0, 3.0]), 3)
         2.484
     """

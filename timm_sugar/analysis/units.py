@@ -105,7 +105,7 @@ def count_units(model: nn.Module) -> Iterator[UnitCounts]:
 
     Memory does not depend on the number of images: one int64 for each element of a single image.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
         >>> with torch.no_grad(), count_units(model) as counts:
         ...     _ = model[0].weight.fill_(-1), model[0].bias.fill_(0), model(torch.ones(8, 2))  # (8, 2) -> (8, 4)

@@ -1,5 +1,6 @@
 """Model cards: Hub metadata and the text around numbers that come from a run's own files."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import NAMES
 from ..metrics import METRICS
-from ..settings import names_of
+from ..settings import TrainConfig, names_of
 from ..surrogates import unknown_name
 from .reload import loads_in
 
@@ -66,7 +67,8 @@ def model_card(
         eval_results=[result],
     )
     columns, rows = _results(run, facts)
-    shown = yaml.safe_dump(public_settings(settings, dataset_id), sort_keys=False, allow_unicode=True)
+    public = told_settings(public_settings(settings, dataset_id))
+    shown = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
     card = ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),
@@ -122,6 +124,15 @@ def public_settings(settings: dict[str, Any], dataset_id: str | None) -> dict[st
         kept["data"] = public_data(kept["data"], dataset_id)
     public: dict[str, Any] = _without_paths(kept)
     return public
+
+
+def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a card tells: those that differ from the defaults, and what the images were."""
+    defaults = dataclasses.asdict(TrainConfig())
+    kept = {name for name in names_of("data", "result") if settings.get(name) != defaults[name]}
+    kept |= {name for name in names_of("data") if settings.get(name) is not None}
+    kept |= {"processes"} if settings.get("processes", 1) > 1 else set()
+    return {name: value for name, value in settings.items() if name in kept}
 
 
 def public_data(data: str, dataset_id: str | None) -> str:

@@ -196,7 +196,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         OSError: there is no such repository or folder, or a file of it is missing or corrupted.
         RuntimeError: unknown architecture.
 
-    Example:
+    Examples:
         >>> model = create_model("resnet18_cifar_sugar_bsilu", alpha=1.0).eval()
         >>> model(torch.zeros(2, 3, 32, 32)).shape  # (N, 3, H, W) -> (N, classes)
         torch.Size([2, 10])

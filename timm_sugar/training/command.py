@@ -25,7 +25,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     With `config.dry_run` or `config.eval_only` nothing is trained, and what the run will take, or how good its
     weights are, is returned instead.
 
-    Example:
+    Examples:
         >>> config = TrainConfig(data="digits", epochs=2, output="output/digits")
         >>> summary = train(config)  # doctest: +SKIP
 
