@@ -34,7 +34,15 @@ from torch import Tensor, nn
 import timm_sugar
 from timm_sugar.analysis.seeds import interval
 from timm_sugar.analysis.units import count_units
-from timm_sugar.data import channel_statistics, decode, eval_transform, load_source, split_validation, stratified_sample
+from timm_sugar.data import (
+    channel_counts,
+    channel_statistics,
+    decode,
+    eval_transform,
+    load_source,
+    split_validation,
+    stratified_sample,
+)
 from timm_sugar.files import write_file
 from timm_sugar.init import pytorch_default_
 from timm_sugar.surrogates import get_surrogate
@@ -211,7 +219,7 @@ def on_device(arrays: dict[str, Tensor], device: torch.device, augment: bool) ->
         (place(arrays[name], device, padding.get(name, 0)), arrays[f"{name}_labels"].to(device))
         for name in ("train", "val", "test")
     ]
-    mean, std = channel_statistics(arrays["train"].split(1000))
+    mean, std = channel_statistics(channel_counts(arrays["train"]))
     return Images(splits[0], splits[1], splits[2], mean, std, int(arrays["train_labels"].max()) + 1)
 
 

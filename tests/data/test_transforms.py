@@ -8,6 +8,7 @@ from timm.data import create_transform
 
 from timm_sugar.data import (
     LabelledImages,
+    channel_counts,
     channel_statistics,
     decode,
     eval_transform,
@@ -56,11 +57,11 @@ def test_unreadable_image_is_named_by_its_row():
 
 def test_channel_statistics_are_those_of_the_pixels():
     pixels = torch.randint(0, 256, (50, 3, 9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    mean, std = channel_statistics(pixels.split(7))
+    mean, std = channel_statistics(channel_counts(pixels))
     scaled = pixels.double() / 255
     np.testing.assert_allclose(mean, scaled.mean((0, 2, 3)), atol=5e-5)
     np.testing.assert_allclose(std, scaled.std((0, 2, 3), correction=0), atol=5e-5)
-    assert channel_statistics([torch.zeros(2, 3, 4, 4, dtype=torch.uint8)])[1] == (1e-4,) * 3
+    assert channel_statistics(channel_counts(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)))[1] == (1e-4,) * 3
 
 
 @pytest.mark.parametrize("crop", ["none", "resized", "padded"])

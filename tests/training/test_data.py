@@ -183,6 +183,22 @@ def test_statistics_of_images_that_are_not_in_memory_are_kept_too(tmp_path, monk
             train(_config(data, tmp_path / name, **settings))
 
 
+def test_test_images_that_are_not_in_memory_are_checked_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_SUGAR_CACHE", str(tmp_path / "cache"))
+    image_folder(tmp_path / "data", 24, ("train", "test"), corrupt=[("test", 17)])
+    settings = dict(memory_limit=0, mean=[0.5] * 3, std=[0.5] * 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"image .*/test/red/17\.png cannot be decoded"):
+            train(_config(tmp_path / "data", tmp_path / "run", **settings))
+    image_folder(tmp_path / "data", 24, ("test",))
+    train(_config(tmp_path / "data", tmp_path / "run", **settings))
+    monkeypatch.setattr("timm_sugar.training.images.check_readable", lambda *args: pytest.fail("checked again"))
+    train(_config(tmp_path / "data", tmp_path / "again", **settings))
+    assert _weights(tmp_path / "again") == _weights(tmp_path / "run")
+    with pytest.raises(pytest.fail.Exception, match="checked again"):
+        train(_config(tmp_path / "data", tmp_path / "other", cache_limit=0, **settings))
+
+
 def _nothing_trained(run):
     return not list(run.rglob("*.safetensors"))
 

@@ -6,9 +6,9 @@ from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batche
 from .folders import files_below, is_image_name, listed
 from .images import BadImageError, LabelledImages, available_cpus, to_rgb, why_unreadable
 from .loading import Split, content_key, decode, decode_kept, decoded_size, fingerprint, seed_everything, with_digests
-from .parallel import check_readable, readable
+from .parallel import check_readable, compute_rows, readable
 from .sources import Source, load_source, split_validation, stratified_sample
-from .transforms import EVALUATION, channel_statistics, eval_transform, normalize, train_transform
+from .transforms import EVALUATION, channel_counts, channel_statistics, eval_transform, normalize, train_transform
 
 __all__ = [
     "EVALUATION",
@@ -21,8 +21,10 @@ __all__ = [
     "Source",
     "Split",
     "available_cpus",
+    "channel_counts",
     "channel_statistics",
     "check_readable",
+    "compute_rows",
     "content_key",
     "decode",
     "decode_kept",

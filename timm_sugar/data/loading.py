@@ -28,15 +28,12 @@ from .sources import Source
 from .transforms import EVALUATION, ImageTransform, eval_transform
 
 
-def decode(
-    images: LabelledImages, transform: ImageTransform, processes: int | None = None, title: str | None = None
-) -> Tensor:
+def decode(images: LabelledImages, transform: ImageTransform, title: str | None = None) -> Tensor:
     """Decode and transform every image, once.
 
     Args:
         images: At least one.
         transform: RGB image -> array or tensor (3, H, W).
-        processes: At most; None for one a CPU core.
         title: Of the progress bar; None for none.
 
     Returns:
@@ -46,7 +43,7 @@ def decode(
         BadImageError: an image cannot be decoded; the message names its file or row.
     """
     shape = (len(images), *transform(images[0]).shape)
-    return torch.from_numpy(compute_rows(lambda index: transform(images[index]), shape, title, processes))
+    return torch.from_numpy(compute_rows(lambda index: transform(images[index]), shape, title))
 
 
 def decode_kept(
@@ -64,7 +61,7 @@ def decode_kept(
     transform = eval_transform(data_config)
     key = content_key(images, "pixels", *(data_config[name] for name in EVALUATION))
     shape = (len(images), *data_config["input_size"])
-    return torch.from_numpy(cache.array(key, shape, lambda: decode(images, transform, title=title).numpy()))
+    return torch.from_numpy(cache.array(key, shape, lambda: decode(images, transform, title).numpy()))
 
 
 def content_key(images: LabelledImages, *what: object) -> str | None:

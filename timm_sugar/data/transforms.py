@@ -1,6 +1,6 @@
 """From images to tensors: timm's transforms for training and evaluation, and normalisation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -82,17 +82,20 @@ def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     return kept
 
 
-def channel_statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_counts(pixels: Tensor) -> Tensor:
+    """Return how often each channel of uint8 pixels (N, C, H, W) has each value, int64 (C, 256)."""
+    counts = torch.zeros(pixels.shape[1], 256, dtype=torch.int64)
+    for part in pixels.split(4096):
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(1)])
+    return counts
+
+
+def channel_statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel, of pixels in [0, 1], to 4 digits.
 
     Args:
-        batches: uint8 pixels, each (N, C, H, W).
+        counts: As `channel_counts` returns them.
     """
-    counts = torch.zeros((), dtype=torch.int64)
-    for pixels in batches:
-        counts = counts + torch.stack(
-            [torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]
-        )
     weights = counts.double()
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (weights * values).sum(1) / weights.sum(1)

@@ -20,8 +20,10 @@ from ..data import (
     Source,
     Split,
     available_cpus,
+    channel_counts,
     channel_statistics,
     check_readable,
+    compute_rows,
     content_key,
     decode_kept,
     decoded_size,
@@ -115,11 +117,12 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         whole = data_config | {"crop_pct": 1.0} if name == "train" and config.crop == "padded" else data_config
         pixels[name] = decode_kept(part, whole, cache, title) if held else None
         if name == "test" and not held and not config.skip_bad_images:
-            check_readable(part, title)  # they are not needed before the end
+            _check_readable(part, cache, title)  # they are not needed before the end
 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
-        measured = _statistics(parts["train"], None if augmented else pixels["train"], data_config, cache)
+        title = "measuring mean and standard deviation" if rank == 0 else None
+        measured = _statistics(parts["train"], None if augmented else pixels["train"], data_config, cache, title)
     data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
     transforms = dict(val=evaluation, test=evaluation, train=evaluation)
     if augmented:
@@ -168,18 +171,36 @@ def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:
         )
 
 
-def _statistics(images: LabelledImages, pixels: Tensor | None, data_config: dict[str, Any], cache: ArrayCache) -> Any:
+def _statistics(
+    images: LabelledImages, pixels: Tensor | None, data_config: dict[str, Any], cache: ArrayCache, title: str | None
+) -> Any:
     """Return mean and std of the images in memory, else of a stratified sample of them at their own size."""
     how = [data_config[name] for name in EVALUATION]
     if pixels is None:
         images, how = images.subset(stratified_sample(images.labels, _STATISTICS_SAMPLE, 0)), ["own size"]
 
+    def count(index: int) -> np.ndarray:
+        return channel_counts(torch.from_numpy(np.array(images[index])).permute(2, 0, 1)[None]).numpy().view(np.uint8)
+
     def measure() -> np.ndarray:
-        own_size = (torch.from_numpy(np.array(images[i])).permute(2, 0, 1)[None] for i in range(len(images)))
-        return np.array(channel_statistics(own_size if pixels is None else pixels.split(4096))).view(np.uint8)
+        if pixels is None:
+            counts = torch.from_numpy(compute_rows(count, (len(images), 3, 256 * 8), title).view(np.int64).sum(0))
+        else:
+            counts = channel_counts(pixels)
+        return np.array(channel_statistics(counts)).view(np.uint8)
 
     key = content_key(images, "statistics", *how)
     return cache.array(key, (2, 24), measure).view(np.float64).tolist()
+
+
+def _check_readable(images: LabelledImages, cache: ArrayCache, title: str | None) -> None:
+    """Decode every image, unless that was done before; raise BadImageError where one cannot be."""
+
+    def check() -> np.ndarray:
+        check_readable(images, title)
+        return np.ones(1, np.uint8)
+
+    cache.array(content_key(images, "readable"), (1,), check)
 
 
 def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
