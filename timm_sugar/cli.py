@@ -261,9 +261,7 @@ def _publish(args: argparse.Namespace) -> int:
     _JSON,
 )
 def _verify(args: argparse.Namespace) -> int:
-    with progress_bars("test images", "validation images") as bars:
-        progress = dict(zip(("test", "val"), bars, strict=True))
-        found = verify(args.model, args.data, args.label_column, args.revision, args.image_column, progress)
+    found = verify(args.model, args.data, args.label_column, args.revision, args.image_column, show_progress=True)
     if args.json:
         keys = ("label", "place", "claimed", "measured", "holds")
         claims = [{key: getattr(claim, key) for key in keys} for claim in found.claims]

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from timm_sugar.hub import published_files
+from timm_sugar.hub import published_files, verify
 from timm_sugar.hub.reload import check_reload
 from timm_sugar.metrics import find_metric
 
@@ -49,6 +51,25 @@ def test_repository_run_and_folder(cli, published, run_folder, parquet_folder):
             assert row["claimed"] == pytest.approx(summary[key], abs=0.51e-4)
             assert row["measured"] == pytest.approx(summary[key], abs=1e-6)
     assert "60 test images" in cli("verify", run_folder, "--data", parquet_folder).out
+
+
+def test_progress_is_shown_where_it_is_asked_for(run_folder, parquet_folder, monkeypatch):
+    shown = []
+
+    @contextmanager
+    def bars(*tasks, every=None):
+        shown.extend(tasks)
+        yield [lambda *done, task=task: shown.append((task, *done)) for task in tasks]
+
+    monkeypatch.setattr(sys.modules["timm_sugar.hub.verify"], "progress_bars", bars)
+    verify(str(run_folder), str(parquet_folder), show_progress=True)
+    load, test, tested, val, validated = shown
+    assert (load, test, val) == ("loading it as its card says", "test images", "validation images")
+    assert tested == ("test images", 60, 60)
+    assert (validated[0], validated[1]) == ("validation images", validated[2])
+    shown.clear()
+    verify(str(run_folder), str(parquet_folder))
+    assert shown == []
 
 
 def test_digits_are_split_as_in_training(cli, tmp_path, run_folder):

@@ -1,7 +1,7 @@
 """Verifying a published model: every number that its card claims, measured again."""
 
+import itertools
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from ..analysis.units import count_units
 from ..data import LabelledImages, decode, eval_transform, evaluate_batches
 from ..metrics import METRICS, find_metric
+from ..terminal import progress_bars
 from .card import dataset_of
 from .loading import find_model
 from .reload import check_reload
@@ -67,7 +68,7 @@ def verify(
     label_column: str | None = None,
     revision: str | None = None,
     image_column: str | None = None,
-    progress: dict[str, Callable[[int, int], None]] | None = None,
+    show_progress: bool = False,
 ) -> Verification:
     """Measure again what the card of a published model claims: all entries of its model-index, and its table.
 
@@ -76,7 +77,7 @@ def verify(
         data: As `timm_sugar.data.load_source` takes it.
         label_column, image_column: Likewise; None for the one that the card names.
         revision: Of a repository: branch, tag or commit.
-        progress: Functions that take the images done and in all, for "test" and "val".
+        show_progress: Say on standard error what is done, and how far it is.
 
     Raises:
         ValueError: the card claims no accuracy, the network does not load as it says, or the data has other classes.
@@ -90,15 +91,15 @@ def verify(
     card = ModelCard.load(found.card)
     claims = [*_of_model_index(card.data.eval_results or [], data), *_of_table(card.text)]
     network = found.load()
-    check_reload(found.folder(network), network)
+    with progress_bars(*["loading it as its card says"] * show_progress):
+        check_reload(found.folder(network), network)
     source = found.load_data(network, data, label_column, image_column)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    progress = progress or {}
-    measured = _measure(network, source.test, "test", progress.get("test"))
+    measured = _measure(network, source.test, "test", show_progress)
     if any(key and find_metric(key).split == "val" for _, _, _, key in claims):
         split, images = found.validation_images(source)
         if split == "val":
-            measured |= _measure(network, images, "val", progress.get("val"))
+            measured |= _measure(network, images, "val", show_progress)
         elif any(key == "val_top1" for _, _, _, key in claims):  # on images that nobody can tell any more
             measured = {key: value for key, value in measured.items() if key.startswith("test")}
     return Verification([_judge(*claim, measured) for claim in claims], len(source.test))
@@ -146,22 +147,20 @@ def _of_table(text: str) -> list[tuple[str, str, float | None, str | None]]:
     return claims
 
 
-def _measure(
-    network: nn.Module, images: LabelledImages, split: str, on_images: Callable[[int, int], None] | None
-) -> dict[str, float]:
+def _measure(network: nn.Module, images: LabelledImages, split: str, show_progress: bool) -> dict[str, float]:
     """Return the metrics of a network on images, by key, as training measures them."""
     cfg: Any = network.pretrained_cfg
-    pixels = decode(images, eval_transform(cfg))
+    title = f"{dict(test='test', val='validation')[split]} images"
+    pixels = decode(images, eval_transform(cfg), title=f"decoding {title}" if show_progress else None)
     batches = zip(pixels.split(_BATCH), torch.from_numpy(images.labels).split(_BATCH), strict=True)
-    done = 0
+    done = itertools.count(_BATCH, _BATCH)
+    with progress_bars(*[title] * show_progress, every=10) as bars, count_units(network) as units:
 
-    def after_batch() -> None:
-        nonlocal done
-        done = min(done + _BATCH, len(images))
-        if on_images is not None:
-            on_images(done, len(images))
+        def after_batch() -> None:
+            so_far = min(next(done), len(images))
+            for bar in bars:
+                bar(so_far, len(images))
 
-    with count_units(network) as units:
         result = evaluate_batches(network, batches, cfg["mean"], cfg["std"], False, after_batch)
     found = {f"{split}_loss": result.loss, f"{split}_top1": result.top1, f"{split}_top5": result.top5}
     return found | {"dead_units": units.dead_units, "activation_sparsity": units.sparsity}
