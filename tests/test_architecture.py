@@ -14,8 +14,8 @@ SCRIPTS = sorted(path for name in ("tests", "train", "benchmarks") for path in (
 # A part imports from those before it, and from itself. "timm_sugar" is the package's own file: the public names.
 ORDER = [
     "_program", "_timm", "_torch", "files", "terminal", "surrogates", "kernels", "functional", "gradients", "layers",
-    "activations", "monitor", "transformers", "convert", "init", "models", "timm_sugar", "settings", "metrics", "data",
-    "analysis", "hub", "training", "cli", "__main__",
+    "activations", "monitor", "integrations", "transformers", "convert", "init", "models", "timm_sugar",
+    "settings", "metrics", "data", "analysis", "hub", "training", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def test_usage_errors(argv, message, capsys):
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
     assert message in err
-    assert "usage: python -m timm_sugar SCRIPT" in err
+    assert "usage: python -m timm_sugar [--monitor] SCRIPT" in err
 
 
 def test_a_command_of_timm_sugar(capsys):

@@ -282,20 +282,33 @@ def test_compiled_by_inductor():
     check_compiled("wrapped", "after", None, "inductor")
 
 
-def test_a_network_that_shares_compiled_code_with_another_says_so():
+def test_networks_that_share_compiled_code_are_told_apart():
     torch.compiler.reset()
     first, second = Signs(), Signs()
     watch = DeadUnitMonitor(second, every=1)
-    compiled = torch.compile(lambda net, x: net.act(net.linear(x)), backend="eager")
-    compiled(first, torch.ones(2, 1))
-
-    def step():
-        with watch.step():
-            compiled(second, torch.ones(2, 1))
-
-    with pytest.raises(RuntimeError, match="attach it again"):
-        step()
+    assert torch._dynamo.config.skip_nnmodule_hook_guards is False
+    compiled = [torch.compile(model, backend="eager") for model in (first, second)]
+    for _ in range(2):
+        for run in compiled:
+            run(torch.ones(2, 1))
+    assert watch.summary().counted_steps == 2
+    watch.detach()
+    assert torch._dynamo.config.skip_nnmodule_hook_guards is True
     torch.compiler.reset()
+
+
+def test_a_pass_without_any_activation_says_so():
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU())
+    watch = DeadUnitMonitor(model, every=1)
+    hooks, model[1]._forward_pre_hooks = model[1]._forward_pre_hooks, {}
+    with pytest.raises(RuntimeError, match="1 was replaced after DeadUnitMonitor was attached"):
+        model(torch.ones(2, 1))
+    model[1]._forward_pre_hooks = hooks
+    with (
+        pytest.raises(RuntimeError, match="no activation of Sequential ran where DeadUnitMonitor sees it"),
+        watch.step(),
+    ):
+        model[0](torch.ones(2, 1))
 
 
 def test_a_detached_network_is_as_it_was():

@@ -2,15 +2,19 @@
 
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from . import cli
+from .integrations.timm import monitored
 
-USAGE = "usage: python -m timm_sugar SCRIPT [ARGS], or COMMAND [ARGS] as timm-sugar takes it"
+USAGE = "usage: python -m timm_sugar [--monitor] SCRIPT [ARGS], or COMMAND [ARGS] as timm-sugar takes it"
 
 
 def main(argv: list[str]) -> int:
-    """Run a command of timm-sugar, or ``argv[0]`` as ``python argv[0] ...`` would after ``import timm_sugar``.
+    """Run a command of timm-sugar, or a script as ``python SCRIPT ...`` would after ``import timm_sugar``.
+
+    With ``--monitor`` before the script, dead units of the network that it trains go into what it logs with timm.
 
     Returns:
         The command's status; 0 after a script, or 2 after a message on standard error where there is no such script.
@@ -21,13 +25,18 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] in cli.COMMANDS or argv[0] == "--version":
         return cli.main(argv)
+    monitor = argv[0] == "--monitor"
+    if monitor and not (argv := argv[1:]):
+        print(USAGE, file=sys.stderr)
+        return 2
     script = Path(argv[0])
     if not script.is_file():
         print(f"python -m timm_sugar: no such script or command: {script}; {USAGE}", file=sys.stderr)
         return 2
     sys.argv = argv
     sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
+    with monitored() if monitor else nullcontext():
+        runpy.run_path(str(script), run_name="__main__")
     return 0
 
 

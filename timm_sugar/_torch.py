@@ -42,6 +42,19 @@ def in_backward() -> bool:
     return bool(_graph_task() != -1)
 
 
+def skip_hook_guards(skip: bool) -> bool:
+    """Set whether compiled code goes on when a module has got or lost a hook since; return what it was.
+
+    A setting of Dynamo that torch's notes on modules and hooks name, without a public place. Where it is gone, it is as
+    if it was True, its default.
+    """
+    config = torch._dynamo.config
+    was = bool(getattr(config, "skip_nnmodule_hook_guards", True))
+    if hasattr(config, "skip_nnmodule_hook_guards"):
+        config.skip_nnmodule_hook_guards = skip
+    return was
+
+
 _graph_task: Any = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _functorch_active: Any = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 

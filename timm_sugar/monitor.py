@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._torch import in_backward
+from ._torch import in_backward, skip_hook_guards
 from .activations import (
     Activation,
     Hook,
@@ -186,16 +186,19 @@ class DeadUnitMonitor:
             1, device=_device(model)
         )  # what the operator writes to, so that calls keep their order
         self._number = next(_numbers)
+        others = [*_monitors.values()]
         _monitors[self._number] = self
+        # By default what is compiled does not ask whether a module got or lost a hook since.
+        was_skipped = skip_hook_guards(False)
+        self._skipped: bool = others[0]._skipped if others else was_skipped
         self._explicit = False  # whether `step` says where a pass begins and ends
         self._warned_outside = False
         self._pending: Callable[[], float | None] | None = None  # fraction of dead units, None until it is there
-        self._traced = False
         self.reset()
         self._watched = watch_activations(model, self._see)
         self._watched.callback(model.register_forward_pre_hook(Hook(self._enter)).remove)
         self._watched.callback(model.register_forward_hook(Hook(self._leave)).remove)
-        torch.compiler.reset()  # what is compiled does not ask whether a module got or lost a hook
+        torch.compiler.reset()
 
     def reset(self) -> None:
         """Forget what was counted, as if the monitor was new."""
@@ -209,10 +212,8 @@ class DeadUnitMonitor:
     def detach(self) -> None:
         """Take the monitor off the network, which is then as it was before; `summary` still answers."""
         self._watched.close()
-        _monitors.pop(self._number, None)
-        if self._traced:
-            torch.compiler.reset()
-            self._traced = False
+        if _monitors.pop(self._number, None) and not _monitors:
+            skip_hook_guards(self._skipped)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -294,7 +295,6 @@ class DeadUnitMonitor:
             return
         if torch.compiler.is_compiling():
             if module.training:
-                self._note_traced()
                 _event(None, self._token, self._number, "", True)
         else:
             self._begin()
@@ -312,12 +312,7 @@ class DeadUnitMonitor:
         if not torch.compiler.is_compiling():
             self._count(name, x, channels_last)
         elif self.model.training:
-            self._note_traced()
             _event(x.detach(), self._token, self._number, name, channels_last)
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _note_traced(self) -> None:
-        self._traced = True
 
     def _begin(self) -> None:
         self._inside, self._now = True, None
@@ -366,8 +361,8 @@ class DeadUnitMonitor:
         if now is not None:
             if not now:
                 raise RuntimeError(
-                    f"no activation of {type(self.model).__name__} ran where DeadUnitMonitor sees it: it was compiled "
-                    "before the monitor was attached; attach it again"
+                    f"no activation of {type(self.model).__name__} ran where DeadUnitMonitor sees it: is it exported, "
+                    "or compiled in a way that leaves out hooks?"
                 )
             self._counted += 1
             self._passes.append((self.steps, now))

@@ -1,0 +1,1 @@
+"""`DeadUnitMonitor` in other people's loops: a module for each library, which alone imports it."""
