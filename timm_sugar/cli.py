@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import traceback
@@ -58,12 +59,14 @@ class Command:
         example: A command line.
         arguments: What `argparse.ArgumentParser.add_argument` takes, for each argument.
         run: Takes them as parsed, prints its result and returns the exit status.
+        passes: Whether it takes any other flag besides, as `args.others`.
     """
 
     help: str
     example: str
     arguments: tuple[Argument, ...]
     run: Run
+    passes: bool = False
 
 
 COMMANDS: dict[str, Command] = {}
@@ -78,7 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others and not COMMANDS[args.command].passes:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.others = others
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -101,7 +108,11 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=command.help, description=command.help, epilog=f"example: {command.example}"
+            name,
+            help=command.help.partition(". ")[0],
+            description=command.help,
+            epilog=f"example: {command.example}",
+            allow_abbrev=not command.passes,  # else a flag of the trainer may pass for one of the command
         )
         for flags, options in command.arguments:
             sub.add_argument(*flags, **options)
@@ -115,11 +126,11 @@ def _without_token(text: str) -> str:
     return text.replace(token, "***") if token else text
 
 
-def _command(help: str, example: str, *arguments: Argument) -> Callable[[Run], Run]:
+def _command(help: str, example: str, *arguments: Argument, passes: bool = False) -> Callable[[Run], Run]:
     """Register a function ``_NAME`` as the subcommand NAME."""
 
     def register(run: Run) -> Run:
-        COMMANDS[run.__name__.removeprefix("_")] = Command(help, example, arguments, run)
+        COMMANDS[run.__name__.removeprefix("_")] = Command(help, example, arguments, run, passes)
         return run
 
     return register
@@ -202,6 +213,41 @@ def _predict(args: argparse.Namespace) -> int:
     if failed:
         print(f"timm-sugar predict: error: {len(failed)} of {len(files)} files gave no class", file=sys.stderr)
     return 1 if failed else 0
+
+
+@_command(
+    "train a network with its own activation, or ReLU, and with SUGAR, over learning rates and seeds, and say whether "
+    "that shows a difference. Stop it at any time: the same command goes on. Rates, surrogates and seeds may be added "
+    "later. Every other flag is one of the trainer's, such as --epochs, and holds for all runs",
+    "timm-sugar compare --data path/to/folder --model resnet18 --lrs 0.001 0.003 --seeds 3 --minutes 60",
+    _argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder"),
+    _argument("--output", type=Path, default=Path("output/compare"), metavar="DIR", help="default: output/compare"),
+    _argument("--surrogates", nargs="+", metavar="NAME", help="default: bsilu nelu"),
+    _argument("--lrs", nargs="+", type=float, metavar="RATE", help="learning rates (default: 0.0003 0.001 0.003)"),
+    _argument("--seeds", type=int, metavar="N", help="seeds of each, from 0 on (default: 3)"),
+    _argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="stop after so many; the same command goes on"
+    ),
+    _argument("--jobs", type=int, metavar="N", help="runs at once (default: one a CPU core, or one on a GPU)"),
+    _JSON,
+    passes=True,
+)
+def _compare(args: argparse.Namespace) -> int:
+    from .training.compare import plan, print_result, table  # needs the extra "train"
+
+    for name in ("minutes", "jobs"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(args, name):g}")
+    comparison = plan(args.output, ["--data", args.data, *args.others], args.surrogates, args.lrs, args.seeds)
+    failures = comparison.train(args.jobs, args.minutes)
+    found = table(comparison)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_result(found)
+    for cell, reason in failures.items():
+        print(f"timm-sugar compare: error: {cell} failed: {reason}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 @_command(
@@ -394,15 +440,16 @@ def _landscape(args: argparse.Namespace) -> int:
 @_command(
     "write a page about a run, or several compared, and pictures beside it",
     "timm-sugar report output/relu output/sugar --output output/report.html",
-    _argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not"),
+    _argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not, or of a comparison"),
     _argument(
         "--output", type=Path, metavar="FILE", default=Path("report.html"), help="the page (default: report.html)"
     ),
 )
 def _report(args: argparse.Namespace) -> int:
     from .analysis.report import write_report
+    from .analysis.run import runs_of
 
-    for path in write_report(args.runs, args.output):
+    for path in write_report([run for folder in args.runs for run in runs_of(folder)], args.output):
         print(path)
     return 0
 

@@ -90,7 +90,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
                 for process in [process for process in running if process.poll() is not None]:
                     cell = running.pop(process)
                     if process.returncode and not over():
-                        failures[cell] = f"exit status {process.returncode}: {_last_line(_log(cell))}"
+                        failures[cell] = f"exit status {process.returncode}: {last_line(cell)}"
                     _say(f"{cell} {'stopped' if process.returncode else 'finished'}")
                 time.sleep(0.05)
         finally:
@@ -146,8 +146,10 @@ def _log(cell: Cell) -> Path:
     return Path(f"{cell.config.output}.log")
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+def last_line(cell: Cell) -> str:
+    """Return the last line that the process of a cell wrote."""
+    path = _log(cell)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 

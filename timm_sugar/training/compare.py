@@ -1,0 +1,322 @@
+"""Does SUGAR help here? A network's own activation against SUGAR on one data set, over learning rates and seeds."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from ..activations import activation_kinds
+from ..analysis.seeds import interval
+from ..data import LabelledImages, fingerprint, stratified_sample
+from ..files import read_mapping, write_file
+from ..hub import find_model, image_batches
+from ..layers import Activation
+from ..models import is_own
+from ..settings import TrainConfig, names_of, to_flags
+from ..surrogates import get_surrogate, unknown_name
+from ..terminal import print_table
+from .cells import Cell, last_line, run, summary_of
+from .config import load_config
+from .images import open_source
+from .network import build_network
+
+RECIPE = "compare"
+RATES = (0.0003, 0.001, 0.003)
+SURROGATES = ("bsilu", "nelu")
+FILE = "compare.json"
+_VARIED = ("seed", "lr", "surrogate", "alpha", "act_layer")
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A grid of runs in a folder: each activation with each learning rate and seed.
+
+    Attributes:
+        folder: Holds compare.json and, as seedN/ACTIVATION-lrRATE, the runs.
+        baseline: The network's own activation, by name; "relu" for a network of this package.
+        surrogates: Of the SUGAR networks.
+        rates, seeds: Of each of them.
+        cells: The runs by activation, rate and seed, all of the first seed first.
+        test: The test images.
+        class_names: In the order of the logits.
+    """
+
+    folder: Path
+    baseline: str
+    surrogates: tuple[str, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    cells: dict[tuple[str, float, int], Cell]
+    test: LabelledImages
+    class_names: tuple[str, ...]
+
+    @property
+    def activations(self) -> list[str]:
+        """The names of what is compared, the baseline first."""
+        return [self.baseline, *(f"sugar_{name}" for name in self.surrogates)]
+
+    def train(self, jobs: int | None = None, minutes: float = math.inf) -> dict[Cell, str]:
+        """Train what is not finished; see `timm_sugar.training.cells.run`. A loss that is not finite is no failure."""
+        waiting = [cell for cell in self.cells.values() if not _diverged(cell)]
+        failures = run(waiting, jobs, minutes)
+        return {cell: reason for cell, reason in failures.items() if not _diverged(cell)}
+
+
+def plan(
+    folder: Path,
+    flags: Sequence[str],
+    surrogates: Sequence[str] | None = None,
+    rates: Sequence[float] | None = None,
+    seeds: int | None = None,
+) -> Comparison:
+    """Build a comparison, or extend the one in a folder, and check all that can be checked before anything is trained.
+
+    Args:
+        folder: Where it is; its grid only grows, so that all activations have the same rates and seeds.
+        flags: Flags of the trainer that hold for all runs, the data among them.
+        surrogates, rates, seeds: What to add to the grid; None for what is there, or the default of a new one.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: a setting, the data or the network is wrong, or the folder holds runs
+            with other settings or other data.
+    """
+    for flag in (flag.split("=")[0] for flag in flags if flag.startswith("--")):
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if name in _VARIED:
+            raise ValueError(f"{flag} is what a comparison varies: it takes --seeds, --lrs and --surrogates")
+        if name in names_of("start"):
+            raise ValueError(f"{flag} is not for a comparison")
+    before = read_mapping(folder / FILE) if (folder / FILE).is_file() else {}
+    grid = before.get("grid", {})
+    names = [get_surrogate(name).name for name in surrogates or ()]
+    names = [*dict.fromkeys([*grid.get("surrogates", ()), *(names or ([] if grid else SURROGATES))])]
+    lrs = sorted({*grid.get("rates", ()), *(rates or (() if grid else RATES))})
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    count = max(len(grid.get("seeds", ())), seeds or (0 if grid else 3))
+
+    def config_of(settings: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
+        argv = ["--recipe", RECIPE, *flags, *to_flags(settings)]
+        return load_config(argv, "compare", "", RECIPE), argv
+
+    config, _ = config_of({})
+    if not timm.is_model(config.model.split(".")[0]):
+        raise ValueError(unknown_name("model", config.model, timm.list_models()))
+    if not config.val_fraction:
+        raise ValueError("a comparison chooses learning rates on validation images, so val_fraction must be above 0")
+    own = {"act_layer": "relu"} if is_own(config.model) else {}
+    source = open_source(config)
+    network = build_network(config_of(own)[0], source)
+    if Activation.of(network).surrogate:
+        raise ValueError(f"the baseline, {config.model} with these settings, has SUGAR itself; leave that out")
+    baseline = "+".join(activation_kinds(network)) or "own"
+    settings = {baseline: own} | {f"sugar_{name}": {"surrogate": name} for name in names}
+    for extra in list(settings.values())[1:]:
+        build_network(config_of(extra)[0], source)
+    cells = {}
+    for seed in range(count):
+        for rate in lrs:
+            for activation, extra in settings.items():
+                name = f"{activation}-lr{rate:g}"
+                place = {"seed": seed, "lr": rate, "output": folder / f"seed{seed}" / name}
+                settled, argv = config_of(extra | place)
+                cells[activation, rate, seed] = Cell(name, settled, ("-m", "timm_sugar.training", *argv))
+    test = source.test
+    if (limit := getattr(config, "limit_test", None)) is not None:
+        test = test.subset(stratified_sample(test.labels, limit, config.split_seed))
+    found = Comparison(folder, baseline, tuple(names), tuple(lrs), tuple(range(count)), cells, test, source.class_names)
+    _check_data(found, fingerprint(source))
+    for cell in cells.values():
+        summary_of(cell)  # raises where its settings were others
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / FILE, json.dumps(before | {"grid": _grid(found)}) + "\n")
+    return found
+
+
+def _grid(comparison: Comparison) -> dict[str, Any]:
+    return {name: getattr(comparison, name) for name in ("baseline", "surrogates", "rates", "seeds")}
+
+
+def _check_data(comparison: Comparison, now: Mapping[str, Any]) -> None:
+    """Raise ValueError where a run was trained on other data than there is now."""
+    for cell in comparison.cells.values():
+        path = cell.config.folder / "config.yaml"
+        before = read_mapping(path).get("data_fingerprint") if path.is_file() else None
+        if before is not None and before != now:
+            raise ValueError(
+                f"{cell.config.folder} was trained on other data than {cell.config.data} is now; give another --output"
+            )
+
+
+def _diverged(cell: Cell) -> bool:
+    """Whether training of a cell ended because its loss was not finite, which it would be again."""
+    return summary_of(cell) is None and "the loss is not finite at step" in last_line(cell)
+
+
+def table(comparison: Comparison) -> dict[str, Any]:
+    """Return what the finished runs say, and write it to compare.json.
+
+    A seed counts where all of its runs are done. The rate of each activation is the one with the highest mean accuracy
+    on the validation images over these seeds; a rate with which a loss was not finite is none. Accuracies on the test
+    images at these rates are compared by seed.
+
+    Returns:
+        grid; done and runs, the numbers of finished and of all runs; seeds, those that count; test_images; classes;
+        rows, one an activation: activation, rate, edge ("lowest" or "highest" of several rates, else None),
+        val_top1 and test_top1 (mean), test_interval (half of the 95% t-interval, None for one seed), dead_units,
+        class_top1 (mean by class), difference (to the baseline, mean), low and high (its 95% paired t-interval), p (of
+        the paired t-test; None where it has none), differences (by seed) and runs (their folders); and the verdict.
+        Accuracies are fractions of 1.
+    """
+    settled = {key: summary_of(cell) for key, cell in comparison.cells.items()}
+    done = {key for key, cell in comparison.cells.items() if settled[key] is not None or _diverged(cell)}
+    seeds = [
+        seed
+        for seed in comparison.seeds
+        if all((name, rate, seed) in done for name in comparison.activations for rate in comparison.rates)
+    ]
+    rows: list[dict[str, Any]] = []
+    base: list[float] = []
+    by_class = read_mapping(comparison.folder / FILE).get("class_top1", {})  # what an earlier call measured
+    for name in comparison.activations if seeds else ():
+        runs = {rate: [settled[name, rate, seed] for seed in seeds] for rate in comparison.rates}
+        finite = {rate: [run for run in found if run] for rate, found in runs.items() if all(found)}
+        if not finite:
+            rows.append(dict(activation=name, rate=None))
+            continue
+        rate = max(finite, key=lambda rate: fmean(run["val_top1"] for run in finite[rate]))
+        best, chosen = finite[rate], [comparison.cells[name, rate, seed] for seed in seeds]
+        tests = [run["test_top1"] for run in best]
+        dead = [run["dead_units"] for run in best if run.get("dead_units") is not None]
+        edge = {comparison.rates[0]: "lowest", comparison.rates[-1]: "highest"} if len(comparison.rates) > 1 else {}
+        for cell in chosen:
+            if str(cell) not in by_class:
+                by_class[str(cell)] = class_top1(cell.config.folder, comparison.test, len(comparison.class_names))
+        columns = zip(*(by_class[str(cell)] for cell in chosen), strict=True)
+        row = dict(
+            activation=name, rate=rate, edge=edge.get(rate), val_top1=fmean(run["val_top1"] for run in best),
+            test_top1=fmean(tests), test_interval=interval(tests), dead_units=fmean(dead) if dead else None,
+            class_top1=[None if None in column else fmean(column) for column in columns],
+            runs=[str(cell) for cell in chosen],
+        )  # fmt: skip
+        if name == comparison.baseline:
+            base = tests
+        elif base:
+            row |= paired([test - other for test, other in zip(tests, base, strict=True)])
+        rows.append(row)
+    found: dict[str, Any] = dict(
+        grid=_grid(comparison), done=len(done), runs=len(settled), seeds=seeds, test_images=len(comparison.test),
+        classes=list(comparison.class_names), rows=rows,
+    )  # fmt: skip
+    found["verdict"] = verdict(found)
+    write_file(comparison.folder / FILE, json.dumps(found | {"class_top1": by_class}) + "\n")
+    return found
+
+
+@torch.inference_mode()
+def class_top1(folder: Path, images: LabelledImages, classes: int) -> list[float | None]:
+    """Return the accuracy of a finished run's network on the images of each class; None for a class without images."""
+    network = find_model(str(folder)).load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    right, count = torch.zeros(classes), torch.zeros(classes)
+    for pixels, labels in image_batches(network, images):
+        hits: Tensor = network(pixels).argmax(1) == labels
+        right += torch.bincount(labels[hits].cpu(), minlength=classes)
+        count += torch.bincount(labels.cpu(), minlength=classes)
+    return [r / c if c else None for r, c in zip(right.tolist(), count.tolist(), strict=True)]
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Return mean, 95% t-interval and p-value of differences by seed.
+
+    Example:
+        >>> found = paired([0.01, 0.02, 0.03])
+        >>> round(found["low"], 4), round(found["high"], 4), round(found["p"], 4)
+        (-0.0048, 0.0448, 0.0742)
+    """
+    mean, half = fmean(differences), interval(differences)
+    p = None
+    if half:  # where all are equal, nothing tells how they spread
+        from scipy.stats import t
+
+        p = float(2 * t.sf(abs(mean) / stdev(differences) * math.sqrt(len(differences)), len(differences) - 1))
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return dict(difference=mean, low=low, high=high, p=p, differences=list(differences))
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """Return in one sentence what a table shows, with no more than its seeds and comparisons allow."""
+    n, rows = len(found["seeds"]), found["rows"]
+    if found["done"] < found["runs"]:
+        left = f"Not finished: {found['done']} of {found['runs']} runs are"
+        return f"{left}; so far nothing is shown." if n < 2 else f"{left}, and {n} seeds are too early a verdict."
+    base = rows[0]["activation"]
+    if rows[0]["rate"] is None:
+        return f"Nothing can be compared: {base} has no rate with which each loss stays finite."
+    compared = [row for row in rows[1:] if row["rate"] is not None]
+    parts = []
+    for row in rows[1:]:
+        name = row["activation"]
+        if row not in compared:
+            parts.append(f"{name} has no rate with which each loss stays finite")
+        elif row["low"] is None:
+            parts.append(f"no difference shown between {name} and {base}: one seed has no interval")
+        elif row["p"] is not None and row["p"] * len(compared) < _LEVEL:
+            better = "better" if row["difference"] > 0 else "worse"
+            parts.append(f"{name} is {better} than {base} here ({difference_text(row)} points)")
+        else:
+            reason = ""
+            if row["p"] is None:
+                reason = "; each seed has the same, so that nothing tells the spread"
+            elif row["p"] < _LEVEL:
+                reason = f"; it leaves out 0, but is one of {len(compared)}"
+            parts.append(f"no difference shown between {name} and {base} ({difference_text(row)} points{reason})")
+    several = f", {len(compared)} comparisons taken together (Bonferroni)" if len(compared) > 1 else ""
+    how = f"paired t-test over n = {n} seed{'s' if n > 1 else ''}{several}, on {found['test_images']:,} test images"
+    return f"{'; '.join(parts)}: {how}."
+
+
+def difference_text(row: Mapping[str, Any]) -> str:
+    """Return the difference of a row of `table` with its interval, in points."""
+    if row.get("difference") is None:
+        return "-"
+    shown = f"{100 * row['difference']:+.2f}"
+    return shown if row["low"] is None else f"{shown} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
+
+
+def print_result(found: Mapping[str, Any]) -> None:
+    """Print a table for people to read, and its verdict."""
+
+    def percent(value: float | None, digits: int = 2) -> str:
+        return "-" if value is None else f"{100 * value:.{digits}f}"
+
+    rows = [row for row in found["rows"] if row["rate"] is not None]
+    if rows:
+        n = len(found["seeds"])
+        print(f"mean of {n} seed{'s' if n > 1 else ''}, with 95% t-intervals; differences are paired by seed:")
+        head = ("activation", "best rate", "validation (%)", "test (%)", "difference (points)", "p", "dead units (%)")
+        lines = []
+        for row in rows:
+            half = "" if row["test_interval"] is None else f" ± {percent(row['test_interval'])}"
+            p = "-" if row.get("p") is None else f"{row['p']:.3f}"
+            test, dead = f"{percent(row['test_top1'])}{half}", percent(row["dead_units"])
+            line = row["activation"], f"{row['rate']:g}", percent(row["val_top1"]), test, difference_text(row), p, dead
+            lines.append(line)
+        print_table(head, lines)
+        print("\ntest accuracy by class (%):")
+        classes = zip(found["classes"], *(row["class_top1"] for row in rows), strict=True)
+        shown = [[name, *(percent(value, 1) for value in values)] for name, *values in classes]
+        print_table(("class", *(row["activation"] for row in rows)), shown)
+        print()
+    for row in rows:
+        if row["edge"]:
+            more = "lower" if row["edge"] == "lowest" else "higher"
+            print(f"{row['activation']} is best at the {row['edge']} rate: try {more} ones too, with --lrs")
+    print(found["verdict"])
