@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 import traceback
@@ -247,7 +248,12 @@ def _compare(args: argparse.Namespace) -> int:
         print_result(found)
     for cell, reason in failures.items():
         print(f"timm-sugar compare: error: {cell} failed: {reason}", file=sys.stderr)
-    return 1 if failures else 0
+    if failures:
+        return 1
+    if found["done"] < found["runs"]:
+        print("timm-sugar compare: time is up; the same command goes on", file=sys.stderr)
+        return os.EX_TEMPFAIL  # as a sweep that --minutes ends
+    return 0
 
 
 @_command(

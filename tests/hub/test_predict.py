@@ -18,6 +18,7 @@ from timm_sugar.cli import main
 from timm_sugar.hub import predict
 from timm_sugar.hub.predict import class_names
 
+HUB_CARDS = Path(__file__).parents[2] / "hub_cards"
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
 
 
@@ -153,3 +154,21 @@ def test_on_a_terminal_the_bar_is_beside_what_is_redirected(run_folder, pictures
     assert done.wait() == 0
     assert b"100%" in shown
     assert [line["file"] for line in lines((tmp_path / "out.jsonl").read_text())] == [str(pictures / "red.png")]
+
+
+@pytest.mark.parametrize("model", ["lab/net", "hf-hub:lab/net", "hf-hub:lab/net@main"])
+def test_a_repository(model, hub, cli, run_folder, pictures, capsys):
+    assert cli("publish", run_folder, "--repo-id", "lab/net").status == 0
+    result = cli("predict", pictures / "red.png", "--model", model, "--json")
+    assert result.status == 0, result.err
+    assert main(["predict", str(pictures / "red.png"), "--model", str(run_folder), "--json"]) == 0
+    assert lines(result.out) == lines(capsys.readouterr().out)
+
+
+def test_a_tag(pictures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "resnet18_cifar_sugar_bsilu.mine").symlink_to(HUB_CARDS / "resnet18_cifar_sugar_bsilu.cifar10")
+    monkeypatch.setenv("TIMM_SUGAR_HUB", str(tmp_path))
+    assert main(["predict", str(pictures), "--model", "resnet18_cifar_sugar_bsilu.mine", "--top", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "resnet18_cifar_sugar_bsilu, SUGAR bsilu 1.67, 10 classes, 32 px" in err
+    assert len(out.splitlines()) == 3

@@ -107,7 +107,8 @@ def test_rates_are_chosen_on_validation_images_and_compared_by_seed_on_test_imag
         "no difference shown between sugar_bsilu and relu "
         "(+3.00 [+0.52, +5.48] points; it leaves out 0, but is one of 2); "
         "no difference shown between sugar_nelu and relu "
-        "(-0.33 [-4.13, +3.46] points): paired t-test over n = 3 seeds, 2 comparisons taken together (Bonferroni), on 15 test images."
+        "(-0.33 [-4.13, +3.46] points): paired t-test over n = 3 seeds, 2 comparisons taken together (Bonferroni), "
+        "on 15 test images."
     )
     compare.print_result(found)
     shown = capsys.readouterr().out
@@ -205,7 +206,8 @@ def test_the_grid_of_a_folder_grows(planned):
 
 
 @pytest.mark.parametrize(
-    ("model", "baseline"), [("resnet18", "relu"), ("test_vit", "gelu"), ("resnet18_sugar_bsilu", "relu")]
+    ("model", "baseline"),
+    [("resnet18", "relu"), ("test_vit", "gelu"), ("resnet18_sugar_bsilu", "relu"), ("conv2next_tiny", "gelu")],
 )
 def test_the_baseline_is_the_own_activation_or_relu(model, baseline, images, tmp_path):
     flags = ["--data", str(images), "--model", model, "--img-size", "160" if model == "test_vit" else "16"]
@@ -231,13 +233,10 @@ def test_the_baseline_is_the_own_activation_or_relu(model, baseline, images, tmp
         (["--jobs", "0"], "jobs must be above 0, got 0"),
         (["--epoch", "3"], "unknown argument '--epoch'"),
         (["--data", "nowhere/at/all"], "data folder 'nowhere/at/all' does not exist"),
-        (["--recipe", "{recipe}"], "the baseline, resnet18 with these settings, has SUGAR itself"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_trained(arguments, message, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "run", lambda *arguments: pytest.fail("it would train"))
-    (tmp_path / "sugar.yaml").write_text("model: resnet18\nsurrogate: bsilu\nimg_size: 16\n")
-    arguments = [part.replace("{recipe}", str(tmp_path / "sugar.yaml")) for part in arguments]
     output = tmp_path / "compare"
     assert main(["compare", "--data", str(images), "--output", str(output), *SMALL, *arguments]) == 1
     out, err = capsys.readouterr()
@@ -276,10 +275,10 @@ def test_real_runs_stopped_by_the_clock_and_by_ctrl_c_and_gone_on_with(images, t
     output = tmp_path / "compare"
     grid = ["--lrs", "0.01", "--seeds", "2", "--surrogates", "bsilu", "--jobs", "2"]
     argv = ["compare", "--data", str(images), "--output", str(output), *SMALL, *grid]
-    assert main([*argv, "--minutes", "0.01"]) == 0
+    assert main([*argv, "--minutes", "0.01"]) == 75
     out, err = capsys.readouterr()
     assert out == "Not finished: 0 of 4 runs are; so far nothing is shown.\n"
-    assert "time is up; run the same command to resume" in err
+    assert "time is up; the same command goes on" in err
 
     process = subprocess.Popen([sys.executable, "-m", "timm_sugar.cli", *argv], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 240

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
@@ -18,14 +17,13 @@ from ..data import LabelledImages, fingerprint, stratified_sample
 from ..files import read_mapping, write_file
 from ..hub import find_model, image_batches
 from ..layers import Activation
-from ..models import is_own
 from ..settings import TrainConfig, names_of, to_flags
-from ..surrogates import get_surrogate, unknown_name
+from ..surrogates import get_surrogate
 from ..terminal import print_table
 from .cells import Cell, last_line, run, summary_of
 from .config import load_config
 from .images import open_source
-from .network import build_network
+from .network import build_network, check_names
 
 RECIPE = "compare"
 RATES = (0.0003, 0.001, 0.003)
@@ -41,7 +39,7 @@ class Comparison:
 
     Attributes:
         folder: Holds compare.json and, as seedN/ACTIVATION-lrRATE, the runs.
-        baseline: The network's own activation, by name; "relu" for a network of this package.
+        baseline: The network's own activation, by name; "relu" for one that has SUGAR by itself.
         surrogates: Of the SUGAR networks.
         rates, seeds: Of each of them.
         cells: The runs by activation, rate and seed, all of the first seed first.
@@ -108,15 +106,14 @@ def plan(
         return load_config(argv, "compare", "", RECIPE), argv
 
     config, _ = config_of({})
-    if not timm.is_model(config.model.split(".")[0]):
-        raise ValueError(unknown_name("model", config.model, timm.list_models()))
     if not config.val_fraction:
         raise ValueError("a comparison chooses learning rates on validation images, so val_fraction must be above 0")
-    own = {"act_layer": "relu"} if is_own(config.model) else {}
+    check_names(config)
     source = open_source(config)
-    network = build_network(config_of(own)[0], source)
+    network, own = build_network(config, source), {}
     if Activation.of(network).surrogate:
-        raise ValueError(f"the baseline, {config.model} with these settings, has SUGAR itself; leave that out")
+        own = {"act_layer": "relu"}
+        network = build_network(config_of(own)[0], source)
     baseline = "+".join(activation_kinds(network)) or "own"
     settings = {baseline: own} | {f"sugar_{name}": {"surrogate": name} for name in names}
     for extra in list(settings.values())[1:]:
