@@ -57,7 +57,7 @@ def _command_lines() -> list[str]:
 def test_command_lines_parse(line):
     words = shlex.split(line)
     if "timm-sugar" in words:
-        cli._parser().parse_args(words[words.index("timm-sugar") + 1 :])
+        load_config(cli._parse(words[words.index("timm-sugar") + 1 :]).others, "prog", "text", "compare")
         return
     script = next(i for i, word in enumerate(words) if word.startswith("train/"))
     assert (ROOT / words[script]).exists()

@@ -82,11 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
     """
-    parser = _parser()
-    args, others = parser.parse_known_args(argv)
-    if others and not COMMANDS[args.command].passes:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    args.others = others
+    args = _parse(argv)
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -101,6 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(_without_token(f"{lines}timm-sugar {args.command}: error: {message}"), file=sys.stderr)
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others and not COMMANDS[args.command].passes:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.others = others
+    return args
 
 
 def _parser() -> Parser:
