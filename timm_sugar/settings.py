@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,8 @@ class Setting:
         range: Where the value lies, or each of a list, as an interval such as "[0, 1)"; None for anywhere.
         length: Values of a list; None for any number.
         metavar: What --help shows in place of the value.
+        otherwise: Of a setting that is open by default, since pretrained weights say it: its value without such.
+        bare: What the flag without a value, or true in YAML, stands for; None where it needs a value.
     """
 
     help: str
@@ -41,6 +42,8 @@ class Setting:
     range: str | None = None
     length: int | None = None
     metavar: str | None = None
+    otherwise: Any = None
+    bare: str | None = None
 
 
 def setting(default: Any, help: str, range: str | None = None, **more: Any) -> Any:
@@ -71,21 +74,33 @@ class TrainConfig:
     image_column: str | None = _data(
         None, "column of the images, where there are several and none is image or img", kind="data"
     )
-    img_size: int = _data(32, "side of the square input images, pixels", "[1, 4096]")
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = _data("bicubic", "how images are resized")
-    crop_pct: float = _data(1.0, "evaluation resizes to img_size / crop_pct and crops the centre", "[0.1, 1]")
+    img_size: int = _data(None, "side of the square input images, pixels", "[1, 4096]", otherwise=32)
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = _data(
+        None, "how images are resized", otherwise="bicubic"
+    )
+    crop_pct: float = _data(
+        None, "evaluation resizes to img_size / crop_pct and crops the centre", "[0.1, 1]", otherwise=1.0
+    )
     mean: list[float] | None = _data(
-        None, "normalisation, of pixels in [0, 1]; default: of the training images", "[0, 1]", length=3
+        None,
+        "normalisation, of pixels in [0, 1]; default: what pretrained weights were trained with, else of the training "
+        "images",
+        "[0, 1]",
+        length=3,
     )
     std: list[float] | None = _data(None, "likewise", "[0.001, 1]", length=3)
     val_fraction: float = _data(
         0.1, "share of the training images split off for validation; 0 for none", "[0, 1)", kind="data"
     )
     split_seed: int = _data(
-        0, "seed of that split and of --limit-train and --limit-val, apart from --seed", "[0, 4294967295]", kind="data"
+        0,
+        "seed of that split and of --limit-train, --limit-val and --limit-test, apart from --seed",
+        "[0, 4294967295]",
+        kind="data",
     )
     limit_train: int | None = _data(None, "train on a stratified sample of this many images", "[1, inf)")
     limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)", kind="data")
+    limit_test: int | None = _data(None, "test on a stratified sample of this many images", "[1, inf)", kind="data")
     streaming: bool = _data(False, "read the data into memory without a cached copy on disk", kind="free")
     skip_bad_images: bool = _data(False, "leave out images that cannot be decoded, and count them")
     memory_limit: float = _data(
@@ -114,8 +129,28 @@ class TrainConfig:
     mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "granularity of mixing")
     smoothing: float = _images(0.0, "label smoothing", "[0, 1)")
 
-    model: str = _network("resnet18_sugar_bsilu", "a model of timm's registry, ours included")
+    model: str = _network(
+        None,
+        "a model of timm's registry, ours included; or a source as in --pretrained, to start from",
+        otherwise="resnet18_sugar_bsilu",
+    )
     model_args: dict[str, Any] = _network({}, "further arguments of the model", metavar="KEY=VALUE")
+    pretrained: str | None = _network(
+        None,
+        "start from these weights: a model of timm's registry, with or without a tag (resnet50.a1_in1k), a run's "
+        "folder, ORG/NAME or hf-hub:ORG/NAME on the Hub, or local-dir:FOLDER; without SOURCE those of --model",
+        metavar="SOURCE",
+        bare="own",
+    )
+    initial_checkpoint: str | None = _network(
+        None, "start from the weights in this file: .safetensors, or what torch.save wrote", metavar="FILE"
+    )
+    convert: bool = _network(
+        False, "replace the activations of any model by SUGAR: bsilu, or as --surrogate and --alpha say"
+    )
+    freeze: list[str] = _network(
+        [], "parameters that stay as they are, by name: modules or fnmatch patterns", metavar="PATTERN"
+    )
     surrogate: str | None = _network(None, "surrogate in place of the model's own")
     alpha: float | None = _network(None, "shape parameter of the surrogate", "[-1e6, 1e6]")
     act_layer: str | None = _network(None, "an activation by timm's name in place of SUGAR: relu, gelu, nelu, ...")
@@ -131,6 +166,9 @@ class TrainConfig:
     switch_alpha: float | None = _network(None, "its alpha; default: its own", "[-1e6, 1e6]")
 
     epochs: int = _optimizer(10, "passes over the training images", "[1, 1000000]")
+    patience: int | None = _optimizer(
+        None, "stop after this many epochs in a row without a better accuracy on the validation images", "[1, inf)"
+    )
     batch_size: int = _optimizer(128, "images in a forward pass in each process", "[1, 1000000]")
     grad_accum: int = _optimizer(1, "forward passes in a step of the optimizer", "[1, 1000000]")
     opt: str = _optimizer("sgd", "optimizer, by timm's name: sgd, adamw, ...")
@@ -146,6 +184,9 @@ class TrainConfig:
     weight_decay: float = _optimizer(0.0, "weight decay; normalisation and biases are left out", "[0, 1e30]")
     weight_decay_end: float | None = _optimizer(
         None, "weight decay at the end, reached on a cosine; default: constant", "[0, 1e30]"
+    )
+    layer_decay: float | None = _optimizer(
+        None, "factor of the learning rate from each layer to the one before, as in timm", "(0, 1]"
     )
     clip_grad: float | None = _optimizer(None, "largest norm of the gradients", "(0, inf)")
     sched: Literal["constant", "multistep", "cosine"] = _optimizer("constant", "learning-rate schedule")
@@ -203,8 +244,14 @@ class TrainConfig:
         return Activation(self.surrogate, self.alpha, act_layer=self.act_layer)
 
     def __post_init__(self) -> None:
-        for name in all_settings():
-            object.__setattr__(self, name, to_setting(name, getattr(self, name)))
+        settings, kinds = all_settings(), setting_types()
+        for name, known in settings.items():
+            object.__setattr__(self, name, _convert(name, getattr(self, name), known, kinds[name]))
+        _name_source(self)
+        if self.pretrained is None and self.initial_checkpoint is None:
+            for name, known in settings.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, known.otherwise)
         _check_together(self)
 
 
@@ -215,7 +262,10 @@ def all_settings() -> dict[str, Setting]:
 
 def setting_types() -> dict[str, Any]:
     """Return the type of each setting by name."""
-    return typing.get_type_hints(TrainConfig)
+    hints = typing.get_type_hints(TrainConfig)
+    return {
+        name: hints[name] if known.otherwise is None else hints[name] | None for name, known in all_settings().items()
+    }
 
 
 def to_setting(name: str, value: Any) -> Any:
@@ -224,9 +274,20 @@ def to_setting(name: str, value: Any) -> Any:
     Raises:
         ValueError: it is of another type, or out of range.
     """
-    value = _coerce(name, value, setting_types()[name])
-    _check_value(name, value, all_settings()[name])
+    return _convert(name, value, all_settings()[name], setting_types()[name])
+
+
+def _convert(name: str, value: Any, known: Setting, kind: Any) -> Any:
+    if known.bare is not None and isinstance(value, bool):
+        value = known.bare if value else None
+    value = _coerce(name, value, kind)
+    _check_value(name, value, known)
     return value
+
+
+def defaults() -> dict[str, Any]:
+    """Return the settings of a run that is given none."""
+    return dataclasses.asdict(TrainConfig())
 
 
 def names_of(*kinds: Kind) -> list[str]:
@@ -252,15 +313,19 @@ def to_flags(settings: Mapping[str, Any]) -> list[str]:
 
 def without_none(kind: Any) -> Any:
     """Return the type itself of a type that None may stand in for."""
-    if isinstance(kind, types.UnionType):
+    if _takes_none(kind):
         return next(k for k in typing.get_args(kind) if k is not type(None))
     return kind
 
 
+def _takes_none(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
+
+
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """Return `value` as `kind`, from YAML or from the command line's text."""
-    if value is None or (value in ("none", ["none"]) and isinstance(kind, types.UnionType)):  # on the command line
-        if isinstance(kind, types.UnionType):
+    if value is None or (value in ("none", ["none"]) and _takes_none(kind)):  # on the command line
+        if _takes_none(kind):
             return None
         raise ValueError(f"{name} must not be empty")
     kind = without_none(kind)
@@ -314,6 +379,19 @@ def _check_value(name: str, value: Any, known: Setting) -> None:
             raise ValueError(f"{name} must be {wanted}, got {item}")
 
 
+def _name_source(config: TrainConfig) -> None:
+    """Tell apart the network and the weights that it starts from, where one name stands for both."""
+    given = config.model
+    if given is not None and (":" in given or "/" in given):  # ``--model local-dir:FOLDER``
+        if config.pretrained not in (None, "own"):
+            raise ValueError(f"model {given} and pretrained {config.pretrained} are two sources of weights; give one")
+        config.model, config.pretrained = typing.cast(str, None), given
+    elif config.pretrained == "own":
+        if given is None:
+            raise ValueError("pretrained needs a model, or a source: which weights?")
+        config.model, config.pretrained = given.partition(".")[0], given
+
+
 def _check_together(config: TrainConfig) -> None:
     """Raise ValueError where settings contradict or need each other."""
     if config.switch_epoch is not None and not 2 <= config.switch_epoch <= config.epochs:
@@ -327,8 +405,21 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError("switch_epoch and switch_surrogate need each other")
     if config.switch_alpha is not None and config.switch_surrogate is None:
         raise ValueError("switch_alpha needs switch_epoch and switch_surrogate")
-    if config.init != "timm" and any(config.model_args.get(name) for name in ("pretrained", "checkpoint_path")):
-        raise ValueError(f"init {config.init} would draw the pretrained weights anew; leave one of them out")
+    sources = [name for name in ("pretrained", "initial_checkpoint") if getattr(config, name) is not None]
+    if len(sources) == 2:
+        raise ValueError("pretrained and initial_checkpoint are two sources of weights; give one")
+    if sources and config.init != "timm":
+        raise ValueError(f"init {config.init} would draw the weights of {sources[0]} anew; leave one of them out")
+    if config.initial_checkpoint is not None and config.model is None:
+        raise ValueError("initial_checkpoint needs a model: a file of weights does not say which network it is of")
+    for name in ("pretrained", "checkpoint_path"):
+        if name in config.model_args:
+            instead = "initial_checkpoint" if name == "checkpoint_path" else name
+            raise ValueError(f"model_args cannot hold {name}: give {instead} itself, which also says how images look")
+    if config.patience is not None and not config.val_fraction:
+        raise ValueError("patience needs validation images, and val_fraction is 0")
+    if config.convert and config.act_layer is not None:
+        raise ValueError("convert puts SUGAR in place of the activations, and act_layer another; give one of them")
     if config.dry_run and config.eval_only:
         raise ValueError("dry_run and eval_only contradict each other; give one of them")
     if config.weight_decay_end is not None and not config.weight_decay:

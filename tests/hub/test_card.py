@@ -157,3 +157,25 @@ def test_wrong_facts(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_facts(tmp_path / "facts.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "base"),
+    [
+        ("resnet18.a1_in1k", r"resnet18.a1\_in1k", "timm/resnet18.a1_in1k"),
+        ("hf-hub:org/name@0123", "org/name", "org/name"),
+        ("local-dir:/home/me/secret/flowers/model", "flowers", None),
+        ("weights.safetensors", "weights.safetensors", None),
+    ],
+)
+def test_a_card_says_what_was_fine_tuned(source, text, base):
+    assert "Fine-tuned" not in model_card(CONFIG, RUN)
+    card = model_card(CONFIG, RUN | {"settings": RUN["settings"] | {"pretrained": source}, "pretrained": source})
+    link = f"[{text}](https://huggingface.co/{base})" if base else text
+    assert f"\nFine-tuned from {link}, whose weights it started from.\n" in card
+    assert ModelCard(card).data.get("base_model") == base
+    published = public_settings({"pretrained": source, "weights": {"source": source}}, None)
+    assert model_card(CONFIG, RUN | {"pretrained": published["pretrained"]}).count(f"Fine-tuned from {link}") == 1
+    assert published["weights"]["source"] == published["pretrained"]
+    assert "secret" not in str(published)
+    assert "secret" not in card

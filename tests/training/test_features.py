@@ -6,6 +6,7 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import image_folder
 from timm_sugar.layers import Activation
-from timm_sugar.training import TrainConfig, dry_run, processes, train
+from timm_sugar.training import TrainConfig, dry_run, processes, tracking, train
 from timm_sugar.training.checkpoint import State, latest_checkpoint, read_checkpoint
 from timm_sugar.training.schedules import activation_at
 from timm_sugar.training.train import build, train_steps
 
+LOOP = sys.modules["timm_sugar.training.train"]  # the function has the same name
 SMALL = {"channels": [8, 8, 8, 8]}
 
 
@@ -85,15 +87,91 @@ def test_refused_before_training(settings, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
-def test_tensorboard_gets_the_metrics(tmp_path):
+def test_tensorboard_gets_the_metrics_and_every_step(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(_config(tmp_path, epochs=2, tracker="tensorboard"))
+    monkeypatch.setattr(tracking, "_WINDOW", 3)  # an epoch has four steps
+    settings = dict(epochs=2, lr=0.1, sched="cosine", warmup_epochs=0)
+    train(_config(tmp_path, tracker="tensorboard", **settings))
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*") if path.parent.name == "timm-sugar"}
     events = EventAccumulator(str(folder))
     events.Reload()
     logged = [event.value for event in events.Scalars("val_top1")]
     assert logged == pytest.approx([line["val_top1"] for line in _lines(tmp_path)])
+    assert [event.step for event in events.Scalars("val_top1")] == [4, 8]
+    assert [event.value for event in events.Scalars("epoch")] == [1, 2]
+    steps, rates = events.Scalars("step_loss"), events.Scalars("step_lr")
+    assert [event.step for event in steps] == [event.step for event in rates] == [*range(1, 9)]
+    run = build(_config(tmp_path / "again", **settings))
+    expected = [loss.item() for epoch in range(2) for loss, *_ in train_steps(run, State(epoch=epoch))]
+    assert [event.value for event in steps] == pytest.approx(expected, rel=1e-6)
+    assert [event.value for event in rates] == pytest.approx(_rates(run), rel=1e-6)
+
+
+def test_losses_are_read_from_the_device_a_window_at_a_time(monkeypatch):
+    reads, logged = [], []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(len(tensor)) or [*map(float, tensor)])
+    monkeypatch.setattr(torch.Tensor, "item", lambda _: pytest.fail("a step waits for the device"))
+    accelerator = SimpleNamespace(
+        init_trackers=lambda *_: None, reduce=lambda t, _: t, log=lambda values, step: logged.append(step)
+    )
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    tracked, loss = tracking.Tracking(accelerator, "wandb", {}), torch.zeros(())
+    for step in range(1, 2 * tracking._WINDOW + 2):
+        tracked.step(step, loss, optimizer)
+        loss += 1  # in place, as a CUDA graph does
+    assert reads == [tracking._WINDOW] * 2
+    tracked.flush()
+    tracked.flush()
+    assert reads == [tracking._WINDOW] * 2 + [1]
+    assert logged == [*range(1, 2 * tracking._WINDOW + 2)]
+
+
+def _stepping_down(monkeypatch, accuracies):
+    """Let the epochs of a run have these accuracies on the validation images."""
+    measure, values = LOOP.evaluate_split, iter(accuracies)
+
+    def measured(*arguments):
+        found = measure(*arguments)
+        return found | {"val_top1": next(values)} if arguments[-1] == "val" else found
+
+    monkeypatch.setattr(LOOP, "evaluate_split", measured)
+
+
+def test_patience_ends_a_run_after_that_many_epochs_without_a_better_one(tmp_path, monkeypatch, capsys):
+    _stepping_down(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9])
+    summary = train(_config(tmp_path, epochs=9, patience=2))
+    assert (summary["trained_epochs"], summary["best_epoch"], summary["epochs"]) == (4, 2, 9)
+    assert len(_lines(tmp_path)) == 4
+    assert "stopped early: no better validation accuracy since epoch 2\n" in capsys.readouterr().err
+    assert train(_config(tmp_path, epochs=9, patience=2)) == summary
+    with pytest.raises(ValueError, match="holds a run with patience=2, not 3"):
+        train(_config(tmp_path, epochs=9, patience=3))
+
+
+def test_a_run_killed_after_its_patience_ran_out_trains_no_further(tmp_path, monkeypatch):
+    _stepping_down(monkeypatch, [0.3, 0.2, 0.9])
+    with monkeypatch.context() as patch:
+        patch.setattr(LOOP, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(_config(tmp_path, epochs=9, patience=1))
+    summary = train(_config(tmp_path, epochs=9, patience=1))
+    assert (summary["trained_epochs"], summary["best_epoch"], summary["val_top1"]) == (2, 1, 0.3)
+
+
+def test_the_time_counts_validation_and_test(tmp_path, monkeypatch):
+    measure = LOOP.evaluate_split
+
+    def slowly(*arguments):
+        clock[0] += {"val": 10.0, "test": 100.0}[arguments[-1]]
+        return measure(*arguments)
+
+    clock = [0.0]
+    monkeypatch.setattr(LOOP, "evaluate_split", slowly)
+    monkeypatch.setattr(LOOP.time, "monotonic", lambda: clock[0])
+    summary = train(_config(tmp_path, epochs=2))
+    assert [line["seconds"] for line in _lines(tmp_path)] == [10.0, 10.0]
+    assert summary["seconds"] == 120.0
 
 
 def test_dry_run_says_what_it_takes_and_writes_nothing(tmp_path, monkeypatch):

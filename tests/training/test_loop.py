@@ -156,8 +156,8 @@ def test_init_pytorch_is_the_default_of_the_layers_and_kept_out_of_pretrained_we
     variances = [w[name].var().item() for w in weights]
     assert variances == [pytest.approx(2 / 144, rel=0.1), pytest.approx(1 / 432, rel=0.1)]
     assert yaml.safe_load((tmp_path / "pytorch/config.yaml").read_text())["init"] == "pytorch"
-    with pytest.raises(ValueError, match="init pytorch would draw the pretrained weights anew"):
-        _config(parquet_folder, tmp_path, init="pytorch", model_args={"pretrained": True})
+    with pytest.raises(ValueError, match="init pytorch would draw the weights of pretrained anew"):
+        _config(parquet_folder, tmp_path, init="pytorch", pretrained=True, model="resnet18")
     with pytest.raises(ValueError, match="holds a run with init=pytorch, not timm"):
         train(_config(parquet_folder, tmp_path / "pytorch", lr=0.0, epochs=1, limit_train=32))
 
@@ -172,12 +172,14 @@ def test_without_validation_the_last_epoch_counts(parquet_folder, tmp_path):
 def test_limits_are_stratified(parquet_folder, tmp_path):
     from timm_sugar.training.train import build
 
-    run = build(_config(parquet_folder, tmp_path, limit_train=30, limit_val=9))
+    run = build(_config(parquet_folder, tmp_path, limit_train=30, limit_val=9, limit_test=12))
     assert torch.bincount(run.images.train.labels).tolist() == [10, 10, 10]
     assert torch.bincount(run.images.val.labels).tolist() == [3, 3, 3]
+    assert torch.bincount(run.images.test.labels).tolist() == [4, 4, 4]
+    assert run.images.sizes["test"] == 12
 
 
-def test_accelerate_launch_is_quiet_without_a_terminal(tmp_path):
+def test_accelerate_launch_says_a_line_an_epoch_without_a_terminal(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
     command += [
         "--mixed_precision=no",
@@ -191,7 +193,9 @@ def test_accelerate_launch_is_quiet_without_a_terminal(tmp_path):
     command += ["--limit-val", "20", "--batch-size", "32", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ)
     assert json.loads(done.stdout) == json.loads((tmp_path / "summary.json").read_text())
-    assert not [line for line in done.stderr.splitlines() if "Warning" not in line and "warn" not in line]
+    (line,) = [line for line in done.stderr.splitlines() if "Warning" not in line and "warn" not in line]
+    shown = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line.startswith(f"epoch 1/1  validation top-1 accuracy {100 * shown['val_top1']:.2f}%  training loss ")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import is_model
 
 from ..data.sources import NAMES
 from ..metrics import METRICS
@@ -46,13 +48,14 @@ def model_card(
     data = run["data"] if run["data"] in NAMES else dataset_id or "DATA"
     own = config["timm_sugar"]
     name = repo_id.partition("/")[2] if repo_id else f"{own['architecture']}.{dataset_name.replace('-', '_')}"
+    origin, base = _origin(run.get("pretrained"))
     result = EvalResult(
         task_type="image-classification",
         dataset_type=dataset_id or dataset_name,
         dataset_name=dataset_name,
         dataset_split="test",
         dataset_args={key: settings.get(key) for key in ("label_column", "image_column", "split_seed")}
-        | ({"skip_bad_images": True} if settings.get("skip_bad_images") else {}),
+        | {key: settings[key] for key in ("skip_bad_images", "limit_test") if settings.get(key)},
         metric_type="accuracy",
         metric_name="top-1 accuracy",
         metric_value=round(run["test_top1"], 4),
@@ -63,6 +66,7 @@ def model_card(
         pipeline_tag="image-classification",
         tags=["timm", "sugar", "relu", "surrogate-gradient", "arxiv:2505.22074"],
         datasets=[dataset_id] if dataset_id else None,
+        base_model=base,
         model_name=name,
         eval_results=[result],
     )
@@ -77,6 +81,8 @@ def model_card(
         source=f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER",
         location=repo_id or "FOLDER",
         own=own,
+        origin=origin,
+        base=base,
         run=run,
         facts=facts,
         columns=columns,
@@ -90,6 +96,21 @@ def model_card(
         text=escape,
     )
     return str(card)
+
+
+def _origin(source: str | None) -> tuple[str | None, str | None]:
+    """Return what the card calls the weights that a run started from, and their repository on the Hub."""
+    if source is None:
+        return None, None
+    kind, _, place = source.rpartition(":")
+    if kind == "local-dir":
+        path = PurePosixPath(PureWindowsPath(place).as_posix())
+        return path.parent.name if path.name == "model" else path.name, None
+    if kind == "hf-hub":
+        repo_id = place.partition("@")[0]
+        return repo_id, repo_id
+    cfg = timm.get_pretrained_cfg(source) if is_model(source.partition(".")[0]) else None
+    return source, cfg.hf_hub_id if cfg else None
 
 
 def _results(run: dict[str, Any], facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -145,6 +166,8 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
+    if isinstance(value, str) and value.startswith("local-dir:"):
+        return f"local-dir:{_origin(value)[0]}"
     if isinstance(value, str) and (value.startswith(("/", "~", ".")) or PureWindowsPath(value).drive):
         return _file_name(value)
     return value

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,17 @@ class NamedModel:
         """Load data that may have other classes, split as in the network's training where the card tells how."""
         claim = self.claim()
         arguments: dict[str, Any] = (claim and claim.dataset_args) or {}
-        return load_source(
+        limit, seed = arguments.get("limit_test"), arguments.get("split_seed") or 0
+        source = load_source(
             data,
             label_column or arguments.get("label_column"),
-            arguments.get("split_seed") or 0,
+            seed,
             image_column=image_column or arguments.get("image_column"),
             skip_bad_images=bool(arguments.get("skip_bad_images")),
         )
+        if limit is None:
+            return source
+        return replace(source, test=source.test.subset(stratified_sample(source.test.labels, limit, seed)))
 
     def settings(self) -> dict[str, Any]:
         """Return the training settings of a run's folder, else those that its card shows, else {}."""

@@ -130,7 +130,7 @@ def write_folder(
     files = published_files(output, repo_id, facts)
     summary = read_mapping(output / "summary.json")
     dataset_id = (facts or {}).get("dataset", summary.get("dataset_id"))
-    summary |= {"data": public_data(summary["data"], dataset_id), "dataset_id": dataset_id}
+    summary = public_settings(summary, dataset_id) | {"dataset_id": dataset_id}
     files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     there = folder / "facts.yaml"
     if facts and not (there.is_file() and read_facts(there) == facts):

@@ -39,6 +39,10 @@ class State:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     origin: str | None = None  # the checkpoint that --resume named, where the run began with one
 
+    def stops_early(self, patience: int | None) -> bool:
+        """Whether as many epochs as `patience` went by without a better accuracy on the validation images."""
+        return patience is not None and self.epoch - (self.best_epoch or 0) >= patience
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -48,6 +48,8 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
     for name in ("act_layer", "surrogate"):  # an activation given as a flag replaces the recipe's
         if name in given:
             settings = {k: v for k, v in settings.items() if k not in ("act_layer", "surrogate", "alpha")}
+    if "pretrained" in given and "model" not in given and given["pretrained"] not in ("own", "none"):
+        settings = {k: v for k, v in settings.items() if k not in ("model", "model_args")}  # a source names its model
     if "model_args" in given:
         given["model_args"] = settings.get("model_args", {}) | _parse_pairs(given["model_args"])
     config = TrainConfig(**settings | given)
@@ -55,7 +57,8 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
         config.warmup_epochs = min(config.warmup_epochs or 0.0, 0.1 * config.epochs)  # a short run is not all warm-up
     if config.output is None:
         activation = config.act_layer or config.surrogate
-        parts = (Path(parsed.recipe).stem, config.model, *([activation] if activation else []), f"seed{config.seed}")
+        name = re.sub(r"[^\w.-]+", "-", config.model or str(config.pretrained)).strip("-")
+        parts = (Path(parsed.recipe).stem, name, *([activation] if activation else []), f"seed{config.seed}")
         config.output = str(Path("output", "-".join(parts)))
     return config
 
@@ -104,6 +107,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             groups[known.group] = parser.add_argument_group(known.group)
         default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
         shown = f" (default {default})" if default not in (None, [], {}) else ""
+        if known.otherwise is not None:
+            shown = f" (default: of the pretrained weights, else {known.otherwise})"
         base = without_none(kinds[spec.name])
         options: dict[str, Any] = dict(default=None, help=known.help.replace("%", "%%") + shown)
         if base is bool:
@@ -114,6 +119,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             options |= dict(metavar="{" + ",".join(typing.get_args(base)) + "}")
         else:
             options |= dict(metavar=known.metavar or base.__name__.upper())
+        if known.bare is not None:
+            options |= dict(nargs="?", const=known.bare)
         groups[known.group].add_argument("--" + spec.name.replace("_", "-"), **options)
 
 

@@ -20,8 +20,8 @@ import timm_sugar
 
 from ..data import listed
 from ..files import read_mapping, remove_left_over, to_yaml, write_file
-from ..hub import write_model_folder
-from ..settings import TrainConfig, names_of
+from ..hub import dataset_of, write_model_folder
+from ..settings import TrainConfig, defaults, names_of
 from .checkpoint import (
     Checkpoint,
     State,
@@ -152,12 +152,15 @@ def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> 
     changed = [f"{name}={data[name]}, not {found[name]}" for name in data if data[name] != found.get(name, data[name])]
     if changed:
         raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {_REMEDY}")
-    for name in (*names_of("data", "result"), "processes"):
-        if name not in before or (name == "data" and data):
+    usual = defaults() if before else {}
+    # What is given comes before what is left open on account of it.
+    for name in sorted((*names_of("data", "result"), "processes"), key=lambda name: now[name] is None):
+        if (name not in before and name not in usual) or (name == "data" and data):
             continue
+        was = before.get(name, usual.get(name))  # a setting that the run's version did not have yet
         not_resolved = now[name] is None and name in before.get("left_open", ())
-        if not not_resolved and now[name] != before[name]:
-            raise ValueError(f"{where} holds a run with {name}={before[name]}, not {now[name]}; {_REMEDY}")
+        if not not_resolved and now[name] != was:
+            raise ValueError(f"{where} holds a run with {name}={was}, not {now[name]}; {_REMEDY}")
     ways = before.get("gradients"), now.get("gradients")
     if None not in ways and ways[0] != ways[1]:
         warnings.warn(f"{where}: gradients were computed by {ways[0]}, from here on by {ways[1]}", stacklevel=2)
@@ -172,6 +175,22 @@ def write_record(output: Path, settings: dict[str, Any], metrics: list[dict[str,
 def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
     """Write OUTPUT/metrics.jsonl, one line per epoch."""
     write_file(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
+
+
+def summarize(config: TrainConfig, network: nn.Module, images: Images, **measured: Any) -> dict[str, Any]:
+    """Return what OUTPUT/summary.json holds: what was trained on what, and what was `measured`."""
+    return dict(
+        model=config.model,
+        parameters=sum(p.numel() for p in network.parameters()),
+        data=config.data,
+        dataset_id=dataset_of(config.data)[0],
+        **{f"{name}_images": size for name, size in images.sizes.items()},
+        bad_images=images.bad,
+        epochs=config.epochs,
+        seed=config.seed,
+        **measured,
+        versions=versions(),
+    )
 
 
 def write_result(

@@ -147,17 +147,20 @@ def _crop_flip(config: TrainConfig) -> CropFlip | None:
 
 def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, LabelledImages]:
     train, val = split_validation(source.train, config.val_fraction, config.split_seed)
+    test = source.test
     if config.limit_train is not None:
         train = train.subset(stratified_sample(train.labels, config.limit_train, config.split_seed))
     if config.limit_val is not None:
         val = val.subset(stratified_sample(val.labels, config.limit_val, config.split_seed))
+    if config.limit_test is not None:
+        test = test.subset(stratified_sample(test.labels, config.limit_test, config.split_seed))
     if config.val_fraction and not len(val):
         raise ValueError(f"val_fraction {config.val_fraction} of {len(source.train)} images leaves none to validate on")
     for name, part in (("training", train), ("validation", val)):
         missing = np.setdiff1d(source.train.labels, part.labels)
         if warn and len(part) and len(missing):
             warnings.warn(f"no {name} image of {listed([source.class_names[m] for m in missing])}", stacklevel=2)
-    return dict(train=train, val=val, test=source.test)
+    return dict(train=train, val=val, test=test)
 
 
 def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:

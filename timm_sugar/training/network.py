@@ -1,31 +1,49 @@
 """The network and optimizer of a run, and the synchronisation of BatchNorm statistics."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 from ..data import Source
 from ..init import pytorch_default_
-from ..models import build, size_arguments
+from ..layers import Activation
+from ..models import build, is_own, size_arguments
 from ..settings import TrainConfig
 from ..surrogates import unknown_name
+from .pretrained import Initial
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise ValueError, with the nearest valid name, for an unknown model or optimizer."""
-    if not timm.is_model(config.model.split(".")[0]):
-        raise ValueError(unknown_name("model", config.model, timm.list_models()))
+    """Raise ValueError, with the nearest valid name, for an unknown model, tag or optimizer."""
+    if config.model is not None:
+        name, tag = split_model_name_tag(config.model)
+        if not timm.is_model(name):
+            raise ValueError(unknown_name("model", config.model, timm.list_models()))
+        if tag:
+            tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(name).values() if cfg.tag]
+            if tag not in tags:
+                raise ValueError(unknown_name(f"tag of {name}", tag, tags))
+            raise ValueError(
+                f"model {config.model} names weights: --pretrained starts from them, --model {name} without"
+            )
     if config.opt not in list_optimizers():
         raise ValueError(unknown_name("optimizer", config.opt, [str(name) for name in list_optimizers()]))
 
 
-def build_network(config: TrainConfig, source: Source) -> nn.Module:
+def build_network(config: TrainConfig, source: Source, initial: Initial | None = None) -> nn.Module:
     """Build the network with weights that depend on the seed only, and run one image of zeros through it.
+
+    Args:
+        config: The run's settings, complete.
+        source: Its data.
+        initial: What it starts from, which decides the activation and arguments that the settings leave open.
 
     Raises:
         ValueError: it does not take these arguments, the classes of the data or images of this size, or a step with
@@ -40,9 +58,16 @@ def build_network(config: TrainConfig, source: Source) -> nn.Module:
         if name.endswith("_rate") and isinstance(rate, (int, float)) and not 0 <= rate < 1:
             raise ValueError(f"model_args {name} must be at least 0 and below 1, got {rate}")
     try:
-        arguments = size_arguments(config.model, config.img_size) | {"num_classes": classes} | config.model_args
-        network = build(config.model, **config.activation.given(), **arguments)
+        arguments = size_arguments(config.model, config.img_size) | {"num_classes": classes}
+        arguments |= (initial.model_args if initial else {}) | config.model_args
+        network = build(config.model, **_activation(config, initial).given(), **arguments)
     except Exception as error:  # whatever timm's families raise
+        if config.act_layer is not None and _builds(config.model, arguments):
+            sugar = config.act_layer.removeprefix("sugar_")
+            instead = f"--convert --surrogate {sugar} does" if sugar != config.act_layer else "--convert puts SUGAR in"
+            raise ValueError(
+                f"model {config.model} does not take act_layer {config.act_layer} by name ({_reason(error)}); {instead}"
+            ) from error
         if isinstance(error, (ValueError, OSError)) and str(error):  # says what is wrong by itself
             raise
         raise ValueError(f"model {config.model} does not take these arguments: {_reason(error)}") from error
@@ -61,6 +86,29 @@ def build_network(config: TrainConfig, source: Source) -> nn.Module:
     if not config.eval_only:
         _try_training(config, network)
     return network.train(training)
+
+
+def _activation(config: TrainConfig, initial: Initial | None) -> Activation:
+    """Return the activation to build with: as the settings say, else as the network had it that the run starts from."""
+    given, before = config.activation, initial.activation if initial else Activation()
+    if given.act_layer is not None:
+        return given
+    if config.convert:
+        before = replace(before, act_layer=None)
+    if given.surrogate is not None:  # starts from its own default alpha
+        return replace(given, save=before.save)
+    if config.convert and before.surrogate is None and not is_own(config.model):
+        before = replace(before, surrogate="bsilu")
+    return replace(before, alpha=before.alpha if given.alpha is None else given.alpha)
+
+
+def _builds(model: str, arguments: dict[str, Any]) -> bool:
+    try:
+        with torch.device("meta"):
+            build(model, **arguments)
+    except Exception:  # whatever timm's families raise, the answer is no
+        return False
+    return True
 
 
 def _try_training(config: TrainConfig, network: nn.Module) -> None:
@@ -105,11 +153,13 @@ def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -
     try:
         trial(torch.ones(2, 2)).sum().backward()
         create_optimizer_v2(trial, **settings).step()
-        optimizer = create_optimizer_v2(network, **settings)
+        optimizer = create_optimizer_v2(network, layer_decay=config.layer_decay, **settings)
     except Exception as error:  # whatever an optimizer raises that needs more than gradients, or has no such setting
         raise ValueError(f"optimizer {config.opt} cannot be used with these settings: {_reason(error)}") from error
     if not all(torch.isfinite(p).all() for p in trial.parameters()):
         raise ValueError(f"optimizer {config.opt} gives weights that are not finite in its first step; lower lr")
+    if config.layer_decay not in (None, 1.0) and len({g["lr_scale"] for g in optimizer.param_groups}) == 1:
+        raise ValueError(f"layer_decay changes nothing: all that is trained of {config.model} is one layer to timm")
     return optimizer
 
 
@@ -124,7 +174,7 @@ def average_batch_norm(network: nn.Module) -> None:
     buffers = [
         buffer
         for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training  # not where frozen
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, nothing otherwise."""
+"""Progress on standard error: a line an epoch, and a bar where it is a terminal."""
 
 import sys
 import time
@@ -22,12 +22,13 @@ class Progress:
         total: Steps of the whole run.
         done: Steps done before this start.
         images: Images a step, over all processes.
-        enabled: Whether this process may show anything; it does only where standard error is a terminal.
+        enabled: Whether this process shows anything.
         warm_up: What is shown until the first step is done.
     """
 
     def __init__(self, total: int, done: int, images: int, enabled: bool, warm_up: str = "training"):
         self._images = images
+        self._says = enabled
         self._enabled = enabled and sys.stderr.isatty()
         self._shown = 0.0
         self._console = Console(stderr=True)
@@ -82,10 +83,15 @@ class Progress:
         self._bar.update(self._task, advance=1, **shown)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """Print the metrics of an epoch above the bar."""
-        if not self._enabled:
-            return
+        """Print the metrics of an epoch."""
         found = numbers(line)
         parts = [f"epoch {line['epoch']}/{epochs}"]
         parts += [f"{m.label} {m.text(found[m.key])}" for m in METRICS if m.column and m.key in found]
-        self._bar.console.print("  ".join(parts))
+        self.note("  ".join(parts))
+
+    def note(self, line: str) -> None:
+        """Print a line: above the bar, or by itself where there is none."""
+        if self._enabled:
+            self._bar.console.print(line)
+        elif self._says:
+            print(line, file=sys.stderr, flush=True)

@@ -17,22 +17,23 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..data import seed_everything
-from ..hub import dataset_of
 from ..layers import Activation
-from ..metrics import METRICS, numbers
+from ..metrics import METRICS
 from ..settings import TrainConfig
 from .batches import training_batches
 from .checkpoint import Checkpoint, State, Weights, name_latest, write_checkpoint
 from .device import HostCopy, place_images, use_fused_steps
 from .evaluation import evaluate_split
 from .first_step import check_first_step, path_of
-from .folder import peak_memory, start_or_resume, versions, write_metrics, write_record, write_result
+from .folder import peak_memory, start_or_resume, summarize, write_metrics, write_record, write_result
 from .images import Images, epoch_order, load_images, make_mixup, mix_seeds, open_source
 from .network import average_batch_norm, build_network, check_names, create_optimizer
 from .passes import Passes, graph_of
+from .pretrained import Initial, find_initial, freeze, start_from
 from .processes import AllReduceMax, Stopped, StopSignal, make_accelerator, stop_signals
 from .progress import Progress
 from .schedules import activation_at, check_activation, create_lr_schedule, set_activation, set_weight_decay
+from .tracking import Tracking, learning_rate
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Run:
         evaluated: A second network, in float32, for evaluation and packaging; holds the moving average where one is on.
         passes: Forward and backward of `model`.
         activation: Surrogate and alpha as built.
+        initial: What the network starts from; None for weights drawn from the seed.
     """
 
     config: TrainConfig
@@ -67,12 +69,15 @@ class Run:
     optimizer: Any
     scheduler: Any
     activation: Activation
+    initial: Initial | None
 
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting as resolved, which of them were left open, the number of processes, and what tells the data."""
         record = dataclasses.asdict(self.config) | {"data_fingerprint": self.images.fingerprint}
         record["gradients"] = path_of(self.config, self.network, self.accelerator.device)
+        if self.initial is not None:
+            record["weights"] = self.initial.record
         return record | {"left_open": self.left_open, "processes": self.accelerator.num_processes}
 
     def step(self, state: State) -> int:
@@ -94,21 +99,25 @@ def build(config: TrainConfig) -> Run:
     check_names(config)
     accelerator = make_accelerator(config)
     processes, device = accelerator.num_processes, accelerator.device
+    given = vars(config)
+    config, initial = find_initial(config)
     source = open_source(config, warn=accelerator.is_main_process)
     # Built before the images are decoded, so that a wrong argument fails at once.
-    network, evaluated = (build_network(config, source) for _ in range(2))
+    network, evaluated = (build_network(config, source, initial) for _ in range(2))
+    start_from(initial, network, config, source.class_names)
     activation = check_activation(config, network)
     images = load_images(config, source, accelerator.process_index, processes)
-    left_open = [name for name in ("mean", "std", "warmup_epochs") if getattr(config, name) is None]
     warmup = 0.1 * config.epochs * (config.sched == "cosine") if config.warmup_epochs is None else config.warmup_epochs
     mean, std = list(images.data_config["mean"]), list(images.data_config["std"])
     config = dataclasses.replace(config, mean=mean, std=std, warmup_epochs=warmup)
+    left_open = [name for name, value in vars(config).items() if value is not None and given[name] is None]
     network, evaluated = network.to(device), evaluated.to(device)
     ema = None if config.ema_decay is None else ModelEmaV3(network, decay=config.ema_decay)
     evaluated = evaluated if ema is None else ema.module
     evaluated.eval().requires_grad_(False)
     if config.sync_bn:
         network = convert_sync_batchnorm(network)
+        freeze(network, config.freeze)  # BatchNorm is another module now
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     count = images.sizes["train"]
@@ -128,7 +137,7 @@ def build(config: TrainConfig) -> Run:
         config=config, left_open=left_open, accelerator=accelerator, all_reduce_max=AllReduceMax(), images=images,
         step_images=step_images, steps_per_epoch=count // step_images, network=network, model=model,
         evaluated=evaluated, ema=ema, mixup=mixup, passes=passes, optimizer=optimizer, scheduler=scheduler,
-        activation=activation,
+        activation=activation, initial=initial,
     )  # fmt: skip
 
 
@@ -147,17 +156,15 @@ def fit(run: Run) -> dict[str, Any]:
     check_first_step(config, run.network, run.model, run.images, run.accelerator, run.all_reduce_max)
     if main:
         write_record(run.config.folder, run.settings, state.metrics)
-    if config.tracker != "none":
-        shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in run.settings.items()}
-        run.accelerator.init_trackers("timm-sugar", shown)
-    total = config.epochs * run.steps_per_epoch
-    done, warm_up = run.step(state), run.passes.warm_up
-    with stop_signals() as stop, Progress(total, done, run.step_images, main, warm_up) as progress:
+    tracking = Tracking(run.accelerator, config.tracker, run.settings)
+    total, warm_up = config.epochs * run.steps_per_epoch, run.passes.warm_up
+    progress = Progress(total, run.step(state), run.step_images, main, warm_up)
+    with stop_signals() as stop, progress:
         check = partial(run.check_stop, stop)
         evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check)
         try:
-            while state.epoch < config.epochs:
-                line = train_epoch(run, state, best, progress, stop)
+            while state.epoch < config.epochs and not state.stops_early(config.patience):
+                line = train_epoch(run, state, best, progress, tracking, stop)
                 if run.ema is None:
                     run.evaluated.load_state_dict(run.network.state_dict())
                 began = time.monotonic()
@@ -167,7 +174,8 @@ def fit(run: Run) -> dict[str, Any]:
                 is_best = run.images.val is None or all(line["val_top1"] > m["val_top1"] for m in state.metrics)
                 if is_best:
                     best = {k: v.detach().cpu().clone() for k, v in run.evaluated.state_dict().items()}
-                state.seconds += state.epoch_seconds + time.monotonic() - began
+                line["seconds"] = state.epoch_seconds + time.monotonic() - began
+                state.seconds += line["seconds"]
                 state.epoch += 1
                 state.position, state.loss_sums, state.epoch_seconds = 0, None, 0.0
                 if is_best and run.images.val is not None:
@@ -176,16 +184,18 @@ def fit(run: Run) -> dict[str, Any]:
                 _save(run, state, best)
                 if main:
                     write_metrics(run.config.folder, state.metrics)
-                run.accelerator.log(numbers(line), step=state.epoch)
+                tracking.epoch(line, run.step(state))
                 progress.epoch(line, config.epochs)
+            if state.epoch < config.epochs:
+                progress.note(f"stopped early: no better validation accuracy since epoch {state.best_epoch}")
             assert best is not None  # there is an epoch
             return finish(run, state, best, evaluate)
         except Stopped as stopped:
+            tracking.flush()
             _save(run, state, best)
             raise Stopped(stopped.signum, run.step(state)) from None
         finally:
-            for tracker in run.accelerator.trackers:
-                tracker.finish()
+            tracking.finish()
 
 
 def resume(run: Run) -> tuple[State, Weights | None]:
@@ -215,7 +225,9 @@ def _save(run: Run, state: State, best: Weights | None) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress, stop: StopSignal) -> dict[str, Any]:
+def train_epoch(
+    run: Run, state: State, best: Weights | None, progress: Progress, tracking: Tracking, stop: StopSignal
+) -> dict[str, Any]:
     """Train the rest of an epoch, with the checkpoints that are due; return its training metrics, or raise as `fit`."""
     config, accelerator, device = run.config, run.accelerator, run.accelerator.device
     so_far = state.loss_sums[accelerator.process_index] if state.loss_sums else 0.0
@@ -229,6 +241,7 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
     for loss, logits, labels in train_steps(run, state):
         step = run.step(state)
         loss_sum += loss
+        tracking.step(step, loss, run.optimizer)
         bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss), step, bad_step)
         state.epoch_seconds = earlier + time.monotonic() - began
         progress.step(loss, logits, labels, mixed=run.mixup is not None)
@@ -241,10 +254,11 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
             (bad,) = run.all_reduce_max(int(bad_step.item()))
             state.epoch_seconds = earlier + time.monotonic() - began
         if bad >= 0:
+            tracking.flush()
             run.scheduler.step_update(bad - 1)  # the rate that this step was made with
             raise FloatingPointError(
                 f"the loss is not finite at step {bad} (epoch {(bad - 1) // run.steps_per_epoch + 1}), learning rate "
-                f"{run.optimizer.param_groups[0]['lr']:g}; {name_latest(run.config.folder / 'checkpoints')}"
+                f"{learning_rate(run.optimizer):g}; {name_latest(run.config.folder / 'checkpoints')}"
             )
         if signum or (checkpoint and not last):
             state.loss_sums = accelerator.gather(loss_sum[None]).tolist()
@@ -257,11 +271,10 @@ def train_epoch(run: Run, state: State, best: Weights | None, progress: Progress
     return dict(
         epoch=state.epoch + 1,
         train_loss=sums.sum().item() / (accelerator.num_processes * run.steps_per_epoch),
-        lr=run.optimizer.param_groups[0]["lr"],
+        lr=learning_rate(run.optimizer),
         surrogate=activation.surrogate,
         alpha=activation.alpha,
         images_per_second=run.step_images * run.steps_per_epoch / max(state.epoch_seconds, 1e-9),
-        seconds=state.epoch_seconds,
     )
 
 
@@ -317,27 +330,18 @@ def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict
     run.evaluated.load_state_dict(best)
     line = state.metrics[(state.best_epoch or len(state.metrics)) - 1]
     set_activation(run.evaluated, Activation(line["surrogate"], line["alpha"]))
+    began = time.monotonic()
     test = evaluate("test")
     found = {**line, **test} if images.val is None else {**test, **line}
-    summary = dict(
-        model=config.model,
-        surrogate=line["surrogate"],
-        alpha=line["alpha"],
-        parameters=sum(p.numel() for p in run.evaluated.parameters()),
-        data=config.data,
-        dataset_id=dataset_of(config.data)[0],
-        **{f"{name}_images": size for name, size in images.sizes.items()},
-        bad_images=images.bad,
-        epochs=config.epochs,
-        seed=config.seed,
-        processes=run.accelerator.num_processes,
-        best_epoch=state.best_epoch,
+    summary = summarize(
+        config, run.evaluated, images,
+        pretrained=run.initial and run.initial.source, surrogate=line["surrogate"], alpha=line["alpha"],
+        trained_parameters=sum(p.numel() for p in run.network.parameters() if p.requires_grad),
+        processes=run.accelerator.num_processes, trained_epochs=state.epoch, best_epoch=state.best_epoch,
         **{metric.key: found[metric.key] for metric in METRICS if metric.split != "train"},
         images_per_second=float(np.median([line["images_per_second"] for line in state.metrics])),
-        peak_memory_bytes=peak_memory(run.accelerator.device),
-        seconds=state.seconds,
-        versions=versions(),
-    )
+        peak_memory_bytes=peak_memory(run.accelerator.device), seconds=state.seconds + time.monotonic() - began,
+    )  # fmt: skip
     if run.accelerator.is_main_process:
         write_result(run.config.folder, config, run.evaluated, images, summary)
     run.accelerator.wait_for_everyone()
