@@ -1,6 +1,5 @@
 """Model cards: Hub metadata and the text around numbers that come from a run's own files."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,7 +12,7 @@ from timm.models import is_model
 
 from ..data.sources import NAMES
 from ..metrics import METRICS
-from ..settings import TrainConfig, names_of
+from ..settings import defaults, names_of
 from ..surrogates import unknown_name
 from .reload import loads_in
 
@@ -149,8 +148,8 @@ def public_settings(settings: dict[str, Any], dataset_id: str | None) -> dict[st
 
 def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a card tells: those that differ from the defaults, and what the images were."""
-    defaults = dataclasses.asdict(TrainConfig())
-    kept = {name for name in names_of("data", "result") if settings.get(name) != defaults[name]}
+    usual = defaults()
+    kept = {name for name in names_of("data", "result") if settings.get(name) != usual[name]}
     kept |= {name for name in names_of("data") if settings.get(name) is not None}
     kept |= {"processes"} if settings.get("processes", 1) > 1 else set()
     return {name: value for name, value in settings.items() if name in kept}
