@@ -239,7 +239,12 @@ def _predict(args: argparse.Namespace) -> int:
     passes=True,
 )
 def _compare(args: argparse.Namespace) -> int:
-    from .training.compare import plan, print_result, table  # needs the extra "train"
+    from .analysis.comparison import remarks, result_tables
+
+    try:
+        from .training.compare import plan, table
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"compare needs {error.name}: pip install 'timm-sugar[train]'") from error
 
     for name in ("minutes", "jobs"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
@@ -250,7 +255,11 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        print_result(found)
+        for title, head, rows in result_tables(found):
+            print(f"{title}:")
+            print_table(head, rows)
+            print()
+        print("\n".join(remarks(found)))
     for cell, reason in failures.items():
         print(f"timm-sugar compare: error: {cell} failed: {reason}", file=sys.stderr)
     if failures:
@@ -458,9 +467,8 @@ def _landscape(args: argparse.Namespace) -> int:
 )
 def _report(args: argparse.Namespace) -> int:
     from .analysis.report import write_report
-    from .analysis.run import runs_of
 
-    for path in write_report([run for folder in args.runs for run in runs_of(folder)], args.output):
+    for path in write_report(args.runs, args.output):
         print(path)
     return 0
 

@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.stats import ttest_rel
 
-from timm_sugar.analysis.run import runs_of
+from timm_sugar.analysis.comparison import paired, remarks, result_tables
 from timm_sugar.cli import main
 from timm_sugar.files import read_mapping, to_yaml
 from timm_sugar.hub import find_model
 from timm_sugar.layers import Activation
 from timm_sugar.training import compare
 from timm_sugar.training.cells import Cell
-from timm_sugar.training.compare import Comparison, class_top1, paired, plan, table
+from timm_sugar.training.compare import Comparison, class_top1, plan, table
 
 SMALL = ["--img-size", "16", "--batch-size", "16", "--epochs", "1", "--model-args", "channels=[8,8,8,8]"]
 COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
@@ -81,7 +81,7 @@ def finish_all(comparison: Comparison, tests: dict[str, list[float]] = TESTS) ->
         finish(cell, 0.9 if best else 0.7, tests[name][seed] if best else 0.99, 0.1 * seed)
 
 
-def test_rates_are_chosen_on_validation_images_and_compared_by_seed_on_test_images(planned, capsys):
+def test_rates_are_chosen_on_validation_images_and_compared_by_seed_on_test_images(planned, tmp_path):
     comparison = planned(rates=[0.01, 0.1])
     assert list(comparison.cells)[:4] == [
         ("relu", 0.01, 0), ("sugar_bsilu", 0.01, 0), ("sugar_nelu", 0.01, 0), ("relu", 0.1, 0),
@@ -110,16 +110,24 @@ def test_rates_are_chosen_on_validation_images_and_compared_by_seed_on_test_imag
         "(-0.33 [-4.13, +3.46] points): paired t-test over n = 3 seeds, 2 comparisons taken together (Bonferroni), "
         "on 15 test images."
     )
-    compare.print_result(found)
-    shown = capsys.readouterr().out
-    assert "sugar_bsilu       0.01           90.00  85.00 ± 6.57  +3.00 [+0.52, +5.48]  0.035           10.00" in shown
-    assert "green     -            -           -" in shown
-    assert "relu is best at the lowest rate: try lower ones too, with --lrs" in shown
+    (title, _, lines), (_, heads, classes) = result_tables(found)
+    assert title == "mean of 3 seeds, with 95% t-intervals; differences are paired by seed"
+    assert lines[0] == ["relu", "0.01", "90.00", "82.00 ± 4.97", "-", "-", "10.00"]
+    assert lines[1] == ["sugar_bsilu", "0.01", "90.00", "85.00 ± 6.57", "+3.00 [+0.52, +5.48]", "0.035", "10.00"]
+    assert heads == ["class", "relu", "sugar_bsilu", "sugar_nelu"]
+    assert classes == [["blue", "25.0", "25.0", "25.0"], ["green", "-", "-", "-"], ["red", "50.0", "50.0", "50.0"]]
+    assert remarks(found)[0] == "relu is best at the lowest rate: try lower ones too, with --lrs"
+    assert remarks(found)[3:] == [found["verdict"]]
     stored = read_mapping(comparison.folder / "compare.json")
     assert stored["class_top1"]["seed2/sugar_nelu-lr0.01"] == [0.25, None, 0.5]
-    assert [str(path.relative_to(comparison.folder)) for path in runs_of(comparison.folder)][:4] == [
-        "seed0/relu-lr0.01", "seed1/relu-lr0.01", "seed2/relu-lr0.01", "seed0/sugar_bsilu-lr0.01",
-    ]  # fmt: skip
+    assert relu["runs"] == ["seed0/relu-lr0.01", "seed1/relu-lr0.01", "seed2/relu-lr0.01"]
+    page = tmp_path / "report.html"
+    assert main(["report", str(comparison.folder), "--output", str(page)]) == 0
+    text = page.read_text()
+    for shown in ("+3.00 [+0.52, +5.48]", "no difference shown between sugar_nelu", "test accuracy by class (%)"):
+        assert shown in text
+    assert "seed1/sugar_nelu-lr0.01" in text
+    assert "lr0.1" not in text.replace("lr0.01", "")  # the rate that was not chosen
 
 
 @pytest.mark.parametrize(
@@ -160,9 +168,11 @@ def test_one_seed_shows_nothing(planned):
     assert found["verdict"].startswith("no difference shown between sugar_bsilu and relu: one seed has no interval; ")
 
 
-def test_seeds_count_when_all_their_runs_are_done(planned):
+def test_seeds_count_when_all_their_runs_are_done(planned, capsys):
     comparison = planned(rates=[0.01], surrogates=["bsilu"])
     assert table(comparison)["verdict"] == "Not finished: 0 of 6 runs are; so far nothing is shown."
+    assert main(["report", str(comparison.folder), "--output", str(comparison.folder / "report.html")]) == 1
+    assert "has no seed yet of which all runs are finished" in capsys.readouterr().err
     for (name, _, seed), cell in comparison.cells.items():
         if seed < 2 and (name, seed) != ("sugar_bsilu", 1):
             finish(cell, 0.9, TESTS[name][seed])
@@ -300,7 +310,7 @@ def test_real_runs_stopped_by_the_clock_and_by_ctrl_c_and_gone_on_with(images, t
     assert by_class == pytest.approx(accuracy_by_hand(output / "seed1/relu-lr0.01", images))
     assert Activation.of(find_model(str(output / "seed1/sugar_bsilu-lr0.01")).load()) == Activation("bsilu", 1.67)
     assert main(["report", str(output), "--output", str(tmp_path / "report.html")]) == 0
-    assert "seed1/sugar_bsilu-lr0.01" in (tmp_path / "report.html").read_text()
+    assert found["verdict"] in (tmp_path / "report.html").read_text()
 
 
 def comparison_test(images: Path):

@@ -17,6 +17,7 @@ from ..files import to_yaml, write_file
 from ..metrics import METRICS, Metric
 from ..settings import names_of, to_flags
 from . import report_charts as charts
+from .comparison import read_comparison, remarks, result_tables
 from .landscape import summarise_landscape
 from .palette import assign_styles
 from .report_pictures import draw_pictures, surface_images
@@ -34,7 +35,7 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     Runs that are not finished are shown as far as they are.
 
     Args:
-        runs: Folders that training has written to.
+        runs: Folders that training has written to, or of a comparison, of which the chosen runs are taken.
         output: The page, NAME.html. The pictures are NAME_curves.png and so on, each as PDF too.
 
     Returns:
@@ -51,16 +52,27 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     if importlib.util.find_spec("plotly") is None:
         raise ModuleNotFoundError("reports need plotly: pip install 'timm-sugar[report]'")
 
+    found = [(folder, read_comparison(folder)) for folder in runs]
+    runs = [
+        folder / run
+        for folder, compared in found
+        for run in (["."] if compared is None else (run for row in compared["rows"] for run in row.get("runs", ())))
+    ]
     records = [read_run(folder, name) for folder, name in zip(runs, unique_names(runs), strict=True)]
     groups = group_by_seed(records)
     output.parent.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(groups, output.with_suffix(""))
-    write_file(output, render(groups))
+    write_file(output, render(groups, [compared for _, compared in found if compared is not None]))
     return [output, *pictures]
 
 
-def render(groups: Mapping[str, Sequence[RunRecord]]) -> str:
-    """Return the page about runs, gathered by `group_by_seed`, in the order in which they are given."""
+def render(groups: Mapping[str, Sequence[RunRecord]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Return the page about runs, gathered by `group_by_seed`, in the order in which they are given.
+
+    Args:
+        groups: Name of each group -> its runs.
+        compared: What the comparisons say that they are from.
+    """
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -96,6 +108,7 @@ def render(groups: Mapping[str, Sequence[RunRecord]]) -> str:
         styles=assign_styles([group[0].look for group in groups.values()]),
         summary=summary_table(groups),
         each=summary_table(alone) if len(groups) < len(records) else None,
+        compared=[(result_tables(found), remarks(found)) for found in compared],
         sections=sections,
         charts=[chart for section in sections.values() for chart in section],
         profiled=profiled,

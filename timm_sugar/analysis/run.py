@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-from ..files import read_mapping
-
 _KEYS = {  # without which a file of a run cannot be shown
     "config.yaml": ("data", "model"),
     "metrics.jsonl": ("epoch",),
@@ -115,21 +113,6 @@ def read_run(folder: Path, name: str) -> RunRecord:
         profile=read("profile.json", json.loads, dict),
         landscape=read("landscape.json", json.loads, dict),
     )
-
-
-def runs_of(folder: Path) -> list[Path]:
-    """Return the folders of the runs that a comparison (`timm_sugar.training.compare`) chose; else the folder itself.
-
-    Raises:
-        ValueError: no run of the comparison is chosen yet.
-    """
-    if not (folder / "compare.json").is_file():
-        return [folder]
-    rows = read_mapping(folder / "compare.json").get("rows", ())
-    found = [folder / run for row in rows for run in row.get("runs", ())]
-    if not found:
-        raise ValueError(f"the comparison in {folder} has no seed yet of which all runs are finished")
-    return found
 
 
 def unique_names(paths: Sequence[str | PurePath]) -> list[str]:

@@ -5,13 +5,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activations import activation_kinds
+from ..analysis.comparison import FILE, paired, verdict
 from ..analysis.seeds import interval
 from ..data import LabelledImages, fingerprint, stratified_sample
 from ..files import read_mapping, write_file
@@ -19,7 +20,6 @@ from ..hub import find_model, image_batches
 from ..layers import Activation
 from ..settings import TrainConfig, names_of, to_flags
 from ..surrogates import get_surrogate
-from ..terminal import print_table
 from .cells import Cell, last_line, run, summary_of
 from .config import load_config
 from .images import open_source
@@ -28,9 +28,7 @@ from .network import build_network, check_names
 RECIPE = "compare"
 RATES = (0.0003, 0.001, 0.003)
 SURROGATES = ("bsilu", "nelu")
-FILE = "compare.json"
 _VARIED = ("seed", "lr", "surrogate", "alpha", "act_layer")
-_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -228,92 +226,3 @@ def class_top1(folder: Path, images: LabelledImages, classes: int) -> list[float
         right += torch.bincount(labels[hits].cpu(), minlength=classes)
         count += torch.bincount(labels.cpu(), minlength=classes)
     return [r / c if c else None for r, c in zip(right.tolist(), count.tolist(), strict=True)]
-
-
-def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Return mean, 95% t-interval and p-value of differences by seed.
-
-    Example:
-        >>> found = paired([0.01, 0.02, 0.03])
-        >>> round(found["low"], 4), round(found["high"], 4), round(found["p"], 4)
-        (-0.0048, 0.0448, 0.0742)
-    """
-    mean, half = fmean(differences), interval(differences)
-    p = None
-    if half:  # where all are equal, nothing tells how they spread
-        from scipy.stats import t
-
-        p = float(2 * t.sf(abs(mean) / stdev(differences) * math.sqrt(len(differences)), len(differences) - 1))
-    low, high = (None, None) if half is None else (mean - half, mean + half)
-    return dict(difference=mean, low=low, high=high, p=p, differences=list(differences))
-
-
-def verdict(found: Mapping[str, Any]) -> str:
-    """Return in one sentence what a table shows, with no more than its seeds and comparisons allow."""
-    n, rows = len(found["seeds"]), found["rows"]
-    if found["done"] < found["runs"]:
-        left = f"Not finished: {found['done']} of {found['runs']} runs are"
-        return f"{left}; so far nothing is shown." if n < 2 else f"{left}, and {n} seeds are too early a verdict."
-    base = rows[0]["activation"]
-    if rows[0]["rate"] is None:
-        return f"Nothing can be compared: {base} has no rate with which each loss stays finite."
-    compared = [row for row in rows[1:] if row["rate"] is not None]
-    parts = []
-    for row in rows[1:]:
-        name = row["activation"]
-        if row not in compared:
-            parts.append(f"{name} has no rate with which each loss stays finite")
-        elif row["low"] is None:
-            parts.append(f"no difference shown between {name} and {base}: one seed has no interval")
-        elif row["p"] is not None and row["p"] * len(compared) < _LEVEL:
-            better = "better" if row["difference"] > 0 else "worse"
-            parts.append(f"{name} is {better} than {base} here ({difference_text(row)} points)")
-        else:
-            reason = ""
-            if row["p"] is None:
-                reason = "; each seed has the same, so that nothing tells the spread"
-            elif row["p"] < _LEVEL:
-                reason = f"; it leaves out 0, but is one of {len(compared)}"
-            parts.append(f"no difference shown between {name} and {base} ({difference_text(row)} points{reason})")
-    several = f", {len(compared)} comparisons taken together (Bonferroni)" if len(compared) > 1 else ""
-    how = f"paired t-test over n = {n} seed{'s' if n > 1 else ''}{several}, on {found['test_images']:,} test images"
-    return f"{'; '.join(parts)}: {how}."
-
-
-def difference_text(row: Mapping[str, Any]) -> str:
-    """Return the difference of a row of `table` with its interval, in points."""
-    if row.get("difference") is None:
-        return "-"
-    shown = f"{100 * row['difference']:+.2f}"
-    return shown if row["low"] is None else f"{shown} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
-
-
-def print_result(found: Mapping[str, Any]) -> None:
-    """Print a table for people to read, and its verdict."""
-
-    def percent(value: float | None, digits: int = 2) -> str:
-        return "-" if value is None else f"{100 * value:.{digits}f}"
-
-    rows = [row for row in found["rows"] if row["rate"] is not None]
-    if rows:
-        n = len(found["seeds"])
-        print(f"mean of {n} seed{'s' if n > 1 else ''}, with 95% t-intervals; differences are paired by seed:")
-        head = ("activation", "best rate", "validation (%)", "test (%)", "difference (points)", "p", "dead units (%)")
-        lines = []
-        for row in rows:
-            half = "" if row["test_interval"] is None else f" ± {percent(row['test_interval'])}"
-            p = "-" if row.get("p") is None else f"{row['p']:.3f}"
-            test, dead = f"{percent(row['test_top1'])}{half}", percent(row["dead_units"])
-            line = row["activation"], f"{row['rate']:g}", percent(row["val_top1"]), test, difference_text(row), p, dead
-            lines.append(line)
-        print_table(head, lines)
-        print("\ntest accuracy by class (%):")
-        classes = zip(found["classes"], *(row["class_top1"] for row in rows), strict=True)
-        shown = [[name, *(percent(value, 1) for value in values)] for name, *values in classes]
-        print_table(("class", *(row["activation"] for row in rows)), shown)
-        print()
-    for row in rows:
-        if row["edge"]:
-            more = "lower" if row["edge"] == "lowest" else "higher"
-            print(f"{row['activation']} is best at the {row['edge']} rate: try {more} ones too, with --lrs")
-    print(found["verdict"])
