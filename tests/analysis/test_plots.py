@@ -50,6 +50,7 @@ def test_styles():
     assert len({relu, sugar, again, odd}) == 4
     assert assign_styles(["", "nelu"])[1] == PALETTE["nelu"] != assign_styles(["", "nelu"])[0]
     assert len(assign_styles([""] * 20)) == 20
+    assert assign_styles(["tanh"])[0] != PALETTE["relu"]
     for key in ("colour", "on_dark", "dashes", "marker", "hatch", "symbol", "glyph"):
         assert len({getattr(style, key) for style in PALETTE.values()}) == len(PALETTE), key
 

@@ -53,6 +53,6 @@ def assign_styles(activations: Sequence[str]) -> list[Style]:
     for name in names:
         own = PALETTE.get(name)
         if own is None or own in given:
-            own = free.pop(0) if free else [*PALETTE.values()][len(given) % len(PALETTE)]
+            own = free.pop() if free else [*PALETTE.values()][len(given) % len(PALETTE)]
         given.append(own)
     return given

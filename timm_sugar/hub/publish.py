@@ -85,7 +85,7 @@ def published_files(output: Path, repo_id: str, facts: dict[str, Any] | None = N
         "data": public_data(summary["data"], facts["dataset"]),
         "settings": {k: v for k, v in public.items() if k != "versions"},
     }
-    drawn = _training_curves(metrics)
+    drawn = _training_curves(metrics, summary.get("surrogate") or settings.get("act_layer") or "")
     files: dict[str, bytes | Path] = {path.name: path for path in sorted(output.glob("*.png"))}
     if drawn is not None:
         files["curves.png"] = drawn
@@ -99,16 +99,18 @@ def published_files(output: Path, repo_id: str, facts: dict[str, Any] | None = N
     }
 
 
-def _training_curves(lines: list[dict[str, Any]]) -> bytes | None:
+def _training_curves(lines: list[dict[str, Any]], activation: str) -> bytes | None:
     """Draw loss and accuracy by epoch as PNG; None without matplotlib, which comes with the extra "report"."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
+    from ..analysis.palette import assign_styles
     from ..analysis.plots import metric_curves
 
     shown = [metric for metric in METRICS if metric.chart in ("Loss", "Accuracy")]
     shown = [metric for metric in shown if any(line.get(metric.key) is not None for line in lines)]
     content = io.BytesIO()
-    metric_curves({"": [lines]}, shown).savefig(content, format="png", dpi=110, metadata={"Software": None})
+    figure = metric_curves({"": [lines]}, shown, assign_styles([activation]))
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
     return content.getvalue()
 
 
