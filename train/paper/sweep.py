@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # of accelerate
+
 from timm_sugar.settings import names_of, to_flags
 from timm_sugar.surrogates import unknown_name
 from timm_sugar.terminal import Parser
@@ -31,7 +33,6 @@ def main(script: str, description: str, recipe: str) -> None:
     Exits with status 2 where the arguments are wrong, 1 where a cell failed, 75 where time was up before all cells were
     finished, 143 or 130 after SIGTERM or Ctrl-C.
     """
-    began = time.monotonic()
     path = Path(script)
     parser = _parser(path.name, description, recipe)
     args, others = parser.parse_known_args()
@@ -42,8 +43,8 @@ def main(script: str, description: str, recipe: str) -> None:
             raise ValueError(f"jobs must be at least 1, got {args.jobs}")
         if not args.minutes > 0:
             raise ValueError(f"minutes must be above 0, got {args.minutes:g}")
-        minutes = args.minutes - (time.monotonic() - began) / 60
-        failures = {} if args.table_only else run(cells, args.jobs, minutes)
+        spent = time.time() - psutil.Process().create_time()  # in imports, above all
+        failures = {} if args.table_only else run(cells, args.jobs, args.minutes - spent / 60)
         summaries = [(cell.name, cell.config.seed, summary_of(cell)) for cell in cells]
         paper = {name: cell.get("paper") for name, cell in read_grid(args.recipe).items()}
         table = make_table(Path(args.recipe).stem, summaries, paper, _command(args, others))
