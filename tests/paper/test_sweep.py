@@ -128,7 +128,7 @@ def test_ended_before_its_time_is_up_and_carried_elsewhere(recipe, tmp_path, mon
 
 
 def test_time_is_counted_from_the_start_of_the_process(recipe, tmp_path, monkeypatch, capsys):
-    earlier = SimpleNamespace(create_time=lambda: time.time() - 9.5 * 60)  # the last minute is for saving
+    earlier = SimpleNamespace(create_time=lambda: time.time() - 10 * 60)
     monkeypatch.setattr("paper.sweep.psutil.Process", lambda: earlier)
     assert _main(monkeypatch, "--recipe", recipe, "--output", tmp_path / "sweep", "--minutes", 10) == 75
     err = capsys.readouterr().err

@@ -47,7 +47,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
         cells: In the order in which they are started.
         jobs: Cells at once, which share the CPU's cores unless OMP_NUM_THREADS says otherwise; None for one a core, or
             one alone where there is a GPU.
-        minutes: Return within so many. A minute earlier, or a tenth of them where that is less, cells that are not
+        minutes: Return within so many. A minute earlier, or after half of them where that is later, cells that are not
             finished are told to save their state and stop; those that have not done so within half of what is left are
             killed, which costs them the steps since their last checkpoint. Another call resumes them.
 
@@ -57,7 +57,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
     Raises:
         SystemExit: SIGTERM or SIGINT came; all cells have saved their state and stopped; another call resumes them.
     """
-    reserve = min(60.0, 6 * minutes)
+    reserve = min(60.0, 30 * minutes)
     ends = time.monotonic() + 60 * minutes - reserve
     failures: dict[Cell, str] = {}
     waiting: deque[Cell] = deque()

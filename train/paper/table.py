@@ -103,6 +103,7 @@ def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -
     shown = markdown(table)
     if into is not None:
         replace_between(into, table["recipe"], shown)
+    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "table.json", json.dumps(table, indent=2) + "\n")
     write_file(folder / "table.md", shown)
     rows = [_percentages(cell) for cell in table["cells"] if cell["mean"] is not None]
