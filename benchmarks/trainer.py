@@ -1,13 +1,13 @@
-"""What the trainer costs over a bare loop: the same steps side by side, and memory over epochs.
+"""What the trainer costs over the best bare loop that torch offers, step by step side by side; memory over epochs.
 
-    python benchmarks/trainer.py [--epochs 3] [--block 2] [--mixed-precision bf16]
+    python benchmarks/trainer.py [--epochs 3] [--block 2] [--mixed-precision bf16] [--compile none compiled]
 
-ResNet-18 (timm's stem) at 32 px on scikit-learn's digits, repeated to 56 steps an epoch, batch 128, no augmentation.
-The trainer runs its epochs as in any run: order of the images, uint8 pixels gathered and normalised, seeds, schedules,
-watch over the loss, progress (a bar where standard error is a terminal). The bare loop steps through float32 tensors
-that are in memory, normalised and in order, under the same autocast and optimizer. The two take turns of a few steps in
-one process, so that whatever else the machine does slows both: reported is the median, over all turns, of the ratio of
-their speeds, with its quartiles.
+ResNet-18 (timm's stem) at 32 px on scikit-learn's digits, repeated to 56 steps an epoch, batch 128, channels last, SGD
+with Nesterov's momentum, no augmentation. The trainer runs its epochs as in any run: order of the images, seeds,
+schedules, watch over the loss, progress (a bar where standard error is a terminal). The bare loops are those of
+bare_loop.py: gathering, normalisation, the network and the fused optimizer; on a GPU one CUDA graph a step. All take
+turns of a few steps in one process, so that whatever else the machine does slows each: reported is the median, over
+all turns, of the ratio of speeds, with its quartiles.
 """
 
 import argparse
@@ -16,15 +16,14 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from bare_loop import BareLoop, place
+from common import environment
 
-from timm_sugar.data import normalize
 from timm_sugar.models import build
 from timm_sugar.training import TrainConfig
 from timm_sugar.training.checkpoint import State
@@ -40,77 +39,80 @@ REPEATS = 5  # of the 1,437 digits that are trained on
 STEPS = 56  # an epoch
 
 
-def build_run(output: str, epochs: int, precision: str, **settings: float) -> Run:
+def build_run(output: str, epochs: int, precision: str, compiled: bool = False, **settings: float) -> Run:
     """Build the benchmark's run."""
     return build_trainer(
         TrainConfig(
             data="digits", model=MODEL, batch_size=BATCH, epochs=epochs, mixed_precision=precision, output=output,
-            **{"val_fraction": 0.0} | settings,
+            channels_last=True, compile=compiled, **{"val_fraction": 0.0} | settings,
         )
     )  # fmt: skip
 
 
-def bare_steps(images: Tensor, labels: Tensor, precision: str) -> Iterator[None]:
-    """Yield after each step of the shortest loop that trains the same network."""
+def bare_steps(run: Run, precision: str, compile: str) -> Iterator[None]:
+    """Yield after each step of a bare loop on the run's images."""
+    device, pixels = run.accelerator.device, run.images.train.pixels
+    assert pixels is not None
     torch.manual_seed(0)
-    model = build(MODEL, num_classes=10).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, nesterov=True)
-    for step in itertools.cycle(range(len(labels) // BATCH)):
-        batch = slice(step * BATCH, (step + 1) * BATCH)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = F.cross_entropy(model(images[batch]).float(), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield
+    loop = BareLoop(
+        build(MODEL, num_classes=10), place(pixels, device), run.images.train.labels, run.config.mean, run.config.std,
+        epochs=run.config.epochs, batch_size=BATCH, lr=run.config.lr, momentum=run.config.momentum, compile=compile,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )  # fmt: skip
+    for epoch in range(run.config.epochs):
+        yield from loop.train_epoch(epoch)
 
 
 class Turns(Progress):
-    """The trainer's progress, which lets another loop have a turn after every `block` steps of the trainer.
+    """The trainer's progress, which lets other loops have their turns after every `block` steps of the trainer.
 
     Attributes:
-        seconds: Of each pair of turns, those of the trainer and those of the other loop.
+        seconds: Of each round of turns, those of the trainer and of each other loop.
     """
 
-    def __init__(self, other: Iterator[None], block: int, total: int):
+    def __init__(self, others: Sequence[Iterator[None]], block: int, total: int):
         super().__init__(total, 0, BATCH, enabled=True)
-        self.seconds: list[tuple[float, float]] = []
-        self._other, self._block, self._steps = other, block, 0
+        self.seconds: list[list[float]] = []
+        self._others, self._block, self._steps = others, block, 0
 
     def begin(self) -> None:
         """Start the clock of the trainer's turn."""
-        self._steps, self._began = 0, time.perf_counter()
+        self._steps, self._began = 0, _clock()
 
     def step(self, *arguments: Any, **options: Any) -> None:
         super().step(*arguments, **options)
         self._steps += 1
         if self._steps == self._block:
-            between = time.perf_counter()
-            for _ in itertools.islice(self._other, self._block):
-                pass
-            self.seconds.append((between - self._began, time.perf_counter() - between))
+            times = [self._began, _clock()]
+            for other in self._others:
+                for _ in itertools.islice(other, self._block):
+                    pass
+                times.append(_clock())
+            self.seconds.append([end - begin for begin, end in itertools.pairwise(times)])
             self.begin()
 
 
-def compare(epochs: int, block: int, precision: str) -> list[tuple[float, float]]:
-    """Print a row for each epoch, and return the seconds of all turns but those of the first."""
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(epochs: int, block: int, precision: str, compiled: bool, loops: Sequence[str]) -> list[list[float]]:
+    """Return the seconds of all turns but those of the first epoch: of the trainer, and of each bare loop."""
+    counted: list[list[float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        run = build_run(folder, epochs, precision)
+        run = build_run(folder, epochs, precision, compiled)
         images, labels = run.images.train.pixels, run.images.train.labels
-        images, labels = images.repeat(REPEATS, 1, 1, 1), labels.repeat(REPEATS)
-        run.images.train.pixels, run.images.train.labels = images, labels
-        run = dataclasses.replace(run, steps_per_epoch=len(labels) // BATCH)
-        bare = bare_steps(normalize(images, run.config.mean, run.config.std), labels, precision)
-        counted = []
-        with Turns(bare, block, epochs * run.steps_per_epoch) as turns:
+        assert images is not None
+        run.images.train.pixels, run.images.train.labels = images.repeat(REPEATS, 1, 1, 1), labels.repeat(REPEATS)
+        run = dataclasses.replace(run, steps_per_epoch=len(labels) * REPEATS // BATCH)
+        others = [bare_steps(run, precision, compile) for compile in loops]
+        with Turns(others, block, epochs * run.steps_per_epoch) as turns:
             for epoch in range(epochs):
                 turns.seconds = []
                 turns.begin()
                 train_epoch(run, State(epoch=epoch), None, turns, StopSignal())
-                speeds = [block * BATCH / statistics.median(seconds) for seconds in zip(*turns.seconds, strict=True)]
-                ratio = statistics.median(other / ours for ours, other in turns.seconds)
-                name = f"{epoch + 1}{'' if epoch else ' (warm-up)'}"
-                print(f"| {name} | {speeds[1]:.0f} | {speeds[0]:.0f} | {ratio:.3f} |", flush=True)
                 counted += turns.seconds if epoch else []
     return counted
 
@@ -130,26 +132,40 @@ def memory_over_epochs(epochs: int, precision: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of both; the first is not counted (default 3)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of all; the first is not counted (default 3)")
     parser.add_argument("--block", type=int, default=2, help="steps of a turn (default 2)")
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16"))
-    parser.add_argument("--memory-epochs", type=int, default=10, help="epochs that memory is watched (default 10)")
+    parser.add_argument("--compile", nargs="+", default=["none", "compiled"], choices=("none", "compiled"))
+    parser.add_argument(
+        "--memory-epochs", type=int, default=10, help="epochs that memory is watched (default 10); 0 for none"
+    )
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first is not counted")
     if not 1 <= options.block <= STEPS:
         parser.error(f"--block must be from 1 to {STEPS}, the steps of an epoch")
-    if options.memory_epochs < 1:
-        parser.error("--memory-epochs must be at least 1")
-    precision = options.mixed_precision
+    precision, cuda = options.mixed_precision, torch.cuda.is_available()
+    names = dict(none="none", compiled="compiled-graph" if cuda else "default")
+    loops = [names[name] for name in options.compile] + ["graph"] * cuda
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {MODEL}, batch {BATCH}, {precision}")
-    print("| epoch | bare loop, images/s | trainer, images/s | trainer / bare |\n| --- | --- | --- | --- |")
-    turns = compare(options.epochs, options.block, precision)
-    low, median, high = statistics.quantiles((bare / ours for ours, bare in turns), n=4)
-    print(f"\ntrainer / bare: median {median:.3f}, quartiles {low:.3f} to {high:.3f}, of {len(turns)} turns")
-    found = memory_over_epochs(options.memory_epochs, precision)
-    print("resident memory after each epoch, MiB: " + " ".join(f"{value:.0f}" for value in found))
+    machine = environment()
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['vector']}, {machine['threads']} threads"
+    print(f"torch {torch.__version__}, {where}; {MODEL}, batch {BATCH}, {precision}, channels last")
+    print("| trainer | images/s | bare loop | images/s | trainer / bare: median | quartiles | turns |")
+    print("| --- | --: | --- | --: | --: | --- | --: |")
+    for name in options.compile:
+        turns = compare(options.epochs, options.block, precision, name == "compiled", loops)
+        seconds = [statistics.median(column) for column in zip(*turns, strict=True)]
+        speeds = [f"{options.block * BATCH / found:.0f}" for found in seconds]
+        best = min(range(len(loops)), key=lambda i: seconds[1 + i])
+        for i, loop in enumerate(loops):
+            low, median, high = statistics.quantiles((turn[1 + i] / turn[0] for turn in turns), n=4)
+            bare, spread = f"{loop}{', the best' * (i == best)}", f"{low:.3f} to {high:.3f}"
+            row = (name, speeds[0], bare, speeds[1 + i], f"{median:.3f}", spread, len(turns))
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
+    if options.memory_epochs > 0:
+        found = memory_over_epochs(options.memory_epochs, precision)
+        print("\nresident memory after each epoch, MiB: " + " ".join(f"{value:.0f}" for value in found))
 
 
 if __name__ == "__main__":

@@ -53,18 +53,20 @@ class Passes:
             set_activation(self._network, activation)
             self._activation, self._captured = activation, None
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Tensor, targets: Tensor, first: bool) -> tuple[Tensor, Tensor]:
         """Return the mean loss, (), and the logits, (B, classes), until the next call.
 
         Args:
             inputs: Float32, (B, 3, H, W).
             targets: Classes, int64, (B,), or probabilities, (B, classes).
+            first: Whether it is the first pass of a step. The gradients of the last one are forgotten here, not at its
+                end, where glibc would return their memory to the system, to get it again page by page.
         """
-        if not self.graph:
-            return self._run(inputs, targets)
-        if self._captured is None:
+        if first:
+            self._forget_gradients()
+        if self.graph and self._captured is None:
             self._capture(inputs, targets)
-        if not self.graph:  # it could not be captured
+        if not self.graph:
             return self._run(inputs, targets)
         assert self._batch is not None
         assert self._result is not None
@@ -73,12 +75,11 @@ class Passes:
         self._captured.replay()
         return self._result
 
-    def zero_grad(self, optimizer: Any) -> None:
-        """Begin a step: forget the gradients; those that a graph writes stay where they are."""
+    def _forget_gradients(self) -> None:
         if not self.graph:
-            optimizer.zero_grad()
+            self._network.zero_grad()
         elif self._accumulated:
-            optimizer.zero_grad(set_to_none=False)
+            self._network.zero_grad(set_to_none=False)  # a graph adds to them where they are
 
     def _run(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._model(inputs)
@@ -88,7 +89,6 @@ class Passes:
 
     def _capture(self, inputs: Tensor, targets: Tensor) -> None:
         """Capture a pass before the first one of a step; weights, buffers and random state are left as they were."""
-        parameters = [p for p in self._network.parameters() if p.requires_grad]
         buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
         self._batch = (inputs.clone(), targets.clone())
         try:
@@ -97,25 +97,21 @@ class Passes:
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     for _ in range(_WARM_UP):
-                        self._forget(parameters)
+                        self._network.zero_grad()
                         self._run(*self._batch)
                 torch.cuda.current_stream().wait_stream(side)
-                # A pass writes new gradients, or adds to those that are there: a parameter without stays so.
-                self._forget(parameters, zero=self._accumulated)
+                # A pass writes gradients where there are none, or adds to those that there are.
+                self._network.zero_grad(set_to_none=not self._accumulated)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread that pins may go on
                     self._result = self._run(*self._batch)
             self._captured = graph
         except RuntimeError as error:
             self.graph = False
-            self._forget(parameters)
+            self._network.zero_grad()
             warnings.warn(f"trained without a CUDA graph: {str(error).partition(chr(10))[0]}", stacklevel=2)
         for buffer, before in buffers:
             buffer.copy_(before)
-
-    def _forget(self, parameters: list[nn.Parameter], zero: bool = False) -> None:
-        for p in parameters:
-            p.grad = torch.zeros_like(p.grad) if zero and p.grad is not None else None
 
 
 def graph_of(config: TrainConfig, accelerator: Accelerator) -> bool:

@@ -305,14 +305,13 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
         if run.mixup is not None:
             inputs, targets = run.mixup(inputs, labels)
         with accelerator.accumulate(run.model):
-            loss, logits = run.passes(inputs, targets)
+            loss, logits = run.passes(inputs, targets, first=pass_number % config.grad_accum == 0)
             if accelerator.sync_gradients:
                 run.scheduler.step_update(step)
                 set_weight_decay(config, run.optimizer, step / total_steps)
                 if config.clip_grad is not None:
                     accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad)
             run.optimizer.step()
-            run.passes.zero_grad(run.optimizer)
         loss_sum += loss / config.grad_accum
         pass_number += 1
         if pass_number % config.grad_accum == 0:
