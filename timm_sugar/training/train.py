@@ -4,6 +4,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,13 +154,13 @@ def fit(run: Run) -> dict[str, Any]:
     config, main = run.config, run.accelerator.is_main_process
     state, best = resume(run)
     state.settings = run.settings
-    check_first_step(config, run.network, run.model, run.images, run.accelerator, run.all_reduce_max)
-    if main:
-        write_record(run.config.folder, run.settings, state.metrics)
-    tracking = Tracking(run.accelerator, config.tracker, run.settings)
     total, warm_up = config.epochs * run.steps_per_epoch, run.passes.warm_up
-    progress = Progress(total, run.step(state), run.step_images, main, warm_up)
-    with stop_signals() as stop, progress:
+    with Progress(total, run.step(state), run.step_images, main, warm_up) as progress, ExitStack() as stack:
+        check_first_step(config, run.network, run.model, run.images, run.accelerator, run.all_reduce_max)
+        if main:
+            write_record(run.config.folder, run.settings, state.metrics)
+        tracking = Tracking(run.accelerator, config.tracker, run.settings)
+        stop = stack.enter_context(stop_signals())
         check = partial(run.check_stop, stop)
         evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check)
         try:
