@@ -30,6 +30,7 @@ from timm_sugar.training.checkpoint import State
 from timm_sugar.training.evaluation import evaluate_split
 from timm_sugar.training.processes import StopSignal
 from timm_sugar.training.progress import Progress
+from timm_sugar.training.tracking import Tracking
 from timm_sugar.training.train import Run, train_epoch
 from timm_sugar.training.train import build as build_trainer
 
@@ -112,7 +113,7 @@ def compare(epochs: int, block: int, precision: str, compiled: bool, loops: Sequ
             for epoch in range(epochs):
                 turns.seconds = []
                 turns.begin()
-                train_epoch(run, State(epoch=epoch), None, turns, StopSignal())
+                train_epoch(run, State(epoch=epoch), None, turns, Tracking(run.accelerator, "none", {}), StopSignal())
                 counted += turns.seconds if epoch else []
     return counted
 
@@ -124,7 +125,9 @@ def memory_over_epochs(epochs: int, precision: str) -> list[float]:
         run = build_run(folder, epochs, precision, val_fraction=0.2)
         with Progress(epochs * run.steps_per_epoch, 0, BATCH, enabled=True) as progress:
             for epoch in range(epochs):
-                train_epoch(run, State(epoch=epoch), None, progress, StopSignal())
+                train_epoch(
+                    run, State(epoch=epoch), None, progress, Tracking(run.accelerator, "none", {}), StopSignal()
+                )
                 evaluate_split(run.evaluated, run.images, run.accelerator, 0, None, "val")
                 found.append(process.memory_info().rss / 2**20)
     return found

@@ -15,6 +15,7 @@ from timm_sugar.training.checkpoint import State
 from timm_sugar.training.passes import Passes, graph_of
 from timm_sugar.training.processes import StopSignal
 from timm_sugar.training.progress import Progress
+from timm_sugar.training.tracking import Tracking
 from timm_sugar.training.train import build, train_epoch
 
 SMALL = dict(
@@ -35,6 +36,10 @@ WAYS = {
 
 def run_of(tmp_path, **more):
     return build(TrainConfig(**{**SMALL, "output": str(tmp_path), **more}))
+
+
+def one_epoch(run, epoch, progress):
+    return train_epoch(run, State(epoch=epoch), None, progress, Tracking(run.accelerator, "none", {}), StopSignal())
 
 
 class Guarded(Progress):
@@ -75,7 +80,7 @@ def test_no_step_reads_a_tensor_or_makes_one_from_python(way, tmp_path, monkeypa
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run = run_of(tmp_path, **WAYS[way])
     with Guarded(NoWaiting(), run.steps_per_epoch) as progress:
-        train_epoch(run, State(), None, progress, StopSignal())
+        one_epoch(run, 0, progress)
     assert progress.done == run.steps_per_epoch == 4
 
 
@@ -96,7 +101,7 @@ def test_no_step_waits_for_the_gpu(way, opt, compile, tmp_path, monkeypatch):
     assert run.images.train.pixels.is_cuda
     assert run.passes.graph == compile
     with Guarded(Debugged(), run.steps_per_epoch) as progress:
-        train_epoch(run, State(), None, progress, StopSignal())
+        one_epoch(run, 0, progress)
     assert run.passes.graph == compile  # it was captured
 
 
@@ -174,7 +179,7 @@ def trained(run, epochs=2):
     lines = []
     with Composed(), Progress(1, 0, 16, enabled=False) as progress:
         for epoch in range(epochs):
-            lines.append(train_epoch(run, State(epoch=epoch), None, progress, StopSignal()))
+            lines.append(one_epoch(run, epoch, progress))
     weights = {**run.network.state_dict(), **(run.ema.state_dict() if run.ema else {})}
     return [(line["train_loss"], line["lr"], line["alpha"]) for line in lines], weights
 
@@ -235,6 +240,6 @@ def test_a_graph_on_a_gpu_trains_the_same(way, tmp_path):
         run = run_of(tmp_path, **WAYS[way])
         run = with_graph(run) if graph else run
         with Progress(1, 0, 16, enabled=False) as progress:
-            found.append([train_epoch(run, State(epoch=e), None, progress, StopSignal())["train_loss"] for e in (0, 1)])
+            found.append([one_epoch(run, epoch, progress)["train_loss"] for epoch in (0, 1)])
         assert run.passes.graph == graph
     assert found[0] == pytest.approx(found[1], rel=1e-3)
