@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.stats import ttest_rel
 
+import timm_sugar
 from timm_sugar.analysis.comparison import paired, remarks, result_tables
 from timm_sugar.cli import main
 from timm_sugar.files import read_mapping, to_yaml
@@ -226,6 +228,19 @@ def test_the_baseline_is_the_own_activation_or_relu(model, baseline, images, tmp
     assert comparison.baseline == baseline
     assert own.activation == Activation(act_layer="relu" if "sugar" in model else None)
     assert (sugar.surrogate, sugar.act_layer, sugar.lr, sugar.seed) == ("elu", None, 0.01, 0)
+
+
+def test_weights_to_start_from(images, tmp_path):
+    for name in ("relu", "sugar"):
+        model = timm.create_model("resnet18", channels=(8, 8, 8, 8), num_classes=3)
+        if name == "sugar":
+            timm_sugar.convert(model, "nelu")
+        timm.models.save_for_hf(model, tmp_path / name, data_config={"input_size": (3, 16, 16)})
+        flags = ["--data", str(images), "--model", f"local-dir:{tmp_path / name}", "--img-size", "16"]
+        comparison = plan(tmp_path / f"compare-{name}", flags, ["elu"], [0.01], 1)
+        own, sugar = (cell.config for cell in comparison.cells.values())
+        assert comparison.baseline == "relu"
+        assert (own.act_layer, sugar.surrogate) == ("relu" if name == "sugar" else None, "elu")
 
 
 @pytest.mark.parametrize(

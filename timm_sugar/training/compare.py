@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations import activation_kinds
 from ..analysis.comparison import FILE, paired, verdict
@@ -24,6 +24,7 @@ from .cells import Cell, last_line, run, summary_of
 from .config import load_config
 from .images import open_source
 from .network import build_network, check_names
+from .pretrained import find_initial
 
 RECIPE = "compare"
 RATES = (0.0003, 0.001, 0.003)
@@ -99,23 +100,28 @@ def plan(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     count = max(len(grid.get("seeds", ())), seeds or (0 if grid else 3))
 
-    def config_of(settings: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
-        argv = ["--recipe", RECIPE, *flags, *to_flags(settings)]
+    def config_of(settings: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+        argv = ["--recipe", RECIPE, *flags, *to_flags({"output": folder} | settings)]
         return load_config(argv, "compare", "", RECIPE), argv
+
+    def network_of(settings: dict[str, Any]) -> nn.Module:
+        config, initial = find_initial(config_of(settings)[0])
+        return build_network(config, source, initial)
 
     config, _ = config_of({})
     if not config.val_fraction:
         raise ValueError("a comparison chooses learning rates on validation images, so val_fraction must be above 0")
     check_names(config)
     source = open_source(config)
-    network, own = build_network(config, source), {}
+    own: dict[str, Any] = {}
+    network = network_of(own)
     if Activation.of(network).surrogate:
         own = {"act_layer": "relu"}
-        network = build_network(config_of(own)[0], source)
+        network = network_of(own)
     baseline = "+".join(activation_kinds(network)) or "own"
     settings = {baseline: own} | {f"sugar_{name}": {"surrogate": name} for name in names}
     for extra in list(settings.values())[1:]:
-        build_network(config_of(extra)[0], source)
+        network_of(extra)
     cells = {}
     for seed in range(count):
         for rate in lrs:
@@ -125,8 +131,8 @@ def plan(
                 settled, argv = config_of(extra | place)
                 cells[activation, rate, seed] = Cell(name, settled, ("-m", "timm_sugar.training", *argv))
     test = source.test
-    if (limit := getattr(config, "limit_test", None)) is not None:
-        test = test.subset(stratified_sample(test.labels, limit, config.split_seed))
+    if config.limit_test is not None:
+        test = test.subset(stratified_sample(test.labels, config.limit_test, config.split_seed))
     found = Comparison(folder, baseline, tuple(names), tuple(lrs), tuple(range(count)), cells, test, source.class_names)
     _check_data(found, fingerprint(source))
     for cell in cells.values():
