@@ -85,6 +85,25 @@ def test_a_folder_gives_the_weights_and_says_how_images_look(vit, parquet_folder
     assert capfd.readouterr().err.splitlines() == [line]
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_network_that_takes_any_size_starts_at_its_own(safe, parquet_folder, tmp_path):
+    model = timm.create_model("test_vit", num_classes=7)
+    timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=safe)
+    run = build(_config(parquet_folder, tmp_path / "run", model=f"local-dir:{tmp_path}/saved"))
+    assert run.config.img_size == 160
+    assert torch.equal(run.network.pos_embed, model.pos_embed)
+
+
+def test_what_transformers_saved_around_a_converted_network(parquet_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.TimmWrapperConfig(architecture="test_vit", num_labels=7)
+    model = timm_sugar.convert(transformers.TimmWrapperForImageClassification(config), "nelu", 0.2)
+    model.save_pretrained(tmp_path / "saved")
+    run = build(_config(parquet_folder, tmp_path / "run", model=f"local-dir:{tmp_path}/saved"))
+    assert {(m.surrogate, m.alpha) for m in run.network.modules() if isinstance(m, Sugar)} == {("nelu", 0.2)}
+    assert torch.equal(run.network.pos_embed, model.timm_model.pos_embed)
+
+
 def test_what_is_given_wins(vit, parquet_folder, tmp_path):
     given = dict(mean=[0.1] * 3, std=[0.3] * 3, interpolation="nearest", crop_pct=0.8)
     run = build(_config(parquet_folder, tmp_path, pretrained=f"local-dir:{vit}", **given))

@@ -131,6 +131,7 @@ def _locate(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
         elif cfg["source"] == "hf-hub":
             initial = dataclasses.replace(initial, source=f"hf-hub:{cfg['hf_hub_id']}")
         cfg = _registered(found.architecture) | cfg  # a folder may leave out what its architecture says
+        cfg["fixed_input_size"] |= "img_size" in found.model_args  # not so of networks that take other sizes too
     else:
         cfg = _of_timm(source)
         initial = Initial(f"{name}.{cfg['tag']}" if cfg.get("tag") else name, name, Activation(), {})
