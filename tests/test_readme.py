@@ -33,6 +33,7 @@ def finished_run(tmp_path_factory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:the conversion is not part of what a saved model records")
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")], ids=lambda page: page.name)
 def test_snippets_run(page, finished_run, monkeypatch):
     monkeypatch.chdir(finished_run)
