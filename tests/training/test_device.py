@@ -1,12 +1,15 @@
 """What keeps a device busy changes no bit: fused steps of SGD, copies that nobody waits for."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from timm_sugar.training.device import HostCopy, use_fused_steps
+from timm_sugar.training import TrainConfig, train
+from timm_sugar.training.device import HostCopy, place_images, use_fused_steps
 
 CPU = torch.device("cpu")
 
@@ -65,3 +68,55 @@ def test_a_host_copy_is_the_last_value_on_the_cpu():
     number = HostCopy(torch.tensor(-1))
     number.update(torch.tensor(7))
     assert number.read() == 7
+
+
+class Pixels:
+    """Images of some size, which say where they go."""
+
+    def __init__(self, nbytes):
+        self.nbytes, self.device = nbytes, "host"
+
+    def to(self, device):
+        moved = Pixels(self.nbytes)
+        moved.device = str(device)
+        return moved
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "where"),
+    [
+        ("cuda", 2200, ["cuda", "cuda", "cuda"]),
+        ("cuda", 2100, ["cuda", "cuda", "host"]),  # half of it holds training and validation images
+        ("cuda", 1998, ["host", "cuda", "cuda"]),
+        ("cuda", 10, ["host", "host", "host"]),
+        ("cpu", 2200, ["host", "host", "host"]),
+    ],
+)
+def test_images_go_to_a_gpu_as_far_as_half_its_free_memory_takes_them(device, free, where, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**6))
+    splits = [SimpleNamespace(pixels=Pixels(size), labels=Pixels(1)) for size in (1000, 50, 50)]
+    place_images(SimpleNamespace(train=splits[0], val=splits[1], test=splits[2]), torch.device(device))
+    assert [split.pixels.device for split in splits] == where
+    assert [split.labels.device for split in splits] == where
+
+
+class Late(HostCopy):
+    """A copy that arrives after the step that would read it, as on a GPU that is behind."""
+
+    def update(self, tensor):
+        pass
+
+
+@pytest.mark.parametrize("more", [{}, {"checkpoint_steps": 3}, {"checkpoint_minutes": 0}])
+def test_a_loss_that_is_not_finite_is_noticed_before_anything_is_saved(more, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["timm_sugar.training.train"], "HostCopy", Late)
+    config = TrainConfig(
+        data="digits", model_args={"channels": [8, 8, 8, 8]}, img_size=16, batch_size=16, limit_train=160, epochs=2,
+        opt="momentum", lr=1e30, val_fraction=0.0, output=str(tmp_path), **more,
+    )  # fmt: skip
+    with pytest.raises(
+        FloatingPointError, match=r"^the loss is not finite at step 2 \(epoch 1\), learning rate 1e\+30; "
+    ):
+        train(config)
+    saved = [path.name for path in tmp_path.glob("checkpoints/*")]
+    assert saved == (["step-000000001"] if "checkpoint_minutes" in more else [])

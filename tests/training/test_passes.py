@@ -105,6 +105,20 @@ def test_no_step_waits_for_the_gpu(way, opt, compile, tmp_path, monkeypatch):
     assert run.passes.graph == compile  # it was captured
 
 
+@pytest.mark.parametrize(
+    ("compile", "graph", "says"),
+    [(False, False, "training"), (True, False, "compiling"), (True, True, "compiling and capturing a CUDA graph")],
+)
+def test_the_bar_says_what_the_first_step_does(compile, graph, says, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    passes = Passes(TrainConfig(compile=compile), torch.nn.Identity(), torch.nn.Identity(), None, graph)
+    with Progress(2, 0, 16, enabled=True, warm_up=passes.warm_up) as progress:
+        (task,) = progress._bar.tasks
+        assert task.description == says
+        progress.step(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 0]))
+        assert (task.description, task.fields["loss"], task.fields["accuracy"]) == ("training", "1.000", "50%")
+
+
 class RecordedGraph(TorchDispatchMode):
     """A CUDA graph on the CPU: its operations are recorded, and replayed with the same numbers in the same memory."""
 
