@@ -18,7 +18,7 @@ from timm_sugar.training.processes import process_state
 TRANSFORMER = dict(
     model="swin_tiny_sugar_nelu",
     model_args=dict(embed_dim=24, depths=[1, 1], num_heads=[2, 4], window_size=4, drop_path_rate=0.0),
-    opt="adamw", lr=0.001, epochs=2, img_size=32, limit_train=64, checkpoint_steps=3,
+    opt="adamw", lr=0.001, epochs=2, img_size=32, limit_train=64, checkpoint_steps=3, crop="padded", hflip=0.5,
 )  # fmt: skip
 BATCH_NORM = dict(model_args=dict(channels=[8, 8, 8, 8]), epochs=1, limit_train=64, lr=0.0)
 TOKENS = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU())
