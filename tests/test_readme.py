@@ -51,7 +51,9 @@ def _command_lines() -> list[str]:
         for block in _blocks(page, "console")
         for line in block.splitlines()
     }
-    return sorted(line for line in found if "timm-sugar " in line or " train/" in line)
+    return sorted(
+        line for line in found if any(part in line for part in ("timm-sugar ", " train/", "timm_sugar.training "))
+    )
 
 
 @pytest.mark.parametrize("line", _command_lines())
@@ -59,6 +61,9 @@ def test_command_lines_parse(line):
     words = shlex.split(line)
     if "timm-sugar" in words:
         load_config(cli._parse(words[words.index("timm-sugar") + 1 :]).others, "prog", "text", "compare")
+        return
+    if "timm_sugar.training" in words:
+        load_config(words[words.index("timm_sugar.training") + 1 :], "prog", "text", "digits")
         return
     script = next(i for i, word in enumerate(words) if word.startswith("train/"))
     assert (ROOT / words[script]).exists()

@@ -19,6 +19,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "timm_sugar")
 
 
+def to_json(value: Any) -> str:
+    """Return JSON for people and programs: a name a line, a list of numbers in one."""
+    text = json.dumps(value, indent=2)
+    return re.sub(r"\[\n([\d\s.,eE+-]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, flush it to disk and rename it to `path`. Text is UTF-8."""
     remove_left_over(path)

@@ -18,6 +18,7 @@ class Metric:
         chart: Title of the chart by epoch that shows it, alone or with others; None for none.
         column: Whether it is a column of the report's summary, and in the line that is printed after an epoch.
         card: Whether the model card states it.
+        shape: A "number"; one of each "class", by its name; or a count of each "pair" of class and prediction.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Metric:
     chart: str | None = None
     column: bool = False
     card: bool = False
+    shape: Literal["number", "class", "pair"] = "number"
 
     @property
     def scale(self) -> int:
@@ -55,6 +57,8 @@ class Metric:
 METRICS = [
     Metric("test_top1", "test top-1 accuracy", "%", "higher", "test", column=True, card=True),
     Metric("test_top5", "test top-5 accuracy", "%", "higher", "test", card=True),
+    Metric("test_class_top1", "test top-1 accuracy by class", "%", "higher", "test", shape="class"),
+    Metric("test_confusion", "confusion matrix", "", None, "test", shape="pair"),
     Metric("val_top1", "validation top-1 accuracy", "%", "higher", "val", chart="Accuracy", column=True, card=True),
     Metric("val_top5", "validation top-5 accuracy", "%", "higher", "val"),
     Metric("test_loss", "test loss", "nats", "lower", "test", column=True),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from timm_sugar.analysis import gradient_norms, profile
-from timm_sugar.analysis.report import write_report
+from timm_sugar.analysis.report import class_tables, write_report
 from timm_sugar.analysis.run import read_run, unique_names
 from timm_sugar.analysis.seeds import group_by_seed
 from timm_sugar.cli import main
@@ -202,6 +202,18 @@ def test_differences_and_commands(page, folders, tmp_path):
     config = vars(load_config(argv, "digits", "", "digits"))
     wanted = yaml.safe_load((folders[1] / "config.yaml").read_text())
     assert config == {name: wanted[name] for name in config} | {"output": "output/relu"}
+
+
+def test_classes_with_the_lowest_accuracy_first(page, folders, tmp_path):
+    assert "confusion matrix" in page.text
+    found = dict(test_class_top1={"a": 0.75, "<b>": 0.5, "c": None}, test_confusion=[[3, 1, 0], [0, 1, 1], [0, 0, 0]])
+    by_class, confusion = class_tables(found)
+    assert by_class == (
+        ["class", "test top-1 accuracy by class", "images", "taken for"],
+        [["<b>", "50.00%", "2", "c (1)"], ["a", "75.00%", "4", "<b> (1)"], ["c", "–", "0", "–"]],  # noqa: RUF001
+    )
+    assert confusion == (["", "a", "<b>", "c"], [["a", "3", "1", "0"], ["<b>", "0", "1", "1"], ["c", "0", "0", "0"]])
+    assert class_tables(found | {"test_confusion": None})[1] is None
 
 
 def test_one_run_and_text_that_looks_like_html(folders, tmp_path):

@@ -45,6 +45,12 @@ def test_it_learns(finished):
 def test_run_folder(finished):
     output, summary = finished
     assert json.loads((output / "summary.json").read_text()) == summary
+    confusion, by_class = summary["test_confusion"], summary["test_class_top1"]
+    assert [*by_class] == ["blue", "green", "red"]
+    assert [sum(row) for row in confusion] == [20, 20, 20]
+    assert [row[i] / 20 for i, row in enumerate(confusion)] == [*by_class.values()]
+    assert sum(by_class.values()) / 3 == pytest.approx(summary["test_top1"])
+    assert f"    [{confusion[0][0]}, " in (output / "summary.json").read_text()  # a row of the matrix is a line
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     expected = {"epoch", "train_loss", "val_loss", "val_top1", "lr", "images_per_second", "dead_units", "seconds"}

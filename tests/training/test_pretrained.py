@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 import timm_sugar
+from tests.training.test_processes import ENVIRONMENT, LAUNCH, ROOT
 from timm_sugar.layers import Sugar
+from timm_sugar.settings import to_flags
 from timm_sugar.training import TrainConfig, load_config, train
 from timm_sugar.training.checkpoint import State
 from timm_sugar.training.train import build, fit, train_steps
@@ -361,3 +364,36 @@ def test_the_flags_name_a_network_and_its_weights(flags, model, pretrained, outp
     config = load_config(flags.split(), "prog", "text", "digits")
     assert (config.model, config.pretrained, config.output) == (model, pretrained, output)
     assert (config.img_size, config.crop_pct) == (32, None if pretrained else 1.0)
+
+
+def test_two_processes_fine_tune_and_stop_as_one_does(vit, parquet_folder, tmp_path):
+    settings = dict(pretrained=str(vit), convert=True, freeze=["patch_embed"], layer_decay=0.7, patience=1, epochs=6)
+    settings |= dict(
+        lr=0.05, warmup_epochs=0.0, tracker="tensorboard"
+    )  # not Adam, which makes as much of rounding as of gradients
+    one = train(_config(parquet_folder, tmp_path / "one", **settings))
+    config = _config(parquet_folder, tmp_path / "two", **settings, checkpoint_steps=3)
+    flags = to_flags({k: v for k, v in dataclasses.asdict(config).items() if v not in (None, {}, [])})
+    flags[flags.index("--batch-size") + 1] = "8"
+    command = [*LAUNCH, "-m", "timm_sugar.training", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("starts from the weights of") == done.stderr.count("stopped early") == 1
+    two = json.loads((tmp_path / "two/summary.json").read_text())
+    names = ("best_epoch", "trained_epochs", "test_confusion", "test_class_top1", "trained_parameters", "pretrained")
+    assert [one[name] for name in names] == [two[name] for name in names]
+    assert one["trained_epochs"] < 6
+    first, second = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+    losses = [_tracked(tmp_path / name) for name in ("one", "two")]
+    assert len(losses[0]) == 4 * one["trained_epochs"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the mean over the processes
+
+
+def _tracked(output: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "timm-sugar"))
+    events.Reload()
+    return [event.value for event in events.Scalars("step_loss")]

@@ -42,13 +42,16 @@ def share_evaluation(folder: Path) -> None:
         mine = slice(state.process_index, count, state.num_processes)
         with count_units(model) as units:
             batches = [(pixels[mine], labels[mine])]
-            result = evaluate_batches(model, batches, (0.5,) * 3, (0.25,) * 3)
+            result = evaluate_batches(model, batches, (0.5,) * 3, (0.25,) * 3, classes=4)
         if state.num_processes > 1:
             units.add_up_processes(torch.device("cpu"))
         profiled = profile(model, [pixels[mine] / 255.0])
         tokens = profile(TOKENS, [torch.linspace(-1, 1, 6).view(1, 3, 2)[:, : 1 + i % 3] for i in range(count)][mine])
         found[count] = [result.loss, result.top1, result.images, units.dead_elements, units.sparsity]
         found[count] += [profiled.images, profiled.dead_units, profiled.sparsity, tokens.images, tokens.sparsity]
+        assert result.confusion is not None
+        found[count] += [cell for row in result.confusion for cell in row]
+        found[count] += [-1 if accuracy is None else accuracy for accuracy in result.class_top1]
     if state.is_main_process:
         (folder / "evaluation.json").write_text(json.dumps(found))
 

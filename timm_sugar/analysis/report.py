@@ -14,7 +14,7 @@ from markupsafe import Markup
 import timm_sugar
 
 from ..files import to_yaml, write_file
-from ..metrics import METRICS, Metric
+from ..metrics import METRICS, Metric, find_metric
 from ..settings import names_of, to_flags
 from . import report_charts as charts
 from .comparison import read_comparison, remarks, result_tables
@@ -117,6 +117,7 @@ def render(groups: Mapping[str, Sequence[RunRecord]], compared: Sequence[Mapping
         surfaces=surface_images(landscapes),
         words=_WORDS,
         epochs={r.name: epoch_table(r.metrics) for r in records if r.metrics},
+        classes={r.name: class_tables(r.summary) for r in records if r.summary and r.summary.get("test_class_top1")},
         differing=differing,
         common=common,
         commands=reproduce_commands(records),
@@ -127,6 +128,7 @@ def render(groups: Mapping[str, Sequence[RunRecord]], compared: Sequence[Mapping
 
 
 Cell = tuple[str, bool]
+Table = tuple[list[str], list[list[str]]]
 
 
 def summary_table(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[list[str], dict[str, list[Cell]]]:
@@ -232,6 +234,22 @@ def _commands(record: RunRecord) -> str:
     commands = [train, *(["timm-sugar", command, folder, *data] for command in ("verify", "profile", "landscape"))]
     written = [f"cat > {shlex.quote(file)} <<'END_OF_RECIPE'", to_yaml(recipe) + "END_OF_RECIPE"]
     return "\n".join([*written, *map(shlex.join, commands)])
+
+
+def class_tables(summary: Mapping[str, Any]) -> tuple[Table, Table | None]:
+    """Return heads and rows of the accuracy by class, the lowest first, and of the confusion matrix, None without."""
+    accuracy, confusion = summary["test_class_top1"], summary.get("test_confusion")
+    names, metric = [*accuracy], find_metric("test_class_top1")
+    order = sorted(range(len(names)), key=lambda i: (accuracy[names[i]] is None, accuracy[names[i]]))
+    texts = {name: _NOTHING if value is None else metric.text(value) for name, value in accuracy.items()}
+    rows = [[names[i], texts[names[i]]] for i in order]
+    if confusion is None:
+        return (["class", metric.label], rows), None
+    for i, row in zip(order, rows, strict=True):
+        wrong = sorted(((count, j) for j, count in enumerate(confusion[i]) if j != i and count), key=lambda w: -w[0])
+        row += [str(sum(confusion[i])), ", ".join(f"{names[j]} ({count})" for count, j in wrong[:3]) or _NOTHING]
+    matrix = [[name, *map(str, counts)] for name, counts in zip(names, confusion, strict=True)]
+    return (["class", metric.label, "images", "taken for"], rows), (["", *names], matrix)
 
 
 def epoch_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

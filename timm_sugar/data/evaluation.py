@@ -10,15 +10,25 @@ from torch import Tensor, nn
 
 from .transforms import normalize
 
+MOST_CONFUSED = 100  # classes
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy in nats, top-1 and top-5 accuracy as fractions of 1, and the number of images."""
+    """Mean cross-entropy in nats, top-1 and top-5 accuracy as fractions of 1, and the number of images.
+
+    Attributes:
+        class_top1: Top-1 accuracy of each class, None for a class without images; () where it was not asked for.
+        confusion: How often images of each class were taken for each, by class, then prediction; None for more than
+            `MOST_CONFUSED` classes.
+    """
 
     loss: float
     top1: float
     top5: float
     images: int
+    class_top1: Sequence[float | None] = ()
+    confusion: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ def evaluate_batches(
     std: Sequence[float],
     shared: bool = True,
     after_batch: Callable[[], None] | None = None,
+    classes: int = 0,
 ) -> Evaluation:
     """Evaluate `model` in eval mode and float32, and leave its mode as it was.
 
@@ -85,25 +96,39 @@ def evaluate_batches(
         std: Likewise.
         shared: In a process group each process gives its own images, and the result is that of all of them.
         after_batch: Called after each batch.
+        classes: Number of classes, for accuracy by class; 0 for none.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
+    # By class: predictions, or only wrong and right ones.
+    columns = classes if classes <= MOST_CONFUSED else 2
+    counts = torch.zeros(classes * columns, dtype=torch.int64, device=device)
     try:
         for pixels, labels in batches:
             if len(labels):
                 logits = model(normalize(pixels.to(device, non_blocking=True), mean, std)).float()
                 target = labels.to(device, non_blocking=True)
-                ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+                guesses = logits.topk(min(5, logits.shape[1])).indices
+                ranked = guesses == target[:, None]
                 loss = F.cross_entropy(logits, target, reduction="sum")
                 sums[:3] += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double()
                 sums[3] += len(labels)
+                if classes:
+                    found = guesses[:, 0] if columns == classes else ranked[:, 0].long()
+                    counts.index_add_(0, columns * target + found, torch.ones_like(target))
             if after_batch is not None:
                 after_batch()
     finally:
         model.train(was_training)
     if shared and dist.is_initialized():
         dist.all_reduce(sums)
+        if classes:
+            dist.all_reduce(counts)
+    table = counts.view(classes, columns).tolist() if classes else []
+    right = [row[index if columns == classes else 1] for index, row in enumerate(table)]
+    class_top1 = [hits / sum(row) if sum(row) else None for hits, row in zip(right, table, strict=True)]
+    confusion = table if classes and columns == classes else None
     loss, top1, top5, images = sums.tolist()
-    return Evaluation(loss / images, top1 / images, top5 / images, round(images))
+    return Evaluation(loss / images, top1 / images, top5 / images, round(images), class_top1, confusion)

@@ -19,7 +19,7 @@ from huggingface_hub.utils import httpx
 from torch import nn
 
 from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
-from ..files import read_lines, read_mapping, to_yaml, write_file
+from ..files import read_lines, read_mapping, to_json, to_yaml, write_file
 from ..metrics import METRICS
 from ..models import create_model
 from ..models._download import file_hash, retry
@@ -133,7 +133,7 @@ def write_folder(
     summary = read_mapping(output / "summary.json")
     dataset_id = (facts or {}).get("dataset", summary.get("dataset_id"))
     summary = public_settings(summary, dataset_id) | {"dataset_id": dataset_id}
-    files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+    files["summary.json"] = (to_json(summary) + "\n").encode()
     there = folder / "facts.yaml"
     if facts and not (there.is_file() and read_facts(there) == facts):
         files |= _facts_files(facts)

@@ -1,6 +1,5 @@
 """Entry points: `train` for Python, `main` for the command line."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .._program import output_error
+from ..files import to_json
 from ..hub import check_destination, check_weights, publish, published_files
 from ..settings import TrainConfig
 from .config import load_config
@@ -87,7 +87,7 @@ def main(script: str, description: str, recipe: str) -> None:
         with one_line_errors(prog):
             summary = run()
     if _is_main():
-        print(json.dumps(summary, indent=2))
+        print(to_json(summary))
         if problem := output_error():
             print(f"{prog}: the summary cannot be printed: {problem}", file=sys.stderr)
     process_state().destroy_process_group()

@@ -24,7 +24,7 @@ def evaluate_split(
     after_batch: Callable[[], None] | None,
     name: str,
 ) -> dict[str, Any]:
-    """Evaluate a network on a split: loss, accuracy, dead units and sparsity.
+    """Evaluate a network on a split: loss, accuracy, on "test" by class too, dead units and sparsity.
 
     Args:
         network: In eval mode.
@@ -45,11 +45,15 @@ def evaluate_split(
     indices = torch.arange(len(split), device=split.labels.device)
     batches = split.batches([indices[i * size : (i + 1) * size] for i in range(count)], workers, pin_memory=cuda)
     mean, std = images.data_config["mean"], images.data_config["std"]
+    classes = images.class_names if name == "test" else ()
     with count_units(network) as units:
-        result = evaluate_batches(network, batches, mean, std, True, after_batch)
+        result = evaluate_batches(network, batches, mean, std, True, after_batch, len(classes))
     if accelerator.num_processes > 1:
         units.add_up_processes(accelerator.device)
-    return {
+    by_class: dict[str, Any] = {"test_confusion": result.confusion} if classes else {}
+    if classes:
+        by_class["test_class_top1"] = dict(zip(classes, result.class_top1, strict=True))
+    return by_class | {
         f"{name}_loss": result.loss,
         f"{name}_top1": result.top1,
         f"{name}_top5": result.top5,

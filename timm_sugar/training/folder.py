@@ -19,7 +19,7 @@ from torch import nn
 import timm_sugar
 
 from ..data import listed
-from ..files import read_mapping, remove_left_over, to_yaml, write_file
+from ..files import read_mapping, remove_left_over, to_json, to_yaml, write_file
 from ..hub import dataset_of, write_model_folder
 from ..settings import TrainConfig, defaults, names_of
 from .checkpoint import (
@@ -200,7 +200,7 @@ def write_result(
     card = summary | {"settings": {name: getattr(config, name) for name in names_of("data", "result")}}
     architecture = config.model.split(".")[0]
     write_model_folder(output / "model", network, architecture, images.class_names, images.data_config, card)
-    write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_file(output / "summary.json", to_json(summary) + "\n")
 
 
 def start_or_resume(

@@ -1,0 +1,9 @@
+"""Fine-tune a network that has weights, timm's ResNet-18 from ImageNet or --pretrained, on a folder of your own images.
+
+accelerate launch train/finetune.py --data path/to/folder [--key value ...]
+"""
+
+from timm_sugar.training import main
+
+if __name__ == "__main__":
+    main(__file__, __doc__, recipe="finetune")
