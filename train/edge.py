@@ -20,11 +20,15 @@ try:
     import onnx
     import onnxruntime
     import onnxscript as onnxscript  # torch.onnx needs it
+    import scipy as scipy  # and the intervals this
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
     from torchvision.ops import FeaturePyramidNetwork
+
+    from timm_sugar.training.command import one_line_errors
 except ModuleNotFoundError as error:
-    sys.exit(f"edge.py: {error.name} is missing: pip install torchvision onnx onnxscript onnxruntime")
+    packages = "'timm-sugar[train,report]' torchvision onnx onnxscript onnxruntime"
+    sys.exit(f"edge.py: {error.name} is missing: pip install {packages}")
 
 import numpy as np
 import timm
@@ -36,7 +40,6 @@ from timm_sugar import convert, to_relu
 from timm_sugar.analysis.seeds import interval
 from timm_sugar.files import write_file
 from timm_sugar.terminal import Parser
-from timm_sugar.training.command import one_line_errors
 
 CLASSES = ("background", "disc", "square", "triangle")
 ACTIVATIONS = ("silu", "relu", "sugar_bsilu", "sugar_nelu")

@@ -80,6 +80,7 @@ def test_metrics_by_epoch():
     assert ax.lines[0].get_color() == PALETTE["nelu"].colour
     edges = ax.collections[0].get_paths()[0].vertices
     assert edges[:, 1].max() == pytest.approx(50 + 24.84, abs=0.01)
+    assert edges[:, 1].min() == 0  # not 20 - 24.84, which no accuracy is
     (ax,) = plots.metric_curves({"seeds": several}, shown[1:], spread=stdev).axes
     assert ax.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(60)
     for count in (1, 2, 3):
