@@ -212,7 +212,7 @@ class TrainConfig:
         None, "steps between checkpoints within an epoch, besides", "[1, inf)", kind="free"
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = _run("no", "precision of training; evaluation is float32")
-    compile: bool = _run(False, "train through torch.compile")
+    compile: bool = _run(False, "train through torch.compile, on a GPU as a CUDA graph too")
     channels_last: bool = _run(False, "train with images and weights in channels-last order, often faster")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _run(
         "none", "where metrics are sent besides", kind="free"
