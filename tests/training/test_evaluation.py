@@ -36,7 +36,5 @@ def test_large_batches_give_the_same(memory_limit, tmp_path):
     assert sizes == [256, 103, 359]
     assert memory_limit == 0 or count[0] == count[1]  # none a batch; workers read the indices of their images
     assert found[0].keys() == found[1].keys()
-    for key, value in found[0].items():
-        assert value == pytest.approx(found[1][key], rel=1e-5), key
-    for key in ("test_top1", "test_top5", "dead_units", "dead_elements"):
-        assert found[0][key] == found[1][key]
+    for key, value in found[0].items():  # sums of floats have another order
+        assert found[1][key] == (pytest.approx(value, rel=1e-5) if key.endswith("loss") else value), key
