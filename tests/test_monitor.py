@@ -399,6 +399,16 @@ def test_it_warns_once_of_dead_units():
         model(torch.ones(2, 1))
 
 
+def test_a_model_that_was_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1, 4), nn.ReLU())
+    watch = DeadUnitMonitor(model, every=1)
+    model.to_empty(device="cpu").load_state_dict(nn.Linear(1, 4).state_dict(prefix="0."))
+    torch.compiler.reset()
+    torch.compile(model, backend="eager")(torch.ones(2, 1))
+    assert watch.summary().images == 2
+
+
 def test_dead_units_may_come_later():
     model = Signs()
     DeadUnitMonitor(model, window=2, every=1, warn_above=0.4)

@@ -183,8 +183,8 @@ class DeadUnitMonitor:
         if unseen:
             warnings.warn(f"DeadUnitMonitor cannot see {unseen}", stacklevel=2)
         self._token = torch.zeros(
-            1, device=_device(model)
-        )  # what the operator writes to, so that calls keep their order
+            1, device="cpu"
+        )  # what the operator says it writes to, so that calls keep their order
         self._number = next(_numbers)
         others = [*_monitors.values()]
         _monitors[self._number] = self
@@ -318,6 +318,9 @@ class DeadUnitMonitor:
         self._inside, self._now = True, None
         if not self.model.training or torch.jit.is_tracing():
             return
+        if self.warn_above is not None and self._passes and self.steps % self._span == 0:
+            dead_units = [count.active == 0 for count in self._totals().values()]
+            self._pending = _when_there(torch.cat(dead_units).double().mean()) if dead_units else None
         if self._pending is not None and (dead := self._pending()) is not None:
             self._pending = None
             if self.warn_above is not None and dead > self.warn_above:
@@ -370,10 +373,6 @@ class DeadUnitMonitor:
                 self._passes = deque([(self.steps, self._totals())])
         while self.window is not None and self._passes and self._passes[0][0] <= self.steps - self.window:
             self._passes.popleft()
-        if self.warn_above is not None and self.steps % self._span == 0:
-            totals = self._totals().values()
-            if totals:
-                self._pending = _when_there(torch.cat([count.active == 0 for count in totals]).double().mean())
 
     @property
     def _span(self) -> int:
@@ -402,13 +401,15 @@ def _active(x: Tensor, channels_last: bool) -> Tensor:
     # Up to 255 images fit a sum of bytes, which takes a tenth of the time of one of integers.
     active = sum(part.sum(0, dtype=torch.uint8).int() for part in (x > 0).view(torch.uint8).split(255))
     assert isinstance(active, Tensor)
-    return active.reshape(-1, active.shape[-1]).sum(0) if channels_last else active.reshape(len(active), -1).sum(1)
+    if channels_last:
+        return active.reshape(-1, active.shape[-1]).sum(0, dtype=torch.int32)
+    return active.reshape(len(active), -1).sum(1, dtype=torch.int32)
 
 
 def _add(key: str, counts: list[_Count]) -> _Count:
     if len({len(count.active) for count in counts}) > 1:
         raise RuntimeError(f"{key} had different numbers of units in the passes counted: they cannot be added up")
-    active = torch.stack([count.active for count in counts]).sum(0)
+    active = torch.stack([count.active for count in counts]).sum(0)  # int64
     return _Count(active, sum(count.seen for count in counts), sum(count.images for count in counts))
 
 
