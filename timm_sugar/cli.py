@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -249,8 +250,9 @@ def _compare(args: argparse.Namespace) -> int:
     for name in ("minutes", "jobs"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(args, name):g}")
+    began = time.monotonic()
     comparison = plan(args.output, ["--data", args.data, *args.others], args.surrogates, args.lrs, args.seeds)
-    failures = comparison.train(args.jobs, args.minutes)
+    failures = comparison.train(args.jobs, max(0.0, args.minutes - (time.monotonic() - began) / 60))
     found = table(comparison)
     if args.json:
         print(json.dumps(found, indent=2))
