@@ -25,10 +25,13 @@ from timm_sugar.hub import find_model
 from timm_sugar.layers import Activation
 from timm_sugar.training import compare
 from timm_sugar.training.cells import Cell
-from timm_sugar.training.compare import Comparison, class_top1, plan, table
+from timm_sugar.training.compare import Comparison, plan, table
 
 SMALL = ["--img-size", "16", "--batch-size", "16", "--epochs", "1", "--model-args", "channels=[8,8,8,8]"]
 COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
+
+
+SUMMARY = dict(test_images=15, test_class_top1=dict(blue=0.25, green=None, red=0.5))
 
 
 def draw(folder: Path, seed: int = 0) -> Path:
@@ -48,9 +51,8 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def planned(images, tmp_path, monkeypatch):
-    """Return a comparison in a folder, whose networks are not asked for their accuracy by class."""
-    monkeypatch.setattr(compare, "class_top1", lambda folder, images, classes: [0.25, None, 0.5])
+def planned(images, tmp_path):
+    """Return a comparison in a folder."""
 
     def build(**grid) -> Comparison:
         return plan(tmp_path / "compare", ["--data", str(images), *SMALL], **grid)
@@ -63,7 +65,7 @@ def finish(cell: Cell, val: float, test: float, dead: float = 0.0, **settings) -
     folder = cell.config.folder
     (folder / "model").mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(dataclasses.asdict(cell.config) | {"processes": 1} | settings))
-    (folder / "summary.json").write_text(json.dumps(dict(val_top1=val, test_top1=test, dead_units=dead)))
+    (folder / "summary.json").write_text(json.dumps(dict(val_top1=val, test_top1=test, dead_units=dead) | SUMMARY))
     (folder / "model/config.json").write_text("{}")
     save_file({"x": torch.zeros(1)}, folder / "model/model.safetensors")
 
@@ -120,8 +122,7 @@ def test_rates_are_chosen_on_validation_images_and_compared_by_seed_on_test_imag
     assert classes == [["blue", "25.0", "25.0", "25.0"], ["green", "-", "-", "-"], ["red", "50.0", "50.0", "50.0"]]
     assert remarks(found)[0] == "relu is best at the lowest rate: try lower ones too, with --lrs"
     assert remarks(found)[3:] == [found["verdict"]]
-    stored = read_mapping(comparison.folder / "compare.json")
-    assert stored["class_top1"]["seed2/sugar_nelu-lr0.01"] == [0.25, None, 0.5]
+    assert read_mapping(comparison.folder / "compare.json") == found
     assert relu["runs"] == ["seed0/relu-lr0.01", "seed1/relu-lr0.01", "seed2/relu-lr0.01"]
     page = tmp_path / "report.html"
     assert main(["report", str(comparison.folder), "--output", str(page)]) == 0
@@ -321,14 +322,8 @@ def test_real_runs_stopped_by_the_clock_and_by_ctrl_c_and_gone_on_with(images, t
         summaries = [read_mapping(output / run / "summary.json") for run in row["runs"]]
         assert row["test_top1"] == pytest.approx(np.mean([summary["test_top1"] for summary in summaries]))
         assert np.mean(row["class_top1"]) == pytest.approx(row["test_top1"])  # as many images of each class
-    by_class = class_top1(output / "seed1/relu-lr0.01", comparison_test(images), 3)
-    assert by_class == pytest.approx(accuracy_by_hand(output / "seed1/relu-lr0.01", images))
+    by_hand = [accuracy_by_hand(output / f"seed{seed}/relu-lr0.01", images) for seed in (0, 1)]
+    assert found["rows"][0]["class_top1"] == pytest.approx(np.mean(by_hand, axis=0))
     assert Activation.of(find_model(str(output / "seed1/sugar_bsilu-lr0.01")).load()) == Activation("bsilu", 1.67)
     assert main(["report", str(output), "--output", str(tmp_path / "report.html")]) == 0
     assert found["verdict"] in (tmp_path / "report.html").read_text()
-
-
-def comparison_test(images: Path):
-    from timm_sugar.data import load_source
-
-    return load_source(str(images)).test

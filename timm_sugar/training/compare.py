@@ -8,15 +8,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..activations import activation_kinds
 from ..analysis.comparison import FILE, paired, verdict
 from ..analysis.seeds import interval
-from ..data import LabelledImages, fingerprint, stratified_sample
+from ..data import fingerprint
 from ..files import read_mapping, write_file
-from ..hub import find_model, image_batches
 from ..layers import Activation
 from ..settings import TrainConfig, names_of, to_flags
 from ..surrogates import get_surrogate
@@ -42,7 +40,6 @@ class Comparison:
         surrogates: Of the SUGAR networks.
         rates, seeds: Of each of them.
         cells: The runs by activation, rate and seed, all of the first seed first.
-        test: The test images.
         class_names: In the order of the logits.
     """
 
@@ -52,7 +49,6 @@ class Comparison:
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     cells: dict[tuple[str, float, int], Cell]
-    test: LabelledImages
     class_names: tuple[str, ...]
 
     @property
@@ -130,10 +126,7 @@ def plan(
                 place = {"seed": seed, "lr": rate, "output": folder / f"seed{seed}" / name}
                 settled, argv = config_of(extra | place)
                 cells[activation, rate, seed] = Cell(name, settled, ("-m", "timm_sugar.training", *argv))
-    test = source.test
-    if config.limit_test is not None:
-        test = test.subset(stratified_sample(test.labels, config.limit_test, config.split_seed))
-    found = Comparison(folder, baseline, tuple(names), tuple(lrs), tuple(range(count)), cells, test, source.class_names)
+    found = Comparison(folder, baseline, tuple(names), tuple(lrs), tuple(range(count)), cells, source.class_names)
     _check_data(found, fingerprint(source))
     for cell in cells.values():
         summary_of(cell)  # raises where its settings were others
@@ -143,7 +136,8 @@ def plan(
 
 
 def _grid(comparison: Comparison) -> dict[str, Any]:
-    return {name: getattr(comparison, name) for name in ("baseline", "surrogates", "rates", "seeds")}
+    axes = {name: list(getattr(comparison, name)) for name in ("surrogates", "rates", "seeds")}
+    return {"baseline": comparison.baseline} | axes
 
 
 def _check_data(comparison: Comparison, now: Mapping[str, Any]) -> None:
@@ -186,7 +180,6 @@ def table(comparison: Comparison) -> dict[str, Any]:
     ]
     rows: list[dict[str, Any]] = []
     base: list[float] = []
-    by_class = read_mapping(comparison.folder / FILE).get("class_top1", {})  # what an earlier call measured
     for name in comparison.activations if seeds else ():
         runs = {rate: [settled[name, rate, seed] for seed in seeds] for rate in comparison.rates}
         finite = {rate: [run for run in found if run] for rate, found in runs.items() if all(found)}
@@ -198,10 +191,7 @@ def table(comparison: Comparison) -> dict[str, Any]:
         tests = [run["test_top1"] for run in best]
         dead = [run["dead_units"] for run in best if run.get("dead_units") is not None]
         edge = {comparison.rates[0]: "lowest", comparison.rates[-1]: "highest"} if len(comparison.rates) > 1 else {}
-        for cell in chosen:
-            if str(cell) not in by_class:
-                by_class[str(cell)] = class_top1(cell.config.folder, comparison.test, len(comparison.class_names))
-        columns = zip(*(by_class[str(cell)] for cell in chosen), strict=True)
+        columns = zip(*(run["test_class_top1"].values() for run in best), strict=True)
         row = dict(
             activation=name, rate=rate, edge=edge.get(rate), val_top1=fmean(run["val_top1"] for run in best),
             test_top1=fmean(tests), test_interval=interval(tests), dead_units=fmean(dead) if dead else None,
@@ -214,21 +204,10 @@ def table(comparison: Comparison) -> dict[str, Any]:
             row |= paired([test - other for test, other in zip(tests, base, strict=True)])
         rows.append(row)
     found: dict[str, Any] = dict(
-        grid=_grid(comparison), done=len(done), runs=len(settled), seeds=seeds, test_images=len(comparison.test),
+        grid=_grid(comparison), done=len(done), runs=len(settled), seeds=seeds,
+        test_images=next((run["test_images"] for run in settled.values() if run), 0),
         classes=list(comparison.class_names), rows=rows,
     )  # fmt: skip
     found["verdict"] = verdict(found)
-    write_file(comparison.folder / FILE, json.dumps(found | {"class_top1": by_class}) + "\n")
+    write_file(comparison.folder / FILE, json.dumps(found) + "\n")
     return found
-
-
-@torch.inference_mode()
-def class_top1(folder: Path, images: LabelledImages, classes: int) -> list[float | None]:
-    """Return the accuracy of a finished run's network on the images of each class; None for a class without images."""
-    network = find_model(str(folder)).load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    right, count = torch.zeros(classes), torch.zeros(classes)
-    for pixels, labels in image_batches(network, images):
-        hits: Tensor = network(pixels).argmax(1) == labels
-        right += torch.bincount(labels[hits].cpu(), minlength=classes)
-        count += torch.bincount(labels.cpu(), minlength=classes)
-    return [r / c if c else None for r, c in zip(right.tolist(), count.tolist(), strict=True)]
