@@ -247,6 +247,8 @@ def _compiled(how: str, model: nn.Module, backend: str):
 @pytest.mark.parametrize("attached", ["before", "after"])
 @pytest.mark.parametrize("how", ["wrapped", "in_place", "inside_of_a_step", "in_parts"])
 def test_compiled(how, attached, reentrant):
+    if reentrant is False and torch.__version__ < "2.9":
+        pytest.skip("the operator in a checkpointed part raises an error in the backward pass there")
     check_compiled(how, attached, reentrant, "aot_eager")
 
 

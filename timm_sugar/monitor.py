@@ -121,7 +121,8 @@ class DeadUnitMonitor:
     computes again, are not counted. Counts stay on the device, and nothing waits for it before `summary` is called.
     Counted are the activations that `timm_sugar.convert` knows, and PReLU, outside of gates; one that is called several
     times in a pass counts as several. Attach it before or after `torch.compile`, DDP and `convert`; detach it before
-    `torch.jit.script`, and before `torch.export` in train() mode.
+    `torch.jit.script`, and before `torch.export` in train() mode. A checkpointed network that is compiled as a whole
+    needs a newer torch than 2.8, whose backward pass raises an error.
 
     Args:
         model: Any network. Its state dict does not change, and copies of it (deepcopy, pickle) are not monitored.
