@@ -116,6 +116,7 @@ def draw(results: list[dict[str, Any]], swept: list[dict[str, Any]], arguments: 
     main_results = [r for r in results if shape.items() <= r.items() and r["method"] in methods]
     figures = {
         "figure1_gradients": paper_figures.sugar_gradients(),
+        "figure1_gradients_dark": paper_figures.sugar_gradients(dark=True),
         "figure8_surrogates": paper_figures.surrogate_functions(),
         "figure7_activation": paper_figures.activation_probability(main_results),
         "losses": paper_figures.loss_histograms(main_results),

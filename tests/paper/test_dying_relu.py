@@ -237,7 +237,7 @@ def test_script_writes_the_table_and_the_pictures(tmp_path, script, capfd):
     shapes = {(row["function"], row["method"], row["depth"], row["width"]) for row in rows if row["paper"]}
     assert shapes == {(f, m, 20, 4) for f in ("f4", "f4_abs") for m in ("he", "rai")}
     names = {path.name for path in tmp_path.iterdir()}
-    for figure in ("figure1_gradients", "figure7_activation", "figure8_surrogates", "losses"):
+    for figure in ("figure1_gradients", "figure1_gradients_dark", "figure7_activation", "figure8_surrogates", "losses"):
         assert {f"{figure}.png", f"{figure}.pdf"} <= names
     assert not [name for name in names if name.startswith(".")]
 

@@ -13,10 +13,10 @@ from .run import RunRecord
 from .seeds import counted
 
 _INK, _PANE = "#e6e9ec", (1.0, 1.0, 1.0, 0.06)
-_ON_DARK: dict[Any, Any] = dict.fromkeys(
+ON_DARK: dict[Any, Any] = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
 )
-_ON_DARK |= dict.fromkeys((f"axes3d.{axis}axis.panecolor" for axis in "xyz"), _PANE) | {"grid.color": "#4a525b"}
+ON_DARK |= dict.fromkeys((f"axes3d.{axis}axis.panecolor" for axis in "xyz"), _PANE) | {"grid.color": "#4a525b"}
 
 
 def draw_pictures(groups: Mapping[str, Sequence[RunRecord]], path: Path) -> list[Path]:
@@ -69,4 +69,4 @@ def surface_images(landscapes: Mapping[str, dict[str, Any]]) -> dict[str, tuple[
             landscape_surfaces({"": found}, highest).savefig(content, format="png", dpi=110, transparent=True)
         return b64encode(content.getvalue()).decode()
 
-    return {run: (draw(found, {}), draw(found, _ON_DARK)) for run, found in landscapes.items()}
+    return {run: (draw(found, {}), draw(found, ON_DARK)) for run, found in landscapes.items()}

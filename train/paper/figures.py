@@ -8,7 +8,8 @@ import torch
 from matplotlib.ticker import PercentFormatter
 
 from timm_sugar.analysis.palette import PALETTE
-from timm_sugar.analysis.plots import Figure, new_figure
+from timm_sugar.analysis.plots import Figure, new_figure, rc_context
+from timm_sugar.analysis.report_pictures import ON_DARK
 from timm_sugar.surrogates import get_surrogate, list_surrogates
 
 from .collapse import COLLAPSED, born_dead_bound, learned_below, relative_ranges
@@ -33,21 +34,32 @@ def surrogate_style(name: str) -> tuple[str, str, Any]:
     return LABELS.get(name, name), own.colour if own else "0.4", own.dashes if own else "--"
 
 
-def sugar_gradients() -> Figure:
-    """Figure 1: ReLU and its derivative, then ReLU with the derivative of B-SiLU and of NeLU in its place."""
-    figure, axes = new_figure(1, 3, sharey=True)
+def sugar_gradients(dark: bool = False) -> Figure:
+    """Figure 1: ReLU and its derivative, then ReLU with the derivative of B-SiLU and of NeLU in its place.
+
+    Args:
+        dark: Draw it for a dark page, on nothing.
+    """
+    with rc_context(ON_DARK if dark else {}):
+        figure, axes = new_figure(1, 3, sharey=True)
+    if dark:
+        figure.patch.set_alpha(0)
     x = torch.linspace(-4, 4, 801)
     for ax, name in zip(axes[0], (None, "bsilu", "nelu"), strict=True):
-        label, colour, derivative = "ReLU", "black", (x > 0).float()
+        label, style, derivative = "ReLU", PALETTE[name or "relu"], (x > 0).float()
+        colour = style.on_dark if dark else style.colour
         if name is not None:
             entry, alpha = get_surrogate(name), DRAWN_ALPHA.get(name)
             derivative = entry.derivative(x, entry.resolve_alpha(alpha))
-            label, colour = f"SUGAR with {_label_with_alpha(name)}", surrogate_style(name)[1]
-        ax.plot(x, torch.relu(x), "--", color="0.45")
+            label = f"SUGAR with {_label_with_alpha(name)}"
+        ax.plot(x, torch.relu(x), "--", color="0.65" if dark else "0.45")
         ax.plot(x, derivative, color=colour, linewidth=2)
-        ax.text(2.3, 1.75, "forward", color="0.35", ha="left")
+        ax.text(2.3, 1.75, "forward", color="0.75" if dark else "0.35", ha="left")
         ax.text(3.9, 1.33 if name == "bsilu" else 1.06, "backward", color=colour, ha="right")
         ax.set(title=label, xlabel="pre-activation x", ylim=(-0.4, 2.2), xlim=(-4, 4))
+        if dark:
+            ax.patch.set_alpha(0)
+            ax.grid(color="0.3")
     return figure
 
 
