@@ -127,10 +127,10 @@ def test_committed_recipes_are_valid_and_say_where_numbers_come_from(path):
     TrainConfig(**read_recipe(path.stem))
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
-    assert any(re.search(r"train/\w+\.py", line) for line in lines if line.startswith("#"))
+    assert any(re.search(r"train/\w+\.py|timm-sugar \w+", line) for line in lines if line.startswith("#"))
     for line in lines:
         value = yaml.safe_load(line) if line and not line.startswith(("#", " ")) else None
-        from_paper = path.stem not in ("digits", "digits_dying")
+        from_paper = path.stem not in ("digits", "digits_dying", "compare")
         if value and (from_paper or isinstance(next(iter(value.values())), (int, float))):
             assert any(mark in line for mark in ("# paper", "# original code", "# our choice")), line
 
