@@ -249,6 +249,7 @@ def test_weights_to_start_from(images, tmp_path):
     [
         (["--lr", "0.1"], "--lr is what a comparison varies: it takes --seeds, --lrs and --surrogates"),
         (["--seed", "1"], "--seed is what a comparison varies"),
+        (["--convert"], "--convert is what a comparison varies"),
         (["--resume", "never"], "--resume is not for a comparison"),
         (["--surrogates", "bsil"], "unknown surrogate 'bsil'; did you mean 'bsilu'?"),
         (["--model", "resnet81"], "did you mean"),

@@ -27,7 +27,7 @@ from .pretrained import find_initial
 RECIPE = "compare"
 RATES = (0.0003, 0.001, 0.003)
 SURROGATES = ("bsilu", "nelu")
-_VARIED = ("seed", "lr", "surrogate", "alpha", "act_layer")
+_VARIED = ("seed", "lr", "surrogate", "alpha", "act_layer", "convert")
 
 
 @dataclass(frozen=True)
