@@ -548,6 +548,7 @@ def _on_two_processes(rank: int, port: int, shares: list[list[float]]) -> None:
     if rank == 1:
         model.module(torch.ones(2, 1))
     assert uneven.summary(all_processes=True).layers[0].probability == [1.0, 0.0, 0.0, 1.0]
+    dist.barrier()  # the first process, which the other reaches the store at, does not leave before it
     dist.destroy_process_group()
 
 
