@@ -113,7 +113,9 @@ def test_losses_are_read_from_the_device_a_window_at_a_time(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(len(tensor)) or [*map(float, tensor)])
     monkeypatch.setattr(torch.Tensor, "item", lambda _: pytest.fail("a step waits for the device"))
     accelerator = SimpleNamespace(
-        init_trackers=lambda *_: None, reduce=lambda t, _: t, log=lambda values, step: logged.append(step)
+        init_trackers=lambda *_: None,
+        reduce=lambda t, _: t,
+        log=lambda values, step: logged.append((step, values["step_loss"])),
     )
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
     tracked, loss = tracking.Tracking(accelerator, "wandb", {}), torch.zeros(())
@@ -124,7 +126,7 @@ def test_losses_are_read_from_the_device_a_window_at_a_time(monkeypatch):
     tracked.flush()
     tracked.flush()
     assert reads == [tracking._WINDOW] * 2 + [1]
-    assert logged == [*range(1, 2 * tracking._WINDOW + 2)]
+    assert logged == [(step, step - 1) for step in range(1, 2 * tracking._WINDOW + 2)]
 
 
 def _stepping_down(monkeypatch, accuracies):
