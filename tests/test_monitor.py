@@ -1,6 +1,7 @@
 """`DeadUnitMonitor` against counts made by hand and against `count_units`, in every way that a loop runs a network."""
 
 import copy
+import gc
 import io
 import pickle
 import socket
@@ -286,6 +287,7 @@ def test_compiled_by_inductor():
 
 def test_networks_that_share_compiled_code_are_told_apart():
     torch.compiler.reset()
+    gc.collect()  # monitors of other tests that were not detached
     first, second = Signs(), Signs()
     watch = DeadUnitMonitor(second, every=1)
     assert torch._dynamo.config.skip_nnmodule_hook_guards is False
@@ -363,6 +365,36 @@ def test_two_monitors_and_count_units_at_once():
     with torch.no_grad(), count_units(model) as counts:
         model(torch.ones(2, 1))
     assert (first.summary().steps, second.summary().steps, counts.layers["act"].images) == (1, 2, 2)
+
+
+def test_two_monitors_of_a_function_leave_in_either_order():
+    model = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, activation=F.gelu)
+    first, second = DeadUnitMonitor(model, every=1), DeadUnitMonitor(model, every=1)
+    first.detach()
+    model(torch.ones(2, 3, 4))
+    assert (first.steps, second.summary().images) == (0, 2)
+    second.detach()
+    assert model.activation is F.gelu
+
+
+def test_layers_that_are_called_by_keyword():
+    class ByKeyword(Signs):
+        def __init__(self):
+            super().__init__()
+            self.function = F.relu
+
+        def forward(self, x):
+            return self.function(input=self.act(input=self.linear(input=x)))
+
+    model = ByKeyword()
+    watch = DeadUnitMonitor(model, every=1)
+    with count_units(model) as counts:
+        model(torch.tensor([[1.0], [2.0], [-1.0], [3.0]]))
+    layers = {layer.name: layer.probability for layer in watch.summary().layers}
+    assert layers == {name: [0.75, 0.25, 0.0, 1.0] for name in ("act", "function")}
+    assert {name: layer.units.tolist() for name, layer in counts.layers.items()} == {
+        name: [3, 1, 0, 4] for name in layers
+    }
 
 
 @pytest.mark.filterwarnings("ignore:the conversion is not part")

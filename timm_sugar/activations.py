@@ -156,20 +156,24 @@ def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]
         return layout.get(dimensions, False)
 
     def watch(name: str) -> Callable[..., None]:
-        return lambda _, args: see(name, args[0], is_last(args[0].ndim))
+        def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _input(args, kwargs)
+            see(name, x, is_last(x.ndim))
+
+        return call
 
     watched = ExitStack()
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            hook = Hook(lambda _, args: note_layout(args[0].ndim, True))
+            hook = Hook(lambda _, *given: note_layout(_input(*given).ndim, True))
         elif isinstance(module, _CHANNELS_FIRST):
-            hook = Hook(lambda _, args: note_layout(args[0].ndim, False))
+            hook = Hook(lambda _, *given: note_layout(_input(*given).ndim, False))
         else:
             continue
-        watched.callback(module.register_forward_pre_hook(hook).remove)
+        watched.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     for parent, key, name, value, _, _ in watchable_activations(model):
         if isinstance(value, nn.Module):
-            watched.callback(value.register_forward_pre_hook(Hook(watch(name))).remove)
+            watched.callback(value.register_forward_pre_hook(Hook(watch(name)), with_kwargs=True).remove)
         else:
             replaced = Watched(value, watch(name))
             setattr(parent, key, replaced)
@@ -213,15 +217,25 @@ class Watched:
         self.func, self.call = func, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.call(self, args)
+        self.call(self, args, kwargs)
         return self.func(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copy.copy, (self.func,)
 
 
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))  # ``act(input=x)``
+
+
 def _put_back(parent: nn.Module, key: str, watched: Watched) -> None:
-    if vars(parent).get(key) is watched:  # and not converted meanwhile
+    """Take `watched` out of an attribute, also from below another that was put there later; not if it was converted."""
+    above, value = None, vars(parent).get(key)
+    while isinstance(value, Watched) and value is not watched:
+        above, value = value, value.func
+    if value is watched and above is not None:
+        above.func = watched.func
+    elif value is watched:
         setattr(parent, key, watched.func)
 
 
