@@ -298,6 +298,10 @@ def test_networks_that_share_compiled_code_are_told_apart():
     assert watch.summary().counted_steps == 2
     watch.detach()
     assert torch._dynamo.config.skip_nnmodule_hook_guards is True
+    watch = DeadUnitMonitor(Signs())
+    del watch
+    gc.collect()
+    assert torch._dynamo.config.skip_nnmodule_hook_guards is True
     torch.compiler.reset()
 
 

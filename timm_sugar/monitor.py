@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 import torch.distributed as dist
@@ -192,6 +192,7 @@ class DeadUnitMonitor:
         # By default what is compiled does not ask whether a module got or lost a hook since.
         was_skipped = skip_hook_guards(False)
         self._skipped: bool = others[0]._skipped if others else was_skipped
+        self._let_go = finalize(self, _put_back_guards, self._skipped)  # once: detached, or forgotten
         self._explicit = False  # whether `step` says where a pass begins and ends
         self._warned_outside = False
         self._pending: Callable[[], float | None] | None = None  # fraction of dead units, None until it is there
@@ -213,8 +214,8 @@ class DeadUnitMonitor:
     def detach(self) -> None:
         """Take the monitor off the network, which is then as it was before; `summary` still answers."""
         self._watched.close()
-        if _monitors.pop(self._number, None) and not _monitors:
-            skip_hook_guards(self._skipped)
+        _monitors.pop(self._number, None)
+        self._let_go()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -382,6 +383,11 @@ class DeadUnitMonitor:
 
 _monitors: WeakValueDictionary[int, DeadUnitMonitor] = WeakValueDictionary()
 _numbers = itertools.count()
+
+
+def _put_back_guards(skipped: bool) -> None:
+    if not [*_monitors.values()]:  # their number counts what is about to be collected
+        skip_hook_guards(skipped)
 
 
 @torch.library.custom_op("timm_sugar::monitor", mutates_args={"token"})
