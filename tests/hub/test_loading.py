@@ -323,6 +323,29 @@ def test_an_installed_package_without_a_network_says_so_at_once(environment, tmp
     assert message.count("\n") == 1
 
 
+# timm downloads its own models by itself; huggingface_hub would wait between its attempts.
+STOCK = """
+import time, timm_sugar
+
+def no_wait(seconds):
+    raise AssertionError(f"waits for {seconds} s")
+
+time.sleep = no_wait
+for attempt in range(2):
+    try:
+        timm_sugar.create_model("resnet18.a1_in1k", pretrained=True)
+    except ConnectionError as error:
+        print(error)
+"""
+
+
+def test_weights_of_timm_without_a_network_fail_at_once(environment, tmp_path):
+    out = _python(STOCK, environment | NO_NETWORK, tmp_path)
+    first, second = out.splitlines()
+    assert first == second
+    assert first.startswith("the Hub at http://127.0.0.1:9 cannot be reached (")
+
+
 def test_what_was_loaded_before_needs_no_network(hub, cli, full_size, environment, tmp_path):
     _put(hub, "lab/cached", full_size / "resnet18_sugar_bsilu.second")
     script = LOAD + "describe(timm_sugar.create_model('hf-hub:lab/cached', pretrained=True))"

@@ -9,10 +9,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from functools import partial
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -24,8 +22,7 @@ from .images import BadImageError, LabelledImages, available_cpus, is_system_err
 _FIRST, _PART = 16, 64  # rows that are computed here, and by a process at a time
 _WORTH_PROCESSES = 0.5  # seconds; starting them takes a tenth of that
 _SAY_EVERY = 10.0  # seconds between lines where there is no terminal
-
-_work: tuple[Callable[[int], Any], np.ndarray]  # of a process
+_NONE = 2**62  # no row failed
 
 
 def compute_rows(
@@ -46,8 +43,8 @@ def compute_rows(
         Exception: `row` raised it, for the first i in order.
         OSError: a process was killed, as for want of memory.
     """
-    count, size = shape[0], math.prod(shape)
-    rows = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, size).reshape(shape)
+    count = shape[0]
+    rows = _shared(shape, np.uint8)
     head = min(_FIRST, count)
     _fill(row, rows, range(min(1, head)))  # loads what the first image needs
     began = time.perf_counter()
@@ -58,24 +55,95 @@ def compute_rows(
     short = seconds < _WORTH_PROCESSES
     with ExitStack() as held:
         if short or processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
-            done: Iterator[None] = map(partial(_fill, row, rows), parts)
+            done = _in_turn(row, rows, parts)
         else:
-            fork = multiprocessing.get_context("fork")
-            pool = ProcessPoolExecutor(processes, fork, _begin, (row, rows, os.getpid()))
-            held.callback(pool.shutdown, cancel_futures=True)
-            with warnings.catch_warnings():
-                # Python 3.12 warns where there are threads; DataLoader's workers are forked beside them too.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                done = pool.map(_fill_part, parts)
+            done = _by_processes(row, rows, parts, processes, held)
         # After the forks, since its thread writes to standard error.
         bars = held.enter_context(progress_bars(*([] if short or title is None else [title]), every=_SAY_EVERY))
-        try:
-            for part, _ in zip(parts, done, strict=True):
-                for bar in bars:
-                    bar(part.stop, count)
-        except BrokenProcessPool as error:
-            raise OSError("a process that decodes images was killed; is there enough memory?") from error
+        for number in done:
+            for bar in bars:
+                bar(head + number, count)
     return rows
+
+
+def _shared(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return zeros in memory that forked processes share."""
+    size = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, max(1, size * np.dtype(dtype).itemsize)), dtype, size).reshape(shape)
+
+
+def _in_turn(row: Callable[[int], Any], rows: np.ndarray, parts: list[range]) -> Iterator[int]:
+    for part in parts:
+        _fill(row, rows, part)
+        yield part.stop - parts[0].start
+
+
+def _by_processes(
+    row: Callable[[int], Any], rows: np.ndarray, parts: list[range], processes: int, held: ExitStack
+) -> Iterator[int]:
+    """Start processes, each with every so-manieth part, and return what yields how many rows are done.
+
+    They share nothing but memory: no queue, lock or thread, with which a fork could be caught in a wrong moment.
+    """
+    done = _shared((processes,), np.int64)
+    failed = _shared((processes,), np.int64)
+    failed[:] = _NONE
+    fork = multiprocessing.get_context("fork")
+    workers = [
+        fork.Process(target=_work, args=(row, rows, parts[k::processes], done, failed, k, os.getpid()), daemon=True)
+        for k in range(processes)
+    ]
+    with warnings.catch_warnings():
+        # Python 3.12 warns where there are threads; DataLoader's workers are forked beside them too.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for worker in workers:
+            worker.start()
+            held.callback(_end, worker)
+
+    def watch() -> Iterator[int]:
+        running = [worker.sentinel for worker in workers]
+        while running:
+            for sentinel in wait(running, timeout=0.1):
+                running.remove(sentinel)  # type: ignore[arg-type]
+            if any(worker.exitcode for worker in workers):
+                raise OSError("a process that decodes images was killed; is there enough memory?")
+            yield int(done.sum())
+        first = int(failed.min())
+        if first != _NONE:
+            _fill(row, rows, range(first, first + 1))  # raises here what it raised there
+            raise OSError(f"image {first} could not be decoded, and then could; is there enough memory?")
+
+    return watch()
+
+
+def _end(worker: Any) -> None:
+    worker.kill()
+    worker.join()
+    worker.close()
+
+
+def _work(
+    row: Callable[[int], Any], rows: np.ndarray, parts: list[range], done: np.ndarray, failed: np.ndarray, k: int,
+    parent: int,
+) -> None:  # fmt: skip
+    torch.set_num_threads(1)
+    # The parent ends the others; where it is killed, they would go on for nothing.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    for part in parts:
+        if part.start > failed.min():  # the first error in order is the one that counts
+            break
+        for index in part:
+            try:
+                rows[index] = row(index)
+            except Exception:
+                failed[k] = index
+                break
+        if failed[k] != _NONE:
+            break
+        done[k] += len(part)
+    os._exit(0)  # without what the parent has left to do at its end
 
 
 def readable(images: LabelledImages, title: str | None = None) -> np.ndarray:
@@ -108,16 +176,6 @@ def check_readable(images: LabelledImages, title: str | None = None) -> None:
         images[int(bad[0])]
 
 
-def _begin(row: Callable[[int], Any], rows: np.ndarray, parent: int) -> None:
-    global _work
-    _work = row, rows
-    torch.set_num_threads(1)
-    # The parent ends the others; where it is killed, they would wait for work for ever.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-
-
 def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
@@ -127,7 +185,3 @@ def _follow(parent: int) -> None:
 def _fill(row: Callable[[int], Any], rows: np.ndarray, part: range) -> None:
     for index in part:
         rows[index] = row(index)
-
-
-def _fill_part(part: range) -> None:
-    _fill(*_work, part)

@@ -5,7 +5,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +84,30 @@ def reach_hub() -> None:
     if failures:
         raise ConnectionError(f"the Hub at {endpoint} cannot be reached ({failures[-1]})")
     _reached.add(endpoint)
+
+
+@contextmanager
+def cache_alone_out_of_reach() -> Iterator[None]:
+    """Have libraries that download by themselves look into the cache alone where the Hub cannot be reached.
+
+    They would try for most of a minute before they say so.
+
+    Raises:
+        ConnectionError: it cannot, and what they wanted is not in the cache.
+    """
+    before = constants.HF_HUB_OFFLINE
+    try:
+        reach_hub()
+    except ConnectionError as error:
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        except LocalEntryNotFoundError:
+            raise error from None
+        finally:
+            constants.HF_HUB_OFFLINE = before
+    else:
+        yield
 
 
 def download(repo_id: str, name: str, revision: str | None = None, cache_dir: str | None = None) -> Path:

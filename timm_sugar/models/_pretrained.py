@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from .._timm import set_model_args
 from ..activations import activation_kinds
 from ..convert import NOT_RECORDED, convert, is_own, keep_record
 from ..layers import Activation
+from ._download import cache_alone_out_of_reach
 from ._weights import WEIGHTS, read_config, read_published
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -238,7 +240,10 @@ def build(architecture: str, **kwargs: Any) -> nn.Module:
     resolved = activation.resolve()
     if activation.act_layer is not None:
         kwargs["act_layer"] = activation.act_layer if resolved.alpha is None else resolved.layer()
-    model = timm.create_model(architecture, **kwargs)
+    cfg = kwargs.get("pretrained_cfg")
+    local = isinstance(cfg, dict) and ("file" in cfg or "state_dict" in cfg)
+    with cache_alone_out_of_reach() if kwargs.get("pretrained") and not local else nullcontext():
+        model = timm.create_model(architecture, **kwargs)
     if resolved.surrogate is None:
         return model
     with warnings.catch_warnings():  # whoever calls this keeps the surrogate next to the weights
