@@ -66,6 +66,7 @@ METRICS = [
     Metric("val_loss", "validation loss", "nats", "lower", "val", chart="Loss", column=True),
     Metric("lr", "learning rate", "", None, "train", chart="Learning rate"),
     Metric("dead_units", "dead units", "%", "lower", "val", chart="Dead units", column=True, card=True),
+    Metric("train_dead_units", "dead units in training", "%", "lower", "train", chart="Dead units"),
     Metric("dead_elements", "dead elements", "%", "lower", "val"),
     Metric("activation_sparsity", "activation sparsity", "%", None, "val", "Activation sparsity", True, True),
     Metric("images_per_second", "images/s", "images/s", "higher", "train", column=True),

@@ -211,6 +211,33 @@ class DeadUnitMonitor:
         self._inside = False
         self._calls: Counter[str] = Counter()
 
+    def counts(self, all_processes: bool = False) -> dict[str, Any]:
+        """Return what was counted, as JSON can hold it and `restore` takes it; this waits for the device.
+
+        Args:
+            all_processes: As for `summary`; one process then restores them, and the others `steps` alone.
+
+        Raises:
+            ValueError: there is a window, of which the single passes would be needed.
+        """
+        if self.window is not None:
+            raise ValueError("counts are those of a monitor with window=None")
+        totals = self._totals()
+        if all_processes and dist.is_initialized() and dist.get_world_size() > 1:
+            totals = _add_up_processes(totals, _device(self.model))
+        found = {key: [count.active.tolist(), count.seen, count.images] for key, count in totals.items()}
+        return {"steps": self.steps, "counted": self._counted, "layers": found}
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Go on from what `counts` returned, in place of what was counted here."""
+        self.reset()
+        self.steps, self._counted = counts["steps"], counts["counted"]
+        layers = counts["layers"].items()
+        total = {
+            key: _Count(torch.tensor(active, device=_device(self.model)), *rest) for key, (active, *rest) in layers
+        }
+        self._passes = deque([(self.steps, total)] if total else [])
+
     def detach(self) -> None:
         """Take the monitor off the network, which is then as it was before; `summary` still answers."""
         self._watched.close()

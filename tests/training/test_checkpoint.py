@@ -83,7 +83,7 @@ def test_a_failing_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
 def test_manifest_names_every_file_and_the_format(tmp_path):
     path = _write(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["format"] == FORMAT == 2
+    assert manifest["format"] == FORMAT == 3
     assert set(manifest["sha256"]) == {file.name for file in path.iterdir()} - {"manifest.json"}
 
 
@@ -94,8 +94,8 @@ def test_the_first_format_is_read_and_a_later_one_refused(tmp_path):
     manifest.write_text(json.dumps(hashes))  # as before there was a format
     assert latest_checkpoint(tmp_path) == path
     assert torch.equal(read_checkpoint(path).weights["w"], torch.full((3,), 2.5))
-    manifest.write_text(json.dumps({"format": 3, "files": hashes}))
-    message = r"step-000000001 is of checkpoint format 3; this version of timm-sugar reads up to 2$"
+    manifest.write_text(json.dumps({"format": 4, "files": hashes}))
+    message = r"step-000000001 is of checkpoint format 4; this version of timm-sugar reads up to 3$"
     for use in (lambda: read_checkpoint(path), lambda: latest_checkpoint(tmp_path)):
         with pytest.raises(ValueError, match=message):
             use()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..files import read_mapping, write_file
 
-# 1: the manifest maps file names to SHA-256. 2: it holds the format version and that mapping.
-FORMAT = 2
+# 1: the manifest maps file names to SHA-256. 2: it holds the format version and that mapping. 3: there are unit counts.
+FORMAT = 3
 KEPT = 2  # the newest, and the one before it in case of a damaged file
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
@@ -32,6 +32,7 @@ class State:
     epoch: int = 0  # finished epochs
     position: int = 0  # finished steps of the current epoch
     loss_sums: list[float] | None = None  # over those steps, one value for each process
+    unit_counts: dict[str, Any] | None = None  # over those steps, of all processes
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     best_epoch: int | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..layers import Activation
 from ..settings import TrainConfig
 from .schedules import set_activation
+from .units import TrainingUnits
 
 _WARM_UP = 3  # passes before a capture, as many as torch's documentation takes
 
@@ -27,25 +28,40 @@ class Passes:
         model: The same as accelerate and torch.compile wrap it.
         accelerator: Whose autocast, gradient scaler and accumulation are used.
         graph: Whether to capture a CUDA graph at the first batch; all batches must be of one shape.
+        steps: Of an epoch.
 
     Attributes:
+        units: Counts dead units in the passes.
         warm_up: What the first step does before it trains, in words.
     """
 
     def __init__(
-        self, config: TrainConfig, network: nn.Module, model: nn.Module, accelerator: Accelerator, graph: bool
+        self,
+        config: TrainConfig,
+        network: nn.Module,
+        model: nn.Module,
+        accelerator: Accelerator,
+        graph: bool,
+        steps: int = 1,
     ):
+        self._accumulation = config.grad_accum
+        # In compiled code it would be other code that is trained.
+        self.units = TrainingUnits(network, 0 if config.compile or graph else steps * config.grad_accum)
         self.graph = graph
         compiling = "compiling and capturing a CUDA graph" if graph else "compiling"
         self.warm_up = compiling if config.compile else "training"
         self._network, self._model, self._accelerator = network, model, accelerator
-        self._accumulated = config.grad_accum > 1
         # Mixup smooths its targets itself.
         self._smoothing = 0.0 if config.mixup or config.cutmix else config.smoothing
         self._activation: Activation | None = None
         self._captured: Any = None
         self._batch: tuple[Tensor, Tensor] | None = None
         self._result: tuple[Tensor, Tensor] | None = None
+
+    def begin_epoch(self, activation: Activation, steps: int, unit_counts: dict[str, Any] | None) -> None:
+        """Begin an epoch with this surrogate and alpha, or go on after so many steps with what was counted in them."""
+        self.set_activation(activation)
+        self.units.begin(steps * self._accumulation, unit_counts)
 
     def set_activation(self, activation: Activation) -> None:
         """Give the network's SUGAR activations this surrogate and alpha, which are constants of a graph."""
@@ -78,7 +94,7 @@ class Passes:
     def _forget_gradients(self) -> None:
         if not self.graph:
             self._network.zero_grad()
-        elif self._accumulated:
+        elif self._accumulation > 1:
             self._network.zero_grad(set_to_none=False)  # a graph adds to them where they are
 
     def _run(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +117,7 @@ class Passes:
                         self._run(*self._batch)
                 torch.cuda.current_stream().wait_stream(side)
                 # A pass writes gradients where there are none, or adds to those that there are.
-                self._network.zero_grad(set_to_none=not self._accumulated)
+                self._network.zero_grad(set_to_none=self._accumulation == 1)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread that pins may go on
                     self._result = self._run(*self._batch)

@@ -132,7 +132,7 @@ def build(config: TrainConfig) -> Run:
         model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = create_lr_schedule(config, optimizer, count // step_images, lr_scale)
     mixup = make_mixup(config, len(images.class_names))
-    passes = Passes(config, network, model, accelerator, graph_of(config, accelerator))
+    passes = Passes(config, network, model, accelerator, graph_of(config, accelerator), count // step_images)
     place_images(images, device)
     return Run(
         config=config, left_open=left_open, accelerator=accelerator, all_reduce_max=AllReduceMax(), images=images,
@@ -178,7 +178,7 @@ def fit(run: Run) -> dict[str, Any]:
                 line["seconds"] = state.epoch_seconds + time.monotonic() - began
                 state.seconds += line["seconds"]
                 state.epoch += 1
-                state.position, state.loss_sums, state.epoch_seconds = 0, None, 0.0
+                state.position, state.loss_sums, state.unit_counts, state.epoch_seconds = 0, None, None, 0.0
                 if is_best and run.images.val is not None:
                     state.best_epoch = state.epoch
                 state.metrics.append(line)
@@ -197,6 +197,7 @@ def fit(run: Run) -> dict[str, Any]:
             raise Stopped(stopped.signum, run.step(state)) from None
         finally:
             tracking.finish()
+            run.passes.units.detach()
 
 
 def resume(run: Run) -> tuple[State, Weights | None]:
@@ -238,7 +239,7 @@ def train_epoch(
     began = saved = time.monotonic()
     earlier = state.epoch_seconds
     activation = activation_at(config, state.epoch + 1, run.activation)
-    run.passes.set_activation(activation)
+    run.passes.begin_epoch(activation, state.position, state.unit_counts)
     for loss, logits, labels in train_steps(run, state):
         step = run.step(state)
         loss_sum += loss
@@ -262,17 +263,18 @@ def train_epoch(
                 f"{learning_rate(run.optimizer):g}; {name_latest(run.config.folder / 'checkpoints')}"
             )
         if signum or (checkpoint and not last):
-            state.loss_sums = accelerator.gather(loss_sum[None]).tolist()
+            state.loss_sums, state.unit_counts = accelerator.gather(loss_sum[None]).tolist(), run.passes.units.counts()
             if signum:
                 raise Stopped(signum)
             _save(run, state, best)
             saved = time.monotonic()
     sums = accelerator.gather(loss_sum[None])
-    state.loss_sums = sums.tolist()  # for a stop during validation
+    state.loss_sums, state.unit_counts = sums.tolist(), run.passes.units.counts()  # for a stop during validation
     return dict(
         epoch=state.epoch + 1,
         train_loss=sums.sum().item() / (accelerator.num_processes * run.steps_per_epoch),
         lr=learning_rate(run.optimizer),
+        train_dead_units=run.passes.units.dead(),
         surrogate=activation.surrogate,
         alpha=activation.alpha,
         images_per_second=run.step_images * run.steps_per_epoch / max(state.epoch_seconds, 1e-9),
