@@ -47,6 +47,7 @@ def test_it_runs(tmp_path, monkeypatch):
     relu, sugar, converted, trained = accuracies
     assert max(sugar, converted) > relu + 20, text  # which of them depends on the processor's rounding
     assert trained > 50
-    for line in ("same output: True", "same logits: True", "ReLU without timm_sugar: True"):
+    lines = ("same output: True", "same logits: True", "ReLU without timm_sugar: True")
+    for line in (*lines, "paired t-test over n = 2 seeds, on 359 test images"):
         assert line in text
         assert line in stored
