@@ -1,10 +1,12 @@
 """Arrays kept on disk: by whom they are made, when they are made again, and what goes on without them."""
 
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +170,7 @@ def make():
 
 array = ArrayCache(2**24, lambda line: print(line, flush=True)).array("key", (1000, 1000), make)
 print("sum", array.sum(), flush=True)
+sys.stdin.read()  # with the array in use
 """
 WAITING = "waiting for another process that decodes the same images"
 
@@ -188,7 +191,11 @@ def start():
 
 
 def _line(process: subprocess.Popen[str]) -> str:
-    return process.stdout.readline().strip()
+    late = threading.Timer(60, process.kill)
+    late.start()
+    line = process.stdout.readline().strip()
+    late.cancel()
+    return line
 
 
 def test_one_of_two_processes_makes_it_and_the_other_waits(start, folder):
@@ -200,6 +207,18 @@ def test_one_of_two_processes_makes_it_and_the_other_waits(start, folder):
     first.stdin.flush()
     assert (_line(first), _line(second)) == ("sum 7000000", "sum 7000000")
     assert [path.stat().st_size for path in folder.iterdir()] == [1_000_004]
+
+
+def test_it_is_not_waited_for_that_the_array_falls_out_of_use(start, folder):
+    ArrayCache(2**24).array("key", (1000, 1000), lambda: np.full((1000, 1000), 7, np.uint8))
+    (kept,) = folder.iterdir()
+    part = kept.rename(kept.with_suffix(".part"))
+    with part.open("rb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)  # as whoever has made it has it from its renaming on
+        second = start()
+        assert _line(second) == WAITING
+        part.rename(kept)
+        assert _line(second) == "sum 7000000"
 
 
 def test_killed_while_it_makes_it_another_one_does(start, folder):

@@ -324,7 +324,7 @@ def test_an_installed_package_without_a_network_says_so_at_once(environment, tmp
 
 
 # timm downloads its own models by itself; huggingface_hub would wait between its attempts.
-STOCK = """
+OF_TIMM = """
 import time, timm_sugar
 
 def no_wait(seconds):
@@ -340,7 +340,7 @@ for attempt in range(2):
 
 
 def test_weights_of_timm_without_a_network_fail_at_once(environment, tmp_path):
-    out = _python(STOCK, environment | NO_NETWORK, tmp_path)
+    out = _python(OF_TIMM, environment | NO_NETWORK, tmp_path)
     first, second = out.splitlines()
     assert first == second
     assert first.startswith("the Hub at http://127.0.0.1:9 cannot be reached (")

@@ -4,6 +4,7 @@ import hashlib
 import math
 import mmap
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ class ArrayCache:
         say: Takes a line about a wait or a failure.
     """
 
-    def __init__(self, limit: int, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, limit: float, say: Callable[[str], None] = lambda line: None):
         self._limit, self._say = limit, say
         try:
             self._folder = cache_folder() / "images"
@@ -108,17 +109,22 @@ class ArrayCache:
         import fcntl
 
         path.parent.mkdir(parents=True, exist_ok=True)
+        told = False
         while True:
             file = path.open("ab", buffering=0)
             try:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._say("waiting for another process that decodes the same images")
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                    return file
-            except FileNotFoundError:  # whoever held the lock has renamed or removed it
+                # Whoever has the lock renames the file and then keeps it mapped: waited for would be for ever.
+                while os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    with suppress(BlockingIOError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                            return file
+                        break
+                    if not told:
+                        self._say("waiting for another process that decodes the same images")
+                        told = True
+                    time.sleep(0.05)
+            except FileNotFoundError:  # it was renamed or removed
                 pass
             except BaseException:
                 file.close()

@@ -101,12 +101,13 @@ def _by_processes(
             held.callback(_end, worker)
 
     def watch() -> Iterator[int]:
-        running = [worker.sentinel for worker in workers]
+        running = {worker.sentinel: worker for worker in workers}
         while running:
-            for sentinel in wait(running, timeout=0.1):
-                running.remove(sentinel)  # type: ignore[arg-type]
-            if any(worker.exitcode for worker in workers):
-                raise OSError("a process that decodes images was killed; is there enough memory?")
+            for sentinel in wait([*running], timeout=0.1):
+                worker = running.pop(sentinel)  # type: ignore[arg-type]
+                worker.join()  # its status is there a moment later
+                if worker.exitcode:
+                    raise OSError("a process that decodes images was killed; is there enough memory?")
             yield int(done.sum())
         first = int(failed.min())
         if first != _NONE:

@@ -107,7 +107,7 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     augmented = config.crop != "none" or any((config.hflip, config.color_jitter, config.auto_augment, config.re_prob))
     crop_flip = _crop_flip(config) if augmented else None
     room = config.memory_limit * 2**30
-    cache = ArrayCache(int(config.cache_limit * 2**30), *([partial(print, file=sys.stderr)] if rank == 0 else []))
+    cache = ArrayCache(config.cache_limit * 2**30, *([partial(print, file=sys.stderr)] if rank == 0 else []))
     pixels: dict[str, Tensor | None] = {}
     for name, part in {**shares, "train": parts["train"]}.items():
         room -= decoded_size(part, data_config)
