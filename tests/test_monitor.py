@@ -585,6 +585,8 @@ def _on_two_processes(rank: int, port: int, shares: list[list[float]]) -> None:
         model.module(torch.ones(2, 1))
     assert uneven.summary(all_processes=True).layers[0].probability == [1.0, 0.0, 0.0, 1.0]
     dist.barrier()  # the first process, which the other reaches the store at, does not leave before it
+    del model, watch, uneven
+    gc.collect()  # in torch 2.8 a reducer that goes after the group, and with it, waits for ever
     dist.destroy_process_group()
 
 
