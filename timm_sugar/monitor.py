@@ -186,6 +186,7 @@ class DeadUnitMonitor:
         self._token = torch.zeros(
             1, device="cpu"
         )  # what the operator says it writes to, so that calls keep their order
+        _register_event()
         self._number = next(_numbers)
         others = [*_monitors.values()]
         _monitors[self._number] = self
@@ -222,9 +223,7 @@ class DeadUnitMonitor:
         """
         if self.window is not None:
             raise ValueError("counts are those of a monitor with window=None")
-        totals = self._totals()
-        if all_processes and dist.is_initialized() and dist.get_world_size() > 1:
-            totals = _add_up_processes(totals, _device(self.model))
+        totals = self._totals(all_processes)
         found = {key: [count.active.tolist(), count.seen, count.images] for key, count in totals.items()}
         return {"steps": self.steps, "counted": self._counted, "layers": found}
 
@@ -268,9 +267,7 @@ class DeadUnitMonitor:
         Raises:
             RuntimeError: no training pass was counted.
         """
-        totals = self._totals()
-        if all_processes and dist.is_initialized() and dist.get_world_size() > 1:
-            totals = _add_up_processes(totals, _device(self.model))
+        totals = self._totals(all_processes)
         if not totals:
             raise RuntimeError(
                 f"no training pass of {type(self.model).__name__} was counted: it is to be called in train() mode"
@@ -307,14 +304,17 @@ class DeadUnitMonitor:
             probability=[float(f"{share:.4g}") for share in probability.tolist()],
         )
 
-    def _totals(self) -> _Pass:
-        """Add up the passes; activations that had no values in any are left out."""
+    def _totals(self, all_processes: bool = False) -> _Pass:
+        """Add up the passes, if asked over all processes; activations that had no values in any are left out."""
         by_key: dict[str, list[_Count]] = {}
         for _, counts in self._passes:
             for key, count in counts.items():
                 by_key.setdefault(key, []).append(count)
         totals = {key: _add(key, counts) for key, counts in by_key.items()}
-        return {key: count for key, count in totals.items() if count.seen}
+        totals = {key: count for key, count in totals.items() if count.seen}
+        if all_processes and dist.is_initialized() and dist.get_world_size() > 1:
+            return _add_up_processes(totals, _device(self.model))
+        return totals
 
     # In a compiled network the hooks leave calls of an operator that is opaque to the compiler, `_event`. What they do
     # depends on the step, and on whether the backward pass computes something again.
@@ -417,8 +417,17 @@ def _put_back_guards(skipped: bool) -> None:
         skip_hook_guards(skipped)
 
 
-@torch.library.custom_op("timm_sugar::monitor", mutates_args={"token"})
-def _event(x: Tensor | None, token: Tensor, monitor: int, name: str, flag: bool) -> None:
+_event: Any = None  # the operator that compiled code calls
+
+
+def _register_event() -> None:
+    """Register the operator, once; not on import, a third of whose time that would take."""
+    global _event
+    if _event is None:
+        _event = torch.library.custom_op("timm_sugar::monitor", _take_event, mutates_args={"token"})
+
+
+def _take_event(x: Tensor | None, token: Tensor, monitor: int, name: str, flag: bool) -> None:
     found = _monitors.get(monitor)
     if found is None:  # detached
         return

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_sugar import convert, to_relu
-from timm_sugar.analysis.seeds import interval
+from timm_sugar.analysis.seeds import with_interval
 from timm_sugar.files import write_file
 from timm_sugar.terminal import Parser
 
@@ -277,13 +277,13 @@ def tables(cells: Sequence[dict[str, Any]]) -> str:
             own = [cell for cell in cells if (cell["start"], cell["activation"]) == (start, activation)]
             if not own:
                 continue
-            row = [with_interval([100 * cell["swapped_iou"] for cell in own])] if start == "silu" else []
+            row = [with_interval([100 * cell["swapped_iou"] for cell in own], digits=1)] if start == "silu" else []
             relu = {c["seed"]: c for c in cells if (c["start"], c["activation"]) == (start, "relu")}
             gains = [100 * (c["float_iou"] - relu[c["seed"]]["float_iou"]) for c in own if c["seed"] in relu]
-            row.append(with_interval([100 * cell["float_iou"] for cell in own]))
-            row.append(with_interval(gains, "+") if gains and activation != "relu" else "")
-            row.append(with_interval([100 * cell["int8_iou"] for cell in own]))
-            row.append(with_interval([100 * (cell["float_iou"] - cell["int8_iou"]) for cell in own]))
+            row.append(with_interval([100 * cell["float_iou"] for cell in own], digits=1))
+            row.append(with_interval(gains, "+", 1) if gains and activation != "relu" else "")
+            row.append(with_interval([100 * cell["int8_iou"] for cell in own], digits=1))
+            row.append(with_interval([100 * (cell["float_iou"] - cell["int8_iou"]) for cell in own], digits=1))
             row.append(" / ".join(f"{own[0][f'{kind}_bytes'] / 2**20:.1f}" for kind in ("float", "int8")))
             row.append(str(sum(own[0]["int8_operators"].values())))
             lines.append(f"| {activation} | {' | '.join(row)} |")
@@ -291,11 +291,6 @@ def tables(cells: Sequence[dict[str, Any]]) -> str:
     seeds = ", ".join(map(str, dict.fromkeys(cell["seed"] for cell in cells)))
     reached = max(cell["converted"] for cell in cells)
     return "\n".join([*lines, f"Seeds {seeds}; `convert` reached {reached} SiLUs."]) + "\n"
-
-
-def with_interval(values: Sequence[float], sign: str = "") -> str:
-    half = interval(values)
-    return f"{sum(values) / len(values):{sign}.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,7 +32,7 @@ from timm.layers import create_act_layer
 from torch import Tensor, nn
 
 import timm_sugar
-from timm_sugar.analysis.seeds import interval
+from timm_sugar.analysis.seeds import interval, with_interval
 from timm_sugar.analysis.units import count_units
 from timm_sugar.data import (
     channel_counts,
@@ -423,12 +423,6 @@ def device_name(model: nn.Module) -> str:
     """Return the name of the GPU, or of the processor's vector instructions."""
     device = next(model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-
-
-def with_interval(values: Sequence[float], sign: str = "") -> str:
-    """Return the mean and its interval as text; the mean alone where there is no interval."""
-    half = interval(values)
-    return f"{fmean(values):{sign}.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 Runs = dict[tuple[str, str], dict[float, dict[int, dict[str, Any]]]]

@@ -30,12 +30,12 @@ def test_dead_units_of_an_epoch():
         network(images)
         network(-images)  # not counted
     network.eval()(-images)
-    assert units.dead() == 2 / 4  # the dead one and the one that is active where the input is negative
+    assert units.dead(units.counts()) == 2 / 4  # the dead one and the one that is active where the input is negative
     units.begin(0, None)
     network.train()(images)
     network(images)
     network(-images)
-    assert units.dead() == 1 / 4
+    assert units.dead(units.counts()) == 1 / 4
     units.detach()
     assert not network._forward_pre_hooks
     assert not network[1]._forward_pre_hooks
@@ -56,7 +56,7 @@ def test_going_on_counts_as_if_it_had_not_stopped(passed):
                 units = TrainingUnits(network, 40)
                 units.begin(passed, kept)
             network(image)
-        found.append((units.dead(), units.counts()))
+        found.append((units.dead(units.counts()), units.counts()))
     assert found[0] == found[1]
     assert found[0][0] == 1 / 4
 
@@ -66,14 +66,14 @@ def test_an_epoch_that_is_not_known_whole_has_no_value():
     units = TrainingUnits(network, 40)
     units.begin(2, None)  # a checkpoint of an earlier version
     network(torch.ones(8, 1))
-    assert units.dead() is None
+    assert units.dead(units.counts()) is None
 
 
 @pytest.mark.parametrize("network", [nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.Softmax(1))])
 def test_networks_without_activations(network):
     units = TrainingUnits(network, 40)
     units.begin(0, None)
-    assert (units.counts(), units.dead()) == (None, None)
+    assert (units.counts(), units.dead(None)) == (None, None)
     units.detach()
 
 

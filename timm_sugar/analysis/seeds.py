@@ -56,6 +56,17 @@ def interval(values: Sequence[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
+def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
+    """Return the mean and its interval as text; the mean alone where there is no interval.
+
+    Examples:
+        >>> with_interval([1.0, 2.0, 3.0], "+", 1)
+        '+2.0 ± 2.5'
+    """
+    half = interval(values)
+    return f"{fmean(values):{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
 def mean_by_epoch(
     runs: Sequence[Sequence[Mapping[str, Any]]],
     key: str,

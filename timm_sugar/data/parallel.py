@@ -81,7 +81,7 @@ def _in_turn(row: Callable[[int], Any], rows: np.ndarray, parts: list[range]) ->
 def _by_processes(
     row: Callable[[int], Any], rows: np.ndarray, parts: list[range], processes: int, held: ExitStack
 ) -> Iterator[int]:
-    """Start processes, each with every so-manieth part, and return what yields how many rows are done.
+    """Start processes, of n each with every n-th part, and return what yields how many rows are done.
 
     They share nothing but memory: no queue, lock or thread, with which a fork could be caught in a wrong moment.
     """

@@ -274,7 +274,7 @@ def train_epoch(
         epoch=state.epoch + 1,
         train_loss=sums.sum().item() / (accelerator.num_processes * run.steps_per_epoch),
         lr=learning_rate(run.optimizer),
-        train_dead_units=run.passes.units.dead(),
+        train_dead_units=run.passes.units.dead(state.unit_counts),
         surrogate=activation.surrogate,
         alpha=activation.alpha,
         images_per_second=run.step_images * run.steps_per_epoch / max(state.epoch_seconds, 1e-9),

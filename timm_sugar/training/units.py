@@ -47,12 +47,12 @@ class TrainingUnits:
         """Return the counts of the epoch so far, of all processes, each of which has to call this."""
         return None if self._monitor is None else self._monitor.counts(all_processes=True)
 
-    def dead(self) -> float | None:
-        """Return the fraction of units that were active in no counted pass of the epoch, in any process."""
-        if self._monitor is None:
+    def dead(self, counts: dict[str, Any] | None) -> float | None:
+        """Return the fraction of units that were active nowhere in the `counts` of a whole epoch."""
+        if counts is None or not self._whole:
             return None
-        dead = self._monitor.summary(all_processes=True).dead_units  # every process takes part
-        return dead if self._whole else None
+        units = [active for layer, *_ in counts["layers"].values() for active in layer]
+        return units.count(0) / len(units)
 
     def detach(self) -> None:
         """Leave the network as it was."""
