@@ -50,12 +50,14 @@ def metric_curves(
     Args:
         runs: Name of each curve -> for each seed, the lines of its metrics.jsonl. Epochs that not all seeds have are
             left out.
-        metrics: What is shown; None for the metrics that have a chart.
+        metrics: What is shown; None for those that have a chart and that some run has measured.
         styles: Of the curves; None for those of activations that have none of their own.
         spread: Half the width of the band around a mean, from the values of the seeds: `interval`, or `stdev`.
         log_scale: Draw losses on a logarithmic axis.
     """
-    shown = [metric for metric in METRICS if metric.chart] if metrics is None else metrics
+    lines = [line for seeds in runs.values() for run in seeds for line in run]
+    measured = {key for line in lines for key, value in line.items() if value is not None}
+    shown = [m for m in METRICS if m.chart and m.key in measured] if metrics is None else metrics
     styles = styles or assign_styles([""] * len(runs))
     columns = min(3, len(shown))
     figure, axes = new_figure(math.ceil(len(shown) / columns), columns, 11 / 3 * columns, 3)
