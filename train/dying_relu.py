@@ -35,6 +35,7 @@ from timm_sugar.terminal import Parser, progress_bars
 SWEEP_DEPTHS = (2, 3, 5, 7, 10, 15, 25, 40)
 EXAMPLE = """examples:
   python train/dying_relu.py                                    table 2 in full, into output/dying_relu
+  python train/dying_relu.py --runs 1000 --depth 10 9           ten times the runs, with 9 hidden layers too
   python train/dying_relu.py --surrogate all --sweep            every surrogate, and collapse against depth
   python train/dying_relu.py --runs 10 --epochs 20 --output /tmp/try"""
 
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100, help="independent runs a cell (default 100)")
     parser.add_argument("--output", type=Path, default=Path("output/dying_relu"), help="folder (output/dying_relu)")
     parser.add_argument("--surrogate", default="bsilu", help="of the SUGAR rows: a name, or all (default bsilu)")
-    parser.add_argument("--depth", type=int, default=10, help="hidden layers (default 10)")
+    parser.add_argument(
+        "--depth", type=int, nargs="+", default=[10], help="hidden layers (default 10); the first has the pictures"
+    )
     parser.add_argument("--width", type=int, default=2, help="units in each (default 2)")
     parser.add_argument("--epochs", type=int, default=250, help="passes over the samples (default 250)")
     parser.add_argument("--seed", type=int, default=0, help="of the runs (default 0)")
@@ -83,11 +86,10 @@ def plan(arguments: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
 
     cells = []
     for function in TARGETS:
-        for method in ("he", "rai"):
-            cells.append(cell(function, method, arguments.depth, arguments.width))
-            if paper_function(function) == "f4":
+        for method in ("he", "rai", *sugar):
+            cells += [cell(function, method, depth, arguments.width) for depth in arguments.depth]
+            if paper_function(function) == "f4" and method in ("he", "rai"):
                 cells.append(cell(function, method, *paper_shape(function, method)))
-        cells += [cell(function, method, arguments.depth, arguments.width) for method in sugar]
     methods = ("he", "rai", sugar[0]) if arguments.sweep else ()
     sweep = [cell("f1", method, depth, arguments.width) for method in methods for depth in SWEEP_DEPTHS]
     return list(dict.fromkeys(cells)), sweep
@@ -110,7 +112,7 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def draw(results: list[dict[str, Any]], swept: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Write the figures of the table's cells and of the sweep."""
-    shape = {"depth": arguments.depth, "width": arguments.width}
+    shape = {"depth": arguments.depth[0], "width": arguments.width}
     combined = "bsilu" if arguments.surrogate == "all" else arguments.surrogate
     methods = ("he", "rai", f"sugar_{combined}", f"rai_sugar_{combined}")
     main_results = [r for r in results if shape.items() <= r.items() and r["method"] in methods]

@@ -227,7 +227,7 @@ def script(monkeypatch):
 
 
 def test_script_writes_the_table_and_the_pictures(tmp_path, script, capfd):
-    options = ("--runs", "4", "--epochs", "1", "--depth", "3", "--jobs", "1", "--output", str(tmp_path))
+    options = ("--runs", "4", "--epochs", "1", "--depth", "3", "2", "--jobs", "1", "--output", str(tmp_path))
     script(*options, "--surrogate", "nelu")
     out, err = capfd.readouterr()
     assert err == ""  # the progress bar is for terminals
@@ -236,6 +236,7 @@ def test_script_writes_the_table_and_the_pictures(tmp_path, script, capfd):
     assert {row["method"] for row in rows} == {"he", "rai", "sugar_nelu", "rai_sugar_nelu"}
     shapes = {(row["function"], row["method"], row["depth"], row["width"]) for row in rows if row["paper"]}
     assert shapes == {(f, m, 20, 4) for f in ("f4", "f4_abs") for m in ("he", "rai")}
+    assert [row["depth"] for row in rows if row["function"] == "f1"] == [3, 2] * 4
     names = {path.name for path in tmp_path.iterdir()}
     for figure in ("figure1_gradients", "figure1_gradients_dark", "figure7_activation", "figure8_surrogates", "losses"):
         assert {f"{figure}.png", f"{figure}.pdf"} <= names
