@@ -18,7 +18,7 @@ def test_an_activation_has_one_colour_in_all_pictures():
 
 def test_bars_stand_on_the_baseline(tmp_path):
     rows = [("relu", "70", "1"), ("elu", 75, 0.5), ("sugar_elu", 80, None), ("sugar_nelu_0.01", 69, 2.0)]
-    rows = [dict(zip(("activation", "top1_percent", "std_percent"), row, strict=True)) for row in rows]
+    rows = [dict(zip(("activation", "top1_percent", "interval_percent"), row, strict=True)) for row in rows]
     figure = accuracy_bars(rows, "ResNet-18")
     (ax,) = figure.axes
     rectangles = [patch for patch in ax.patches if isinstance(patch, Rectangle)]

@@ -246,14 +246,14 @@ def test_table(tmp_path):
     table = make_table("small", given, PAPER, "the command")
     relu, elu, sugar = table["cells"]
     assert relu["mean"] == pytest.approx(0.55)
-    assert relu["std"] == pytest.approx(0.0707107, abs=1e-6)
-    assert (sugar["mean"], sugar["std"], sugar["accuracy"]) == (0.8, None, {2: 0.8})
+    assert relu["interval"] == pytest.approx(12.7062 * 0.05, rel=1e-5)  # t of one degree of freedom
+    assert (sugar["mean"], sugar["interval"], sugar["accuracy"]) == (0.8, None, {2: 0.8})
     assert sugar["gain"] == pytest.approx(0.1)  # against the same seed
     assert (sugar["paper_gain"], "gain" in elu) == (0.15, False)
     assert (table["missing"], table["hours"], table["spearman"]) == (["seed1/sugar_elu"], 2.5, 1.0)
     shown = markdown(table)
-    assert "| elu | 64.00 ± 8.49 | 80.00 (1 of 2 seeds) | +10.00 | 75.00 ± 2.00 | 90.00 ± 3.00 | +15.00 |" in shown
-    assert "| relu | 55.00 ± 7.07 |  |  | 70.00 ± 1.00 |  |  |" in shown
+    assert "| elu | 64.00 ± 76.24 | 80.00 (1 of 2 seeds) | +10.00 | 75.00 ± 2.00 | 90.00 ± 3.00 | +15.00 |" in shown
+    assert "| relu | 55.00 ± 63.53 |  |  | 70.00 ± 1.00 |  |  |" in shown
     for note in (
         "`net` on cifar10: 45,000 training",
         "10 epochs",

@@ -206,13 +206,13 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
 
     Args:
         rows: Of one network and data set: `activation` ("relu", "elu", "sugar_elu", "sugar_nelu_0.01", ...),
-            `top1_percent`, and `std_percent`, its standard deviation over seeds, or None: no error bar then.
+            `top1_percent`, and `interval_percent`, half the width of its interval, or None: no error bar then.
         title: Above the picture.
 
     Raises:
         ValueError: there is no row of "relu".
     """
-    found = {row["activation"]: (float(row["top1_percent"]), float(row["std_percent"] or "nan")) for row in rows}
+    found = {row["activation"]: (float(row["top1_percent"]), float(row["interval_percent"] or "nan")) for row in rows}
     if "relu" not in found:
         raise ValueError(f"no row has the activation relu, the baseline; there are {', '.join(found)}")
     functions = [n for n in dict.fromkeys(name.removeprefix("sugar_") for name in found) if n != "relu"]

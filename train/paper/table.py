@@ -4,9 +4,10 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from timm_sugar.analysis.seeds import interval
 from timm_sugar.files import write_file
 
 _SUGAR = "sugar_"
@@ -30,8 +31,9 @@ def make_table(
     Returns:
         recipe, command, seeds, missing runs, facts that all summaries share, hours of training in all, Spearman's rank
         correlation with the paper's accuracies and the number of cells in it, and the cells: name, accuracy by seed,
-        mean, std over the seeds (None for one), the paper's mean and std, and for a SUGAR cell gain, the mean over the
-        seeds of what it is better than the same without, beside the paper's. Accuracies are fractions of 1.
+        mean, interval (half the width of the mean's 95% t-interval over the seeds, None for one), the paper's mean and
+        standard deviation, and for a SUGAR cell gain, the mean over the seeds of what it is better than the same
+        without, its interval, and the paper's. Accuracies are fractions of 1.
     """
     by_cell: dict[str, dict[int, float]] = {name: {} for name, _, _ in runs}
     summaries = [summary for _, _, summary in runs if summary]
@@ -42,12 +44,16 @@ def make_table(
     for name, accuracies in by_cell.items():
         figure, without = paper.get(name) or (None, None), name.removeprefix(_SUGAR)
         cell: dict[str, Any] = dict(
-            name=name, accuracy=accuracies, **_mean_and_std(accuracies.values()), paper=figure[0], paper_std=figure[1]
+            name=name,
+            accuracy=accuracies,
+            **_mean_and_interval([*accuracies.values()]),
+            paper=figure[0],
+            paper_std=figure[1],
         )
         if without != name and without in by_cell:
             base = by_cell[without]
-            gains = _mean_and_std([accuracies[seed] - base[seed] for seed in accuracies if seed in base])
-            cell |= dict(gain=gains["mean"], gain_std=gains["std"], paper_gain=None)
+            gains = _mean_and_interval([accuracies[seed] - base[seed] for seed in accuracies if seed in base])
+            cell |= dict(gain=gains["mean"], gain_interval=gains["interval"], paper_gain=None)
             base_figure = paper.get(without)
             if figure[0] is not None and base_figure:
                 cell["paper_gain"] = round(figure[0] - base_figure[0], 6)
@@ -66,9 +72,8 @@ def make_table(
     )
 
 
-def _mean_and_std(values: Any) -> dict[str, float | None]:
-    values = list(values)
-    return dict(mean=fmean(values) if values else None, std=stdev(values) if len(values) > 1 else None)
+def _mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
+    return dict(mean=fmean(values) if values else None, interval=interval(values))
 
 
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
@@ -136,8 +141,8 @@ def _title(table: dict[str, Any]) -> str:
 
 
 def _percentages(cell: dict[str, Any]) -> dict[str, Any]:
-    std = None if cell["std"] is None else 100 * cell["std"]
-    return dict(activation=cell["name"], top1_percent=100 * cell["mean"], std_percent=std)
+    half = None if cell["interval"] is None else 100 * cell["interval"]
+    return dict(activation=cell["name"], top1_percent=100 * cell["mean"], interval_percent=half)
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -150,7 +155,11 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     for name in dict.fromkeys(name.removeprefix(_SUGAR) for name in cells):
         base, sugar = cells.get(name, {}), cells.get(_SUGAR + name, {})
-        row = [_measured(base, count), _measured(sugar, count), _percent(sugar.get("gain"), sugar.get("gain_std"), "+")]
+        row = [
+            _measured(base, count),
+            _measured(sugar, count),
+            _percent(sugar.get("gain"), sugar.get("gain_interval"), "+"),
+        ]
         row += [_percent(cell.get("paper"), cell.get("paper_std")) for cell in (base, sugar)]
         lines.append("| " + " | ".join([name, *row, _percent(sugar.get("paper_gain"), None, "+")]) + " |")
     return "\n".join([*lines, "", *_notes(table)]) + "\n"
@@ -158,7 +167,9 @@ def markdown(table: dict[str, Any]) -> str:
 
 def _notes(table: dict[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, table["seeds"]))
-    spread = ", mean ± standard deviation over seeds" if len(table["seeds"]) > 1 else "; seed"
+    spread = "; seed"
+    if len(table["seeds"]) > 1:
+        spread = ", mean and 95% t-interval (the paper's: standard deviation); gains are paired by seed; seeds"
     notes = [f"Test accuracy in percent{spread} {seeds}. `{table['command']}`"]
     if "versions" in table:
         versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
@@ -178,11 +189,11 @@ def _notes(table: dict[str, Any]) -> list[str]:
 
 
 def _measured(cell: dict[str, Any], seeds: int) -> str:
-    shown, done = _percent(cell.get("mean"), cell.get("std")), len(cell.get("accuracy", ()))
+    shown, done = _percent(cell.get("mean"), cell.get("interval")), len(cell.get("accuracy", ()))
     return f"{shown} ({done} of {seeds} seeds)" if 0 < done < seeds else shown
 
 
-def _percent(value: float | None, std: float | None, sign: str = "") -> str:
+def _percent(value: float | None, spread: float | None, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{100 * value:{sign}.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+    return f"{100 * value:{sign}.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
