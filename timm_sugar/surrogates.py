@@ -153,6 +153,11 @@ def get_surrogate(name: str) -> Surrogate:
 
     Raises:
         ValueError: there is none; the message names the nearest valid one.
+
+    Examples:
+        >>> nelu = get_surrogate("nelu")
+        >>> nelu.alpha, nelu.derivative(torch.tensor([-1.0, 2.0]), 0.1).shape
+        (0.01, torch.Size([2]))
     """
     if not isinstance(name, str):
         raise ValueError(f"surrogate must be a name, one of {', '.join(list_surrogates())}; got {name!r}")

@@ -75,6 +75,13 @@ def sharpness(
     Raises:
         ValueError: `batches` can be gone through only once, or holds no images; `max_iterations` is less than 1.
         NotImplementedError: the network has an operation whose second derivative torch does not know.
+
+    Examples:
+        >>> model = nn.Linear(1, 2, bias=False).double()  # of inputs 1, its logits are its weights
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> found = sharpness(model, [(torch.ones(4, 1).double(), torch.tensor([0, 0, 1, 1]))])
+        >>> round(found.largest, 4)  # of diag(p) - p p^T with p = (1/2, 1/2)
+        0.5
     """
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
@@ -196,6 +203,15 @@ def loss_landscape(
     Raises:
         ValueError: the file holds a landscape with other settings, weights or images, or is none; `resolution` is not
             odd; `batches` can be gone through only once, or holds no images; the model's own loss is not finite.
+
+    Examples:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> batches = [(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = loss_landscape(model, batches, Path(folder, "landscape.json"), resolution=5)
+        >>> len(found["loss"]), len(found["loss"][0]), found["axis"][2]  # the middle one is the model
+        (5, 5, 0.0)
     """
     if resolution < 3 or resolution % 2 == 0:
         raise ValueError(f"resolution must be an odd number of at least 3, got {resolution}")

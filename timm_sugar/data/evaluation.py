@@ -71,6 +71,13 @@ def evaluate(
         mean: Of each channel, of pixels in [0, 1].
         std: Likewise.
         batch_size: Images in a batch.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2), nn.ReLU())
+        >>> pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+        >>> found = evaluate(model, pixels, torch.tensor([0, 1, 0, 1]), mean=(0.5,) * 3, std=(0.5,) * 3)
+        >>> found.top1  # all images are the same
+        0.5
     """
     return evaluate_batches(
         model, zip(pixels.split(batch_size), labels.split(batch_size), strict=True), mean, std, shared=False

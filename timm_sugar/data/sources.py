@@ -86,6 +86,13 @@ def load_source(
             does not occur in training; `skip_bad_images` leaves no test image or no training image of a class.
         FileNotFoundError: the folder does not exist, or holds no images.
         ModuleNotFoundError: the extra "train" is not installed.
+
+    Examples:
+        >>> source = load_source("digits")
+        >>> len(source.train), len(source.test), source.class_names[:3]
+        (1438, 359, ('0', '1', '2'))
+        >>> source.train[0].mode, source.train[0].size, int(source.train.labels[0])
+        ('RGB', (8, 8), 0)
     """
     source = _load(data, label_column, split_seed, streaming, image_column)
     return _without_bad_images(source) if skip_bad_images else source

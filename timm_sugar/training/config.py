@@ -29,6 +29,11 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
 
     Raises:
         ValueError: an unknown recipe, field or flag, with the nearest valid one; a value of the wrong type or range.
+
+    Examples:
+        >>> config = load_config(["--epochs", "3"], "train.py", "Trains a network.", recipe="digits")
+        >>> config.data, config.epochs
+        ('digits', 3)
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
