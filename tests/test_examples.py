@@ -11,9 +11,9 @@ import timm_sugar
 from timm_sugar import surrogates
 
 MODULES = [
-    "surrogates", "functional", "layers", "gradients", "monitor", "convert", "init", "models._pretrained", "data.sources",
-    "data.evaluation", "analysis.units", "analysis.profiles", "analysis.seeds", "analysis.landscape", "training.config",
-    "training.command",
+    "surrogates", "functional", "layers", "gradients", "monitor", "convert", "init", "models._pretrained",
+    "data.sources", "data.evaluation", "analysis.units", "analysis.profiles", "analysis.seeds", "analysis.landscape",
+    "training.config", "training.command",
 ]  # fmt: skip
 
 
