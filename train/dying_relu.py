@@ -9,6 +9,7 @@ PNG and PDF; a finished cell stays in OUTPUT/cells and is not run again.
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from timm_sugar import list_surrogates
 from timm_sugar.files import write_file
 from timm_sugar.terminal import Parser, progress_bars
 
+METHODS = ("he", "rai", "sugar", "rai_sugar")
 SWEEP_DEPTHS = (2, 3, 5, 7, 10, 15, 25, 40)
 EXAMPLE = """examples:
   python train/dying_relu.py                                    table 2 in full, into output/dying_relu
@@ -46,6 +48,9 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=100, help="independent runs a cell (default 100)")
     parser.add_argument("--output", type=Path, default=Path("output/dying_relu"), help="folder (output/dying_relu)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all four)"
+    )
     parser.add_argument("--surrogate", default="bsilu", help="of the SUGAR rows: a name, or all (default bsilu)")
     parser.add_argument(
         "--depth", type=int, nargs="+", default=[10], help="hidden layers (default 10); the first has the pictures"
@@ -58,6 +63,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+    if not {"he", "sugar"} <= {*arguments.methods}:
+        parser.error(f"--methods must hold he and sugar, which the pictures compare, got {' '.join(arguments.methods)}")
     try:
         cells, sweep = plan(arguments)
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -81,17 +88,20 @@ def plan(arguments: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
     first = sorted(surrogates, key=lambda name: name != combined)
     sugar = [f"sugar_{first[0]}", f"rai_sugar_{combined}", *(f"sugar_{name}" for name in first[1:])]
 
+    kinds = {method: re.sub("(?<=sugar)_.*", "", method) for method in ("he", "rai", *sugar)}
+    methods = [method for method, kind in kinds.items() if kind in arguments.methods]
+
     def cell(function: str, method: str, depth: int, width: int) -> Cell:
         return Cell(function, method, depth, width, arguments.runs, arguments.epochs, arguments.seed)
 
     cells = []
     for function in TARGETS:
-        for method in ("he", "rai", *sugar):
+        for method in methods:
             cells += [cell(function, method, depth, arguments.width) for depth in arguments.depth]
             if paper_function(function) == "f4" and method in ("he", "rai"):
                 cells.append(cell(function, method, *paper_shape(function, method)))
-    methods = ("he", "rai", sugar[0]) if arguments.sweep else ()
-    sweep = [cell("f1", method, depth, arguments.width) for method in methods for depth in SWEEP_DEPTHS]
+    swept = [method for method in ("he", "rai", sugar[0]) if arguments.sweep and method in methods]
+    sweep = [cell("f1", method, depth, arguments.width) for method in swept for depth in SWEEP_DEPTHS]
     return list(dict.fromkeys(cells)), sweep
 
 

@@ -243,6 +243,13 @@ def test_script_writes_the_table_and_the_pictures(tmp_path, script, capfd):
     assert not [name for name in names if name.startswith(".")]
 
 
+def test_script_leaves_methods_out(tmp_path, script):
+    options = ("--runs", "2", "--epochs", "0", "--depth", "2", "--jobs", "1", "--output", str(tmp_path))
+    script(*options, "--methods", "he", "sugar", "--sweep")
+    for name in ("table2", "depth"):
+        assert {row["method"] for row in json.loads((tmp_path / f"{name}.json").read_text())} == {"he", "sugar_bsilu"}
+
+
 def test_script_adds_every_surrogate_and_the_sweep(tmp_path, script, capsys):
     options = ("--runs", "2", "--epochs", "0", "--depth", "2", "--jobs", "1", "--output", str(tmp_path))
     register_surrogate("dying_relu_test", lambda x, alpha: torch.sigmoid(x))
@@ -267,6 +274,7 @@ def test_script_adds_every_surrogate_and_the_sweep(tmp_path, script, capsys):
         (("--runs", "ten"), "invalid int value: 'ten'"),
         (("--surrogate", "bsilo"), "unknown surrogate 'bsilo'; did you mean 'bsilu'?"),
         (("--jobs", "0"), "--jobs must be at least 1, got 0"),
+        (("--methods", "rai", "sugar"), "--methods must hold he and sugar, which the pictures compare, got rai sugar"),
     ],
 )
 def test_script_refuses_bad_input_in_one_line(tmp_path, script, capsys, arguments, message):
