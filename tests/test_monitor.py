@@ -205,6 +205,19 @@ def test_only_training_passes_are_counted():
     assert watch.summary().layers[0].probability[1] == 0.5
 
 
+def test_a_vector_is_one_image():
+    model = nn.Sequential(nn.Linear(1, 3), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [-1.0], [1.0]]))
+        model[0].bias.zero_()
+    watch = DeadUnitMonitor(model, every=1)
+    with count_units(model) as counts:
+        model(torch.ones(1))
+    (layer,) = watch.summary().layers
+    assert (layer.units, list(layer.probability), watch.summary().images) == (3, [1, 0, 1], 1)
+    assert (counts.layers["1"].images, counts.layers["1"].units.tolist()) == (1, [1, 0, 1])
+
+
 def test_an_empty_batch_counts_nothing():
     model = Signs()
     watch = DeadUnitMonitor(model, every=1)

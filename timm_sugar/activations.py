@@ -158,7 +158,7 @@ def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]
     def watch(name: str) -> Callable[..., None]:
         def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _input(args, kwargs)
-            see(name, x, is_last(x.ndim))
+            see(name, x if x.ndim > 1 else x.reshape(1, -1), is_last(x.ndim))  # a vector is one sample
 
         return call
 

@@ -16,7 +16,7 @@ from PIL import Image
 import timm_sugar
 from timm_sugar.cli import main
 from timm_sugar.hub import predict
-from timm_sugar.hub.predict import class_names
+from timm_sugar.hub.predict import class_names, summary_line
 
 HUB_CARDS = Path(__file__).parents[2] / "hub_cards"
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
@@ -131,7 +131,10 @@ def test_logits_that_are_not_finite_are_no_classes(pictures):
 def test_names_of_classes():
     network = timm.create_model("test_resnet")
     assert class_names(network)[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
-    assert class_names(timm.create_model("test_resnet", num_classes=3)) == ["0", "1", "2"]
+    assert ", 1000 classes under the names of ImageNet, " in summary_line(network)  # it has none of its own
+    few = timm.create_model("test_resnet", num_classes=3)
+    assert class_names(few) == ["0", "1", "2"]
+    assert ", 3 classes, " in summary_line(few)
     network.pretrained_cfg["label_names"] = ["ant", "bee"]
     with pytest.raises(ValueError, match=r"has 1000 classes, and its config\.json names 2"):
         class_names(network)

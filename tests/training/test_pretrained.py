@@ -259,8 +259,10 @@ def test_a_file_of_another_network_or_of_code(vit, parquet_folder, tmp_path):
         build(_config(parquet_folder, tmp_path, initial_checkpoint=str(vit / "model.safetensors"), **given))
     assert len(str(caught.value)) < 450
     torch.save({"model": timm_sugar.Sugar()}, tmp_path / "code.pt")
-    with pytest.raises(ValueError, match=r"code\.pt: weights_only=True blocked loading"):
-        build(_config(parquet_folder, tmp_path, initial_checkpoint=str(tmp_path / "code.pt"), **given))
+    (tmp_path / "text.pth").write_text("no weights")
+    for name in ("code.pt", "text.pth"):
+        with pytest.raises(ValueError, match=rf"{name}: it is no file of safetensors, nor of tensors alone that torch"):
+            build(_config(parquet_folder, tmp_path, initial_checkpoint=str(tmp_path / name), **given))
 
 
 def test_frozen_parts_stay_as_they_are_with_their_statistics(resnet, parquet_folder, tmp_path, capfd):

@@ -32,7 +32,7 @@ def _config(output, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 5)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 12), (2, 4)])
 def test_killed_at_random_instants_it_ends_with_the_same_bits(processes, kills, tmp_path):
     command = [sys.executable, "-W", "error", "tests/training/kill_runs.py", tmp_path, str(processes), str(kills)]
     # Into files: a pipe would be waited for as long as any process that a kill orphaned holds it.

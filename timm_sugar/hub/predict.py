@@ -77,7 +77,9 @@ def summary_line(network: nn.Module) -> str:
     alpha = "" if own.alpha is None else f" {own.alpha:g}"
     activation = f"SUGAR {own.surrogate}{alpha}" if own.surrogate else " and ".join(activation_kinds(network))
     side = "x".join(map(str, dict.fromkeys(cfg["input_size"][1:])))
-    return f"{cfg['architecture']}, {activation or 'no activation known'}, {network.num_classes} classes, {side} px"
+    imagenet = cfg.get("label_names") is None and infer_imagenet_subset(network)
+    classes = f"{network.num_classes} classes{' under the names of ImageNet' * bool(imagenet)}"
+    return f"{cfg['architecture']}, {activation or 'no activation known'}, {classes}, {side} px"
 
 
 @torch.inference_mode()

@@ -164,7 +164,10 @@ def _file(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
     path = Path(str(config.initial_checkpoint))
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
-    tensors = load_state_dict(str(path))
+    try:
+        tensors = load_state_dict(str(path))
+    except Exception as error:  # of pickle, safetensors, zipfile and torch, each its own
+        raise ValueError("it is no file of safetensors, nor of tensors alone that torch.save wrote") from error
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError("it holds more than tensors, and neither a state_dict nor a model among it")
     cfg = _registered(config.model)
