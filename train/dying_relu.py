@@ -19,15 +19,15 @@ try:
     from rich.table import Table
 
     from paper import figures as paper_figures
+    from paper.collapse import COLLAPSED, paper_function, paper_shapes, table_row
     from timm_sugar.analysis.plots import save
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
-    if package not in ("rich", "matplotlib"):
+    if package not in ("rich", "matplotlib", "scipy"):
         raise
-    extra = {"rich": "train", "matplotlib": "report"}[package]
+    extra = {"rich": "train", "scipy": "train", "matplotlib": "report"}[package]
     sys.exit(f"dying_relu.py: {package} is missing: pip install 'timm-sugar[{extra}]'")
 
-from paper.collapse import COLLAPSED, paper_function, paper_shape, table_row
 from paper.dying_relu import TARGETS, Cell, run_cells
 from timm_sugar import list_surrogates
 from timm_sugar.files import write_file
@@ -99,7 +99,7 @@ def plan(arguments: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
         for method in methods:
             cells += [cell(function, method, depth, arguments.width) for depth in arguments.depth]
             if paper_function(function) == "f4" and method in ("he", "rai"):
-                cells.append(cell(function, method, *paper_shape(function, method)))
+                cells.append(cell(function, method, *paper_shapes(function, method)[0]))
     swept = [method for method in ("he", "rai", sugar[0]) if arguments.sweep and method in methods]
     sweep = [cell("f1", method, depth, arguments.width) for method in swept for depth in SWEEP_DEPTHS]
     return list(dict.fromkeys(cells)), sweep
@@ -152,8 +152,8 @@ def typical_collapse(relu: dict[str, Any], sugar: dict[str, Any]) -> int | None:
 
 
 def show(rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
-    """Print the table beside the paper's (`!`: outside our 95% interval), and what the cells cost."""
-    table = Table(title="Percent of runs [95% interval] (paper; ! outside the interval)")
+    """Print the table beside the paper's (`!`: differs, p < 0.05), and what the cells cost."""
+    table = Table(title="Percent of runs [95% interval] (paper; ! differs, p < 0.05)")
     for name in ("f", "method", "network", "A collapsed", "B partly", "C learned", "D not collapsed"):
         table.add_column(name, no_wrap=True)
     previous = None
@@ -175,7 +175,7 @@ def quoted(row: dict[str, Any], category: str) -> str:
     low, high = row["interval"][category]
     text = f"{row[category]:g} [{low:g}, {high:g}]"
     if row["paper"]:
-        text += f" ({row['paper'][category]:g}{'' if row['paper_inside'][category] else ' !'})"
+        text += f" ({row['paper'][category]:g}{' !' if row['paper_p'][category] < 0.05 else ''})"
     return text
 
 

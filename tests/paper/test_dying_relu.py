@@ -14,7 +14,7 @@ import torch
 
 import paper
 from paper import dying_relu
-from paper.collapse import PAPER, born_dead_bound, categorise, relative_ranges, table_row, wilson_interval
+from paper.collapse import PAPER, born_dead_bound, categorise, chance, relative_ranges, table_row, wilson_interval
 from paper.dying_relu import BatchedNetwork, Cell, run_cells, train, train_alone
 from timm_sugar import list_surrogates, register_surrogate, sugar, surrogates
 
@@ -150,10 +150,16 @@ def test_processes_give_the_same_results(tmp_path):
 def test_wilson_interval_against_published_values():
     # Newcombe 1998, Statistics in Medicine 17, table I
     for successes, runs, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
-        assert wilson_interval(successes, runs) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(20, 20)[1] == 1.0
-    with pytest.raises(ValueError, match="got 3 of 2"):
-        wilson_interval(3, 2)
+        assert wilson_interval(successes, runs) == pytest.approx([100 * low, 100 * high], abs=0.055)
+    assert wilson_interval(20, 20)[1] == 100
+
+
+def test_figures_are_compared_over_both_samples():
+    # 15 of 100 beside 188 of 1000, and beside 188 of 1000 as if the paper had 1000 runs too
+    assert chance(188, 1000, 15.0, 100) == 0.418
+    assert chance(188, 1000, 15.0, 1000) < 0.05
+    assert chance(3, 6, 50.0, 6) == 1
+    assert chance(8, 8, 0.0, 8) == pytest.approx(1 / 6435, abs=5e-4)  # 2 of the C(16, 8) ways
 
 
 def test_categories_put_table_3_where_it_belongs():
@@ -189,7 +195,9 @@ def test_row_of_the_table():
     row = table_row(Cell("f1", "sugar_bsilu", runs=10), result)
     assert {c: row[c] for c in "ABCD"} == {"A": 20.0, "B": 10.0, "C": 70.0, "D": None}
     assert row["paper"] == PAPER["f1", "sugar_bsilu"]
-    assert row["paper_inside"] == {"A": True, "B": True, "C": True}
+    assert row["paper_p"] == {
+        c: chance(n, 10, PAPER["f1", "sugar_bsilu"][c], 100) for c, n in zip("ABC", (2, 1, 7), strict=True)
+    }
     assert row["interval"]["A"] == [5.7, 51.0]
     assert row["outside_table3"] == 10.0  # 0.3 lies between (C) and (B)
     assert (row["born_dead"], row["dead"]) == (90.0, 20.0)
@@ -294,11 +302,13 @@ def test_script_help_has_an_example(script, capsys):
     assert "python train/dying_relu.py --surrogate all --sweep" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("package", "extra"), [("rich", "train"), ("matplotlib", "report")])
+@pytest.mark.parametrize(("package", "extra"), [("rich", "train"), ("scipy", "train"), ("matplotlib", "report")])
 def test_script_names_the_missing_extra(monkeypatch, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
     for name in [
-        name for name in sys.modules if name.startswith(f"{package}.") or name.endswith((".plots", ".figures"))
+        name
+        for name in sys.modules
+        if name.startswith(f"{package}.") or name.endswith((".plots", ".figures", ".collapse"))
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(paper, "figures", raising=False)

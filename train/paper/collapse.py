@@ -1,8 +1,9 @@
 """What the runs of appendix A amount to: categories, intervals, theory's bound and the rows of table 2."""
 
-import math
 from statistics import median
 from typing import Any
+
+from scipy.stats import binomtest, fisher_exact
 
 from .dying_relu import Cell
 
@@ -16,7 +17,8 @@ TABLE3 = {
 }
 COLLAPSED = 0.97  # a run is in (A) from this share of the variance on; table 3's (A) reaches down to 0.995
 
-# Table 2: percent of runs. He and RAI are quoted there from Lu et al. (1000 runs); f4 came from 20 hidden layers.
+# Table 2: percent of runs. He and RAI are quoted there from Lu et al.; f4 came from 20 hidden layers.
+PAPER_RUNS = {"he": 1000, "rai": 1000, "sugar_bsilu": 100}
 PAPER = {
     ("f1", "he"): {"A": 93.6, "B": 4.2, "C": 2.2},
     ("f1", "rai"): {"A": 40.3, "B": 22.4, "C": 37.3},
@@ -66,23 +68,6 @@ def categorise(function: str, loss: float) -> str:
     return "C" if loss < border else "B"
 
 
-def wilson_interval(successes: int, runs: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95% by default (Wilson 1927).
-
-    Raises:
-        ValueError: successes is not within 0 to runs, or there are no runs.
-    """
-    if not 0 <= successes <= runs or runs == 0:
-        raise ValueError(f"successes must be within 0 to runs, with at least one run; got {successes} of {runs}")
-    share = successes / runs
-    centre = share + z * z / (2 * runs)
-    half = z * math.sqrt(share * (1 - share) / runs + z * z / (4 * runs * runs))
-    scale = 1 + z * z / runs
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == runs else (centre + half) / scale
-    return low, high
-
-
 def born_dead_bound(depth: int, width: int) -> float:
     """A lower bound on the probability that a ReLU network of scalar input is dead before training.
 
@@ -111,7 +96,8 @@ def table_row(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     Returns:
         JSON-ready: `function`, `method`, `depth`, `width`, `runs`; `A` to `D` in percent, null where the paper has no
         such category; `interval`, their Wilson 95% intervals; `paper`, its figures where it has this cell, and
-        `paper_inside`, whether each lies in our interval; `outside_table3`, percent of runs whose loss lies in none
+        `paper_p`, for each the probability of a difference as large as ours from it if both were of one kind, by
+        Fisher's exact test over our runs and theirs; `outside_table3`, percent of runs whose loss lies in none
         of its ranges; `born_dead` and `dead`, percent of runs with a hidden layer inactive on every sample before and
         after training; `lowest_loss`, `median_loss`, relative to the variance.
     """
@@ -119,10 +105,10 @@ def table_row(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     found = [categorise(cell.function, loss) for loss in losses]
     ranges = relative_ranges(cell.function)
     counts = {category: found.count(category) for category in ranges}
-    intervals = {c: [round(100 * v, 1) for v in wilson_interval(n, cell.runs)] for c, n in counts.items()}
-    paper = _paper_figures(cell)
     tolerance = 0.005  # the paper divides by a constant known to 1%
     outside = sum(not any(a - tolerance <= loss <= b + tolerance for a, b in ranges.values()) for loss in losses)
+    named = (cell.depth, cell.width) in paper_shapes(cell.function, cell.method)
+    paper = PAPER.get((paper_function(cell.function), cell.method)) if named else None
     return {
         "function": cell.function,
         "method": cell.method,
@@ -130,9 +116,9 @@ def table_row(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
         "width": cell.width,
         "runs": cell.runs,
         **{c: _percent(counts[c], cell.runs) if c in counts else None for c in "ABCD"},
-        "interval": intervals,
+        "interval": {c: wilson_interval(n, cell.runs) for c, n in counts.items()},
         "paper": paper,
-        "paper_inside": paper and {c: intervals[c][0] <= paper[c] <= intervals[c][1] for c in paper},
+        "paper_p": paper and {c: chance(counts[c], cell.runs, paper[c], PAPER_RUNS[cell.method]) for c in paper},
         "outside_table3": _percent(outside, cell.runs),
         "born_dead": _percent(sum(result["born_dead"]), cell.runs),
         "dead": _percent(sum(result["dead"]), cell.runs),
@@ -141,15 +127,25 @@ def table_row(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def paper_shape(function: str, method: str) -> tuple[int, int]:
-    """Depth and width at which the paper's figure is compared: 10 and 2, but 20 and 4 for He and RAI on f4."""
-    return (20, 4) if paper_function(function) == "f4" and method in ("he", "rai") else (10, 2)
+def wilson_interval(count: int, runs: int) -> list[float]:
+    """Wilson's 95% interval of a share of the runs, in percent (Wilson 1927)."""
+    found = binomtest(count, runs).proportion_ci(0.95, "wilson")
+    return [round(100 * float(end), 1) for end in (found.low, found.high)]
 
 
-def _paper_figures(cell: Cell) -> dict[str, float] | None:
-    if (cell.depth, cell.width) != paper_shape(cell.function, cell.method):
-        return None
-    return PAPER.get((paper_function(cell.function), cell.method))
+def chance(count: int, runs: int, percent: float, other_runs: int) -> float:
+    """The two-sided p-value of Fisher's exact test that `count` of `runs` and a percentage of others differ."""
+    other = round(percent / 100 * other_runs)
+    return round(float(fisher_exact([[count, runs - count], [other, other_runs - other]]).pvalue), 3)
+
+
+def paper_shapes(function: str, method: str) -> tuple[tuple[int, int], ...]:
+    """Depths and widths at which the paper's figure is compared.
+
+    20 and 4 for He and RAI on f4. Elsewhere 10 and 2, and 9 and 2, since the "10 layers" of Lu et al. may count the
+    output layer.
+    """
+    return ((20, 4),) if paper_function(function) == "f4" and method in ("he", "rai") else ((10, 2), (9, 2))
 
 
 def _percent(count: int, runs: int) -> float:
