@@ -194,7 +194,7 @@ def test_a_study_that_is_killed_goes_on(tmp_path, capsys):
 
 def test_the_pages_numbers_are_those_of_the_committed_cells():
     page = " ".join((ROOT / "docs" / "when-it-helps.md").read_text().split())
-    results = {part: study.read_results(ROOT / "docs" / "when-it-helps" / part) for part in ("rates", "fair")}
+    results = {part: study.read_results(ROOT / "docs" / "when-it-helps" / part) for part in study.PARTS}
     for part, cells in results.items():
         assert " ".join(study.tables(cells).split()) in page, part
     found = {(r["init"], r["activation"], r["lr"]): r for r in results["rates"]}
@@ -244,6 +244,26 @@ def test_the_pages_numbers_are_those_of_the_committed_cells():
     for activation, name in names.items():
         assert f"{name} ({study.with_interval(gains[activation], '+')})" in page
 
+    def gain(part: str, activation: str) -> str:
+        return study.with_interval([*study.against_relu(results[part], activation, "timm").values()], "+")
+
+    assert f"SUGAR B-SiLU stays {gain('control', 'sugar_bsilu')} points above ReLU" in page
+    ours, reverse = (gain("control", name) for name in ("sugar_bsilu@relu", "relu@sugar_bsilu"))
+    assert f"at ReLU's size is {ours} above, ReLU's direction at SUGAR's size {reverse}: layer-wise" in page
+    norms = {(r["activation"], r["seed"]): r["gradient_norms"] for r in results["control"]}
+    ratios = {
+        where: sorted(norms["sugar_bsilu", s][where] / norms["relu", s][where] for s in (42, 1, 10))
+        for where in ("first", "last")
+    }
+    least, most = (f"{value:.0f}" for value in (ratios["first"][0], ratios["first"][-1]))
+    assert {f"{value:.1f}" for value in ratios["last"]} == {"1.3"}
+    assert f"gradient is {least} to {most} times ReLU's and the last one's 1.3 times" in page
+    for part, activation, text in (
+        ("dying", "sugar_bsilu", "SUGAR B-SiLU ({})"), ("dying", "elu", "ELU is {} points above"),
+        ("finetune", "sugar_bsilu", "SUGAR B-SiLU ({})"), ("finetune", "sugar_nelu", "SUGAR NeLU ({})"),
+    ):  # fmt: skip
+        assert text.format(gain(part, activation)) in page, (part, activation)
+
 
 def test_the_advice_has_the_numbers_of_the_study():
     fair = study.read_results(ROOT / "docs" / "when-it-helps" / "fair")
@@ -259,6 +279,10 @@ def test_the_advice_has_the_numbers_of_the_study():
     for text in (readme, advice):
         assert f"was {short(gains['sugar_bsilu']).removeprefix('-')} points below ReLU in a ResNet-18" in text
         assert f"{short(gains['sugar_nelu'])} points" in text
+        for part, form in (("control", "{} points above it in one with timm's stem"), ("finetune", "{} points")):
+            cells = study.read_results(ROOT / "docs" / "when-it-helps" / part)
+            ahead = short([*study.against_relu(cells, "sugar_bsilu", "timm").values()])
+            assert form.format(ahead) in text or form.format(ahead).replace(" points", "") in text
     assert f"they were {short(gains['gelu'])} and {short(gains['silu'])} points above ReLU" in advice
     best = {a: {study.best_rate(rates, a, init) for init in ("timm", "pytorch")} for a in ("sugar_bsilu", "relu")}
     assert best == {"sugar_bsilu": {0.001, 0.01}, "relu": {0.03}}

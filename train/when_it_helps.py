@@ -3,9 +3,10 @@
     python train/when_it_helps.py --part rates --data cifar10 --output output/when_it_helps [--minutes 9] [--jobs 4]
     python train/when_it_helps.py --part rates --output output/when_it_helps --summary
 
-A part is train/when_it_helps/PART.yaml: rates, fair (each at the best rate of `rates`), control, dying and finetune.
-Stop it whenever you like: the same command goes on, and a finished cell is not run again. OUTPUT/PART holds a JSON file
-a cell; `--summary` prints the tables of what is finished, draws its picture and gathers its cells in OUTPUT/PART.json.
+A part is train/when_it_helps/PART.yaml: rates, fair (each at the best rate of `rates`), control, longer, dying and
+finetune. Stop it at any time: the same command goes on, and a finished cell is not run again. OUTPUT/PART holds a JSON
+file a cell; `--summary` prints the tables of what is finished, draws its picture and gathers its cells in
+OUTPUT/PART.json.
 """
 
 import argparse
@@ -54,7 +55,7 @@ from bare_loop import COMPILE, BareLoop, place, together
 from paper.table import replace_between
 
 RECIPES = Path(__file__).with_suffix("")
-PARTS = ("rates", "fair", "control", "dying", "finetune")
+PARTS = ("rates", "fair", "control", "longer", "dying", "finetune")
 MODELS = {"cifar": "resnet18_cifar_sugar_bsilu", "timm": "resnet18_sugar_bsilu"}
 
 

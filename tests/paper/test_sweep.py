@@ -214,6 +214,20 @@ def test_usage_errors(argv, message, monkeypatch, capsys):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["table", "seeds"])
+def test_results_quote_the_committed_tables(name):
+    root = SCRIPT.parents[1]
+    table = json.loads((root / "docs" / "table4-small" / f"{name}.json").read_text())
+    page = (root / "RESULTS.md").read_text()
+    assert markdown(table).strip() in page
+    for cell in table["cells"] if name == "seeds" else ():
+        if "gain" in cell:
+            gain = f"{100 * cell['gain']:+.2f} ± {100 * cell['gain_interval']:.2f}"
+            above = cell["gain"] > cell["gain_interval"]
+            assert above == (cell["name"] in ("sugar_bsilu", "sugar_elu", "sugar_gelu"))
+            assert above or f"({gain})" in " ".join(page.split())
+
+
 def test_settings_that_differ_are_refused(recipe, tmp_path, monkeypatch, capsys):
     (cell,) = plan(SCRIPT, recipe, tmp_path / "sweep", names=["elu"], others=["--epochs", "1"])
     train(cell.config)

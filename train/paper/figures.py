@@ -217,7 +217,7 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         raise ValueError(f"no row has the activation relu, the baseline; there are {', '.join(found)}")
     functions = [n for n in dict.fromkeys(name.removeprefix("sugar_") for name in found) if n != "relu"]
     functions.sort(key=lambda name: found.get(f"sugar_{name}") or found[name])
-    figure, axes = new_figure(1, 1, width=max(6.0, 1.2 + 0.85 * len(functions)), height=3.8)
+    figure, axes = new_figure(1, 1, width=max(8.5, 1.2 + 0.85 * len(functions)), height=3.8)
     ax = axes[0, 0]
     baseline, spread = found["relu"]
     if not math.isnan(spread):
