@@ -302,16 +302,20 @@ def test_script_help_has_an_example(script, capsys):
     assert "python train/dying_relu.py --surrogate all --sweep" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("package", "extra"), [("rich", "train"), ("scipy", "train"), ("matplotlib", "report")])
-def test_script_names_the_missing_extra(monkeypatch, package, extra):
+@pytest.mark.parametrize(
+    ("package", "extra", "users"),
+    [
+        ("rich", "train", ()),
+        ("scipy", "train", ("paper.collapse",)),
+        ("matplotlib", "report", ("paper.figures", "timm_sugar.analysis.plots")),
+    ],
+)
+def test_script_names_the_missing_extra(monkeypatch, package, extra, users):
     monkeypatch.setitem(sys.modules, package, None)
-    for name in [
-        name
-        for name in sys.modules
-        if name.startswith(f"{package}.") or name.endswith((".plots", ".figures", ".collapse"))
-    ]:
+    for name in [name for name in sys.modules if name.startswith(f"{package}.") or name in users]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(paper, "figures", raising=False)
+    if "paper.figures" in users:
+        monkeypatch.delattr(paper, "figures", raising=False)
     with pytest.raises(SystemExit, match=re.escape(f"{package} is missing: pip install 'timm-sugar[{extra}]'")):
         load_script()
 
