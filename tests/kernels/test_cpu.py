@@ -120,7 +120,8 @@ def test_sizes_and_threads(size, threads):
     torch.testing.assert_close(result, y.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_derivative_without_a_cpp_form_is_composed_and_said_once(own, caplog):
+def test_a_derivative_without_a_cpp_form_is_composed_and_said_once(own, caplog, monkeypatch):
+    monkeypatch.setattr(cpu, "_said", set())  # another test of this process may have heard it
     register_surrogate("own", lambda x, alpha: torch.special.i0e(x))
     x = torch.randn(5)
     for _ in range(2):
