@@ -159,7 +159,7 @@ def test_figures_are_compared_over_both_samples():
     assert chance(188, 1000, 15.0, 100) == 0.418
     assert chance(188, 1000, 15.0, 1000) < 0.05
     assert chance(3, 6, 50.0, 6) == 1
-    assert chance(8, 8, 0.0, 8) == pytest.approx(1 / 6435, abs=5e-4)  # 2 of the C(16, 8) ways
+    assert chance(3, 4, 25.0, 4) == 0.486  # Fisher's lady tasting tea, two-sided: 34 of 70
 
 
 def test_categories_put_table_3_where_it_belongs():
