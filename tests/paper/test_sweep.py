@@ -136,16 +136,19 @@ def test_time_is_counted_from_the_start_of_the_process(recipe, tmp_path, monkeyp
     assert "time is up, 3 cells are not finished; go on with: python train/sweep.py --recipe" in err
 
 
-def test_a_cell_that_does_not_stop_in_time_is_killed_with_what_it_started(recipe, fake_script, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("ends", "seconds_left"), [("does not end", 29), ("leaves a process behind", 59)])
+def test_a_stopped_cell_is_gone_with_what_it_started(ends, seconds_left, recipe, fake_script, tmp_path, monkeypatch):
     ready = tmp_path / "ready"
     fake_script.with_name("cifar.py").write_text(
         "import os, pathlib, signal, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f"if os.fork(): pathlib.Path({str(ready)!r}).touch()\n"
+        "if os.fork():\n"
+        f"    if {ends == 'leaves a process behind'}: signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        f"    pathlib.Path({str(ready)!r}).touch()\n"
         "time.sleep(3600)\n"
     )
     cells = plan(fake_script, recipe, tmp_path / "sweep", names=["elu", "relu"])
-    _clock(monkeypatch, ready.exists, 60 * 10 - 29)
+    _clock(monkeypatch, ready.exists, 60 * 10 - seconds_left)  # killed from 30 on
     assert run(cells, jobs=1, minutes=10) == {}
     assert not _is_locked(Path(f"{cells[0].config.output}.log"))  # which the second process had open, too
     assert not Path(f"{cells[1].config.output}.log").exists()

@@ -129,7 +129,7 @@ def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _stop(running: dict[subprocess.Popen[bytes], Cell], until: float) -> None:
-    """Have cells save their state and end; kill those that live at `until`, with the processes that they started."""
+    """Have cells save their state and end, at `until` at the latest, and kill what they started and left running."""
     for process in running:
         process.send_signal(signal.SIGTERM)
     for process, cell in running.items():
@@ -137,9 +137,9 @@ def _stop(running: dict[subprocess.Popen[bytes], Cell], until: float) -> None:
             process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             _say(f"{cell} does not stop and is killed")
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with suppress(ProcessLookupError):  # a compiler, say, that would hold the lock of the log
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _log(cell: Cell) -> Path:
