@@ -26,7 +26,6 @@ from ..data import (
     compute_rows,
     content_key,
     decode_kept,
-    decoded_size,
     eval_transform,
     fingerprint,
     listed,
@@ -110,7 +109,7 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     cache = ArrayCache(config.cache_limit * 2**30, *([partial(print, file=sys.stderr)] if rank == 0 else []))
     pixels: dict[str, Tensor | None] = {}
     for name, part in {**shares, "train": parts["train"]}.items():
-        room -= decoded_size(part, data_config)
+        room -= len(part) * 3 * config.img_size**2
         held = room >= 0 and len(part) > 0 and not (name == "train" and augmented and crop_flip is None)
         title = f"decoding {name} images" if rank == 0 else None
         # A padded crop is one of the whole image.
