@@ -6,7 +6,6 @@ import platform
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -86,7 +85,7 @@ def _decoder() -> tuple[str, ...]:
     return hashlib.sha256(code).hexdigest(), platform.machine(), *(str(m.__version__) for m in modules), repr(codecs)
 
 
-def with_digests(source: Source, threads: int = 2) -> Source:
+def with_digests(source: Source) -> Source:
     """Return a source whose images carry their digests, by which `fingerprint` and `decode_kept` tell their content.
 
     Images are hashed by content rather than by size and modification time, because a run may resume on another machine
@@ -96,16 +95,13 @@ def with_digests(source: Source, threads: int = 2) -> Source:
         BadImageError: an image cannot be read.
     """
 
-    def digest(images: LabelledImages, part: np.ndarray) -> bytes:
-        return b"".join(hashlib.sha256(images.content(index)).digest() for index in part)
-
     def hashed(images: LabelledImages) -> LabelledImages:
-        parts = np.array_split(np.arange(len(images)), len(images) // 256 + 1)
-        found = b"".join(pool.map(partial(digest, images), parts))
-        return replace(images, digests=np.frombuffer(found, np.uint8).reshape(-1, 32))
+        def digest(index: int) -> np.ndarray:
+            return np.frombuffer(hashlib.sha256(images.content(index)).digest(), np.uint8)
 
-    with ThreadPoolExecutor(threads) as pool:
-        return replace(source, train=hashed(source.train), test=hashed(source.test))
+        return replace(images, digests=compute_rows(digest, (len(images), 32)))
+
+    return replace(source, train=hashed(source.train), test=hashed(source.test))
 
 
 def fingerprint(source: Source) -> dict[str, int | str]:

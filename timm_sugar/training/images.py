@@ -19,7 +19,6 @@ from ..data import (
     LabelledImages,
     Source,
     Split,
-    available_cpus,
     channel_counts,
     channel_statistics,
     check_readable,
@@ -83,7 +82,7 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         ValueError: there are too few images for a step or for validation, an image cannot be decoded, or the
             processes do not have the same data.
     """
-    source = with_digests(source, available_cpus())
+    source = with_digests(source)
     found = fingerprint(source)
     first, *others = gather_object([found])
     for process, other in enumerate(others, 1):
