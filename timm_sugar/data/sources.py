@@ -248,10 +248,6 @@ class _Split:
     images: LabelledImages
     labels: list[_Numbered]
 
-    @property
-    def labelled(self) -> bool:
-        return any((part.numbers >= 0).any() for part in self.labels)
-
 
 def _join(data: str, train: _Split, test: _Split) -> Source:
     """Match the classes of both splits by name and number them."""
@@ -305,11 +301,9 @@ def _join(data: str, train: _Split, test: _Split) -> Source:
 
 def _from_files(files: Sequence[tuple[str, str]]) -> _Split:
     paths = [path for path, _ in files]
-    names = sorted({name for _, name in files})
-    number_of = {name: number for number, name in enumerate(names)}
-    numbers = np.array([number_of[name] for _, name in files], np.int64)
+    names, numbers = np.unique([name for _, name in files], return_inverse=True)
     images = _encoded(len(paths), lambda row: Path(paths[row]).read_bytes(), paths.__getitem__)
-    return _Split(images, [_Numbered(numbers, names, "text")])
+    return _Split(images, [_Numbered(numbers, names.tolist(), "text")])
 
 
 def _encoded(count: int, stored: Callable[[int], bytes], place: Callable[[int], str]) -> LabelledImages:
@@ -334,28 +328,24 @@ def _load_parquet(
     features = {
         path: datasets.Features.from_arrow_schema(read(path, None)) for paths in files.values() for path in paths
     }
-    first = features[files["train"][0]]
-    label_column = _find_label_column(data, first, label_column)
-    image_column = _find_image_column(data, first, image_column)
+    first = files["train"][0]
+    label_column, image_column = _find_columns(data, features[first], label_column, image_column)
     for path, others in features.items():
         for column in (label_column, image_column):
             if column not in others:
-                raise ValueError(
-                    f"{path} has no column {column!r}, unlike {files['train'][0]}; it has {', '.join(others)}"
-                )
+                raise ValueError(f"{path} has no column {column!r}, unlike {first}; it has {', '.join(others)}")
 
-    def labels_of(split: str) -> list[_Numbered]:
-        return [
+    def read_split(split: str) -> _Split:
+        paths = files[split]
+        labels = [
             _numbered(read(path, [label_column])[label_column], features[path][label_column], path, label_column)
-            for path in files[split]
+            for path in paths
         ]
-
-    def images_of(split: str, labels: list[_Numbered]) -> _Split:
-        paths, ends = files[split], np.cumsum([len(part.numbers) for part in labels])
+        starts = np.cumsum([0, *(len(part.numbers) for part in labels)])
 
         def locate(row: int) -> tuple[int, int]:
-            file = bisect.bisect_right(ends, row)
-            return file, row - (int(ends[file - 1]) if file else 0)
+            file = bisect.bisect_right(starts, row) - 1
+            return file, row - int(starts[file])
 
         def item(row: int) -> Any:
             file, row_of_file = locate(row)
@@ -378,16 +368,18 @@ def _load_parquet(
                 features=datasets.Features({image_column: datasets.Image()}),
             )
             columns = [loaded[split].with_format("arrow")[:][image_column]]
-        return _Split(_from_items(int(ends[-1]), item, place), labels)
+        return _Split(_from_items(int(starts[-1]), item, place), labels)
 
-    return _choose_test(data, files, lambda split: images_of(split, labels_of(split)))
+    return _choose_test(data, files, read_split)
 
 
 def _choose_test(data: str, splits: Collection[str], read: Callable[[str], _Split]) -> Source:
     """Join the training split and the first labelled held-out split."""
     for name in HELD_OUT:
-        if name in splits and (test := read(name)).labelled:
-            return _join(data, read("train"), test)
+        if name in splits:
+            test = read(name)
+            if any((part.numbers >= 0).any() for part in test.labels):
+                return _join(data, read("train"), test)
     raise ValueError(
         f"data set {data!r} has no labelled split named {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}; "
         f"it has {', '.join(splits)}"
@@ -402,8 +394,7 @@ def _load_columns(
     if "train" not in splits:
         raise ValueError(f"data set {data!r} has no split named train; it has {', '.join(splits)}")
     features = splits["train"].features or splits["train"]._resolve_features().features
-    label_column = _find_label_column(data, features, label_column)
-    image_column = _find_image_column(data, features, image_column)
+    label_column, image_column = _find_columns(data, features, label_column, image_column)
 
     def read(name: str) -> _Split:
         import datasets
@@ -435,26 +426,24 @@ def _load_dataset(data: str, path: str, streaming: bool = False, **arguments: An
         datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(path, **arguments)
-        if builder.name == "imagefolder" and not Path(data).is_dir():
-            _check_layout(data, builder)
-        if streaming:
-            return builder.as_streaming_dataset()
-        builder.download_and_prepare()
-        return builder.as_dataset()
-    except _LayoutError:
-        raise
+        misplaced = None if Path(data).is_dir() or builder.name != "imagefolder" else _misplaced(builder)
+        if misplaced is None:
+            if streaming:
+                return builder.as_streaming_dataset()
+            builder.download_and_prepare()
+            return builder.as_dataset()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "folder" if Path(data).is_dir() else "Hub data set"
         cause = f": {_first_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
         raise FileNotFoundError(f"cannot load {kind} {data!r}: {_first_line(error)}{cause}") from error
+    raise ValueError(
+        f"Hub data set {data!r}: {misplaced} is not SPLIT/CLASS/FILE, or its class is named like a split; "
+        f"download it with `hf download --repo-type dataset {data} --local-dir DIR` and give --data DIR"
+    )
 
 
-class _LayoutError(ValueError):
-    pass
-
-
-def _check_layout(data: str, builder: Any) -> None:
-    """Refuse image files on the Hub for which `datasets` infers another split or class than SPLIT/CLASS/FILE."""
+def _misplaced(builder: Any) -> str | None:
+    """Return an image file, if any, for which `datasets` infers another split or class than SPLIT/CLASS/FILE."""
     for split, files in builder.config.data_files.items():
         places = [str(file).removeprefix(f"{builder.base_path}/") for file in files]
         if any(os.path.basename(place).startswith("metadata.") for place in places):
@@ -462,10 +451,8 @@ def _check_layout(data: str, builder: Any) -> None:
         for place in filter(is_image_name, places):
             folders = place.split("/")[:-1]
             if len(folders) < 2 or split_of(folders[-2]) != split:
-                raise _LayoutError(
-                    f"Hub data set {data!r}: {place} is not SPLIT/CLASS/FILE, or its class is named like a split; "
-                    f"download it with `hf download --repo-type dataset {data} --local-dir DIR` and give --data DIR"
-                )
+                return place
+    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -500,37 +487,29 @@ def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
     return _Numbered(numbers, [str(value) for value in found], "text" if kinds == {str} else "numbers")
 
 
-def _find_label_column(data: str, columns: Collection[str], wanted: str | None) -> str:
-    if wanted is not None:
-        if wanted in columns:
-            return wanted
-        raise ValueError(f"data set {data!r}: " + unknown_name("label column", wanted, list(columns)))
-    for name in _LABEL_COLUMNS:
-        if name in columns:
-            return name
-    raise ValueError(
-        f"data set {data!r} has no column {', '.join(_LABEL_COLUMNS[:-1])} or {_LABEL_COLUMNS[-1]}; "
-        f"name its label column with --label-column, one of {', '.join(columns)}"
-    )
-
-
-def _find_image_column(data: str, features: Mapping[str, Any], wanted: str | None) -> str:
+def _find_columns(data: str, features: Mapping[str, Any], label: str | None, image: str | None) -> tuple[str, str]:
+    """Return the columns of labels and images: those that are named, else those of the usual names."""
+    for kind, wanted in (("label", label), ("image", image)):
+        if wanted is not None and wanted not in features:
+            raise ValueError(f"data set {data!r}: " + unknown_name(f"{kind} column", wanted, list(features)))
+    labels = [label] if label else [name for name in _LABEL_COLUMNS if name in features]
+    if not labels:
+        raise ValueError(
+            f"data set {data!r} has no column {', '.join(_LABEL_COLUMNS[:-1])} or {_LABEL_COLUMNS[-1]}; "
+            f"name its label column with --label-column, one of {', '.join(features)}"
+        )
     found = [name for name, feature in features.items() if _holds_images(feature)]
-    if wanted is not None:
-        if wanted in found:
-            return wanted
-        if wanted in features:
-            raise ValueError(f"data set {data!r}: column {wanted!r} holds {features[wanted]}, not images")
-        raise ValueError(f"data set {data!r}: " + unknown_name("image column", wanted, list(features)))
-    for name in _IMAGE_COLUMNS if len(found) > 1 else found:
-        if name in found:
-            return name
-    if found:
+    if image and image not in found:
+        raise ValueError(f"data set {data!r}: column {image!r} holds {features[image]}, not images")
+    if not found:
+        shown = ", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items())
+        raise ValueError(f"data set {data!r} has no column of images, or of bytes of image files; it has {shown}")
+    images = [image] if image else found if len(found) == 1 else [name for name in _IMAGE_COLUMNS if name in found]
+    if not images:
         raise ValueError(
             f"data set {data!r} has several image columns; name one with --image-column: {', '.join(found)}"
         )
-    shown = ", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items())
-    raise ValueError(f"data set {data!r} has no column of images, or of bytes of image files; it has {shown}")
+    return labels[0], images[0]
 
 
 def _holds_images(feature: Any) -> bool:
