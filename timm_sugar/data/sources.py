@@ -390,6 +390,8 @@ def _load_columns(
     data: str, label_column: str | None, image_column: str | None, streaming: bool, **arguments: Any
 ) -> Source:
     _require("datasets")
+    import pyarrow
+
     splits = _load_dataset(data, streaming=streaming, **arguments)
     if "train" not in splits:
         raise ValueError(f"data set {data!r} has no split named train; it has {', '.join(splits)}")
@@ -397,24 +399,13 @@ def _load_columns(
     label_column, image_column = _find_columns(data, features, label_column, image_column)
 
     def read(name: str) -> _Split:
-        import datasets
-        import pyarrow
-
-        if streaming:
-            split = splits[name]
-            if isinstance(features[image_column], datasets.Image):
-                split = split.cast_column(image_column, datasets.Image(decode=False))
-            rows = [(row[image_column], row[label_column]) for row in split]
-            items, labels = [item for item, _ in rows], pyarrow.array([label for _, label in rows])
-        else:
-            table = splits[name].with_format("arrow")[:]  # other formats would decode every image
-            items, labels = table[image_column], table[label_column]
+        split = splits[name].with_format("arrow")  # other formats would decode every image
+        table = pyarrow.concat_tables(split.iter(1000)) if streaming else split[:]
+        column = table[image_column]
         images = _from_items(
-            len(items),
-            items.__getitem__ if streaming else lambda row: items[row].as_py(),
-            lambda row: f"in row {row} of {name} of {data}",
+            len(table), lambda row: column[row].as_py(), lambda row: f"in row {row} of {name} of {data}"
         )
-        return _Split(images, [_numbered(labels, features[label_column], data, label_column)])
+        return _Split(images, [_numbered(table[label_column], features[label_column], data, label_column)])
 
     return _choose_test(data, splits, read)
 
