@@ -178,13 +178,11 @@ def _load_tiny_imagenet(folder: Path) -> Source:
         for path in files_below(folder / "train")
         if is_image_name(path) and Path(path).parts[-2] == "images"
     ]
-    test = []
-    for number, line in enumerate((folder / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines(), 1):
+    test, annotations = [], folder / "val" / "val_annotations.txt"
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
         file, _, rest = line.partition("\t")
         if not rest:
-            raise ValueError(
-                f"{folder / 'val' / 'val_annotations.txt'}, line {number}: expected a file and a class, got {line!r}"
-            )
+            raise ValueError(f"{annotations}, line {number}: expected a file and a class, got {line!r}")
         test.append((str(folder / "val" / "images" / file), rest.split("\t")[0]))
     if not train or not test:
         raise FileNotFoundError(f"data folder {str(folder)!r} has no images in train/WNID/images or val/images")
@@ -227,26 +225,26 @@ def _load_images(data: str, splits: dict[str, list[tuple[str, str | None]]]) -> 
 
 
 @dataclass(frozen=True)
-class _Numbered:
-    """Labels of one file, numbered by that file.
+class _Labels:
+    """Labels of one file.
 
     Attributes:
-        numbers: Indices into `names`, int64, (N,); negative if there is no label.
-        names: Class names; for a column of text or numbers, the values that occur in it.
+        classes: Name of the class of each image; None if there is no label.
+        names: All names that the file gives to classes, in its order.
         kind: "names" if the file defines the order of the classes; "text" or "numbers" if they are sorted as such.
     """
 
-    numbers: np.ndarray
+    classes: Sequence[str | None]
     names: Sequence[str]
     kind: str
 
 
 @dataclass(frozen=True)
 class _Split:
-    """Images of one split whose classes are not matched by name yet; `images.labels` is a placeholder."""
+    """Images of one split whose classes are not numbered yet; `images.labels` is a placeholder."""
 
     images: LabelledImages
-    labels: list[_Numbered]
+    labels: list[_Labels]
 
 
 def _join(data: str, train: _Split, test: _Split) -> Source:
@@ -257,10 +255,16 @@ def _join(data: str, train: _Split, test: _Split) -> Source:
             f"data set {data!r}: some files have class names and others have numbers without names, which cannot be "
             "matched; store the labels of all files in one way"
         )
-    for split in (train, test):
-        bad = np.flatnonzero(np.concatenate([part.numbers for part in split.labels]) < 0)
-        if len(bad):
-            raise ValueError(f"data set {data!r}: the image {split.images.place(int(bad[0]))} has no label")
+
+    def classes_of(split: _Split) -> list[str]:
+        found = [name for part in split.labels for name in part.classes]
+        known = [name for name in found if name is not None]
+        if len(known) < len(found):
+            place = split.images.place(found.index(None))
+            raise ValueError(f"data set {data!r}: the image {place} has no label")
+        return known
+
+    train_classes, test_classes = classes_of(train), classes_of(test)
     names = list(dict.fromkeys(name for part in train.labels for name in part.names))
     if kinds == {"numbers"}:
         names.sort(key=int)
@@ -274,41 +278,30 @@ def _join(data: str, train: _Split, test: _Split) -> Source:
     if len(names) < 2:
         found = f"one class, {names[0]!r}" if names else "no images to train on"
         raise ValueError(f"data set {data!r} has {found}; a classifier needs two classes or more")
-    number_of = {name: number for number, name in enumerate(names)}
-    used = [{part.names[n] for part in split.labels for n in np.unique(part.numbers)} for split in (train, test)]
-    if not used[0] & used[1]:
+    in_train, in_test = set(train_classes), set(test_classes)
+    if not in_train & in_test:
         raise ValueError(
             f"data set {data!r}: training and test images have no class in common; "
-            f"training has {listed(sorted(used[0]))}, test has {listed(sorted(used[1]))}"
+            f"training has {listed(sorted(in_train))}, test has {listed(sorted(in_test))}"
         )
-    unknown = sorted(used[1].difference(names))
+    unknown = in_test.difference(names)
     if unknown:
-        raise ValueError(f"data set {data!r}: test images have classes that training lacks: {listed(unknown)}")
-    for what, missing in (("training", set(names) - used[0]), ("test", used[0] - used[1])):
+        raise ValueError(f"data set {data!r}: test images have classes that training lacks: {listed(sorted(unknown))}")
+    for what, missing in (("training", set(names) - in_train), ("test", in_train - in_test)):
         if missing:
             warnings.warn(f"data set {data!r} has no {what} image of {listed(sorted(missing))}", stacklevel=4)
-    images = [
-        replace(
-            split.images,
-            labels=np.concatenate(
-                [np.array([number_of.get(n, -1) for n in part.names], np.int64)[part.numbers] for part in split.labels]
-            ),
-        )
-        for split in (train, test)
-    ]
-    return Source(data, images[0], images[1], tuple(names))
+    number_of = {name: number for number, name in enumerate(names)}
+    train_images, test_images = (
+        replace(split.images, labels=np.array([number_of[name] for name in classes], np.int64))
+        for split, classes in ((train, train_classes), (test, test_classes))
+    )
+    return Source(data, train_images, test_images, tuple(names))
 
 
 def _from_files(files: Sequence[tuple[str, str]]) -> _Split:
-    paths = [path for path, _ in files]
-    names, numbers = np.unique([name for _, name in files], return_inverse=True)
-    images = _encoded(len(paths), lambda row: Path(paths[row]).read_bytes(), paths.__getitem__)
-    return _Split(images, [_Numbered(numbers, names.tolist(), "text")])
-
-
-def _encoded(count: int, stored: Callable[[int], bytes], place: Callable[[int], str]) -> LabelledImages:
-    rows = np.arange(count)
-    return LabelledImages(lambda row: to_rgb(stored(row)), rows, rows, place, stored)
+    paths, classes = [path for path, _ in files], [name for _, name in files]
+    images = _stored_images(len(files), lambda row: Path(paths[row]), paths.__getitem__)
+    return _Split(images, [_Labels(classes, sorted(set(classes)), "text")])
 
 
 def _load_parquet(
@@ -338,10 +331,10 @@ def _load_parquet(
     def read_split(split: str) -> _Split:
         paths = files[split]
         labels = [
-            _numbered(read(path, [label_column])[label_column], features[path][label_column], path, label_column)
+            _labels(read(path, [label_column])[label_column], features[path][label_column], path, label_column)
             for path in paths
         ]
-        starts = np.cumsum([0, *(len(part.numbers) for part in labels)])
+        starts = np.cumsum([0, *(len(part.classes) for part in labels)])
 
         def locate(row: int) -> tuple[int, int]:
             file = bisect.bisect_right(starts, row) - 1
@@ -357,7 +350,7 @@ def _load_parquet(
 
         if streaming:
             columns = [read(path, [image_column])[image_column] for path in paths]
-        elif filled := [path for path, part in zip(paths, labels, strict=True) if len(part.numbers)]:
+        elif filled := [path for path, part in zip(paths, labels, strict=True) if part.classes]:
             loaded = _load_dataset(
                 data,
                 "parquet",
@@ -368,7 +361,7 @@ def _load_parquet(
                 features=datasets.Features({image_column: datasets.Image()}),
             )
             columns = [loaded[split].with_format("arrow")[:][image_column]]
-        return _Split(_from_items(int(starts[-1]), item, place), labels)
+        return _Split(_stored_images(int(starts[-1]), item, place), labels)
 
     return _choose_test(data, files, read_split)
 
@@ -378,7 +371,7 @@ def _choose_test(data: str, splits: Collection[str], read: Callable[[str], _Spli
     for name in HELD_OUT:
         if name in splits:
             test = read(name)
-            if any((part.numbers >= 0).any() for part in test.labels):
+            if any(name is not None for part in test.labels for name in part.classes):
                 return _join(data, read("train"), test)
     raise ValueError(
         f"data set {data!r} has no labelled split named {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}; "
@@ -402,10 +395,10 @@ def _load_columns(
         split = splits[name].with_format("arrow")  # other formats would decode every image
         table = pyarrow.concat_tables(split.iter(1000)) if streaming else split[:]
         column = table[image_column]
-        images = _from_items(
+        images = _stored_images(
             len(table), lambda row: column[row].as_py(), lambda row: f"in row {row} of {name} of {data}"
         )
-        return _Split(images, [_numbered(table[label_column], features[label_column], data, label_column)])
+        return _Split(images, [_labels(table[label_column], features[label_column], data, label_column)])
 
     return _choose_test(data, splits, read)
 
@@ -450,20 +443,20 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
+def _labels(column: Any, feature: Any, file: str, name: str) -> _Labels:
     """Read a label column; null and negative numbers mean no label."""
     import datasets
 
+    values = column.to_pylist()
     if isinstance(feature, datasets.ClassLabel):
-        numbers = column.fill_null(-1).to_numpy().astype(np.int64)
-        if len(numbers) and numbers.max() >= len(feature.names):
-            row = int(numbers.argmax())
+        numbers = [-1 if value is None else value for value in values]
+        if max(numbers, default=-1) >= len(feature.names):
+            row = numbers.index(max(numbers))
             raise ValueError(
                 f"{file}: label {numbers[row]} in row {row} has no class name; "
                 f"column {name!r} names the labels 0 to {len(feature.names) - 1}"
             )
-        return _Numbered(numbers, feature.names, "names")
-    values = column.to_pylist()
+        return _Labels([feature.names[n] if n >= 0 else None for n in numbers], feature.names, "names")
     kinds = {type(value) for value in values if value is not None}
     if not kinds <= {int} and not kinds <= {str}:
         kind = getattr(feature, "dtype", None) or type(feature).__name__
@@ -473,9 +466,8 @@ def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
     if kinds == {int}:
         values = [value if value is not None and value >= 0 else None for value in values]
     found = sorted({value for value in values if value is not None})
-    number_of = {None: -1} | {value: number for number, value in enumerate(found)}
-    numbers = np.array([number_of[value] for value in values], np.int64)
-    return _Numbered(numbers, [str(value) for value in found], "text" if kinds == {str} else "numbers")
+    classes = [None if value is None else str(value) for value in values]
+    return _Labels(classes, [str(value) for value in found], "text" if kinds == {str} else "numbers")
 
 
 def _find_columns(data: str, features: Mapping[str, Any], label: str | None, image: str | None) -> tuple[str, str]:
@@ -512,8 +504,8 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _from_items(count: int, item: Callable[[int], Any], place: Callable[[int], str]) -> LabelledImages:
-    """Return images stored as bytes, or as `datasets` stores them, in a dict with bytes or a path."""
+def _stored_images(count: int, item: Callable[[int], Any], place: Callable[[int], str]) -> LabelledImages:
+    """Return images stored as bytes, in files, or as `datasets` stores them, in a dict with bytes or a path."""
 
     def stored(row: int) -> bytes:
         found = item(row)
@@ -524,7 +516,8 @@ def _from_items(count: int, item: Callable[[int], Any], place: Callable[[int], s
         content: bytes = found.read_bytes() if isinstance(found, Path) else found
         return content
 
-    return _encoded(count, stored, place)
+    rows = np.arange(count)
+    return LabelledImages(lambda row: to_rgb(stored(row)), rows, rows, place, stored)
 
 
 def _require(module: str, package: str | None = None) -> None:
