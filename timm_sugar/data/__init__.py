@@ -2,7 +2,7 @@
 
 from .cache import ArrayCache
 from .crops import CropFlip
-from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
+from .evaluation import Evaluation, NormalizedBatches, evaluate_batches
 from .folders import files_below, is_image_name, listed
 from .images import BadImageError, LabelledImages, available_cpus, to_rgb, why_unreadable
 from .loading import Split, content_key, decode, decode_kept, fingerprint, seed_everything, with_digests
@@ -29,7 +29,6 @@ __all__ = [
     "decode",
     "decode_kept",
     "eval_transform",
-    "evaluate",
     "evaluate_batches",
     "files_below",
     "fingerprint",

@@ -20,7 +20,6 @@ from ..surrogates import unknown_name
 from .folders import (
     HELD_OUT,
     files_below,
-    has_metadata,
     images_by_class,
     is_image_name,
     listed,
@@ -200,11 +199,13 @@ def _load_folder(folder: Path, label_column: str | None, image_column: str | Non
     if parquet:
         return _load_parquet(data, parquet, label_column, image_column, streaming)
     splits = split_folders(folder)
+    has_images = any(map(is_image_name, files))
     if "train" not in splits:
-        if any(is_image_name(path) for path in files):
+        if has_images:
             raise FileNotFoundError(f"data folder {data!r} has images but no folder train; they belong in train/CLASS")
         return _load_columns(data, label_column, image_column, streaming, path=data)
-    if not has_metadata(splits["train"]) and any(map(is_image_name, files)):
+    metadata = {os.path.join(splits["train"], f"metadata.{kind}") for kind in ("csv", "jsonl", "parquet")}
+    if has_images and metadata.isdisjoint(files):  # else labels are in that file
         return _load_images(data, {name: images_by_class(path, files) for name, path in splits.items()})
     # Without patterns, datasets infers splits from every name in a path, class names included.
     patterns = {name: f"{glob.escape(path)}/**" for name, path in splits.items()}

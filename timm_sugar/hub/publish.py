@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx
 from torch import nn
 
-from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
+from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate_batches, load_source, stratified_sample
 from ..files import read_lines, read_mapping, to_json, to_yaml, write_file
 from ..metrics import METRICS
 from ..models import create_model
@@ -230,7 +230,8 @@ def evaluate_images(model: nn.Module, images: LabelledImages) -> Evaluation:
     cfg: Any = model.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate(model, pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
+    batches = zip(pixels.split(256), torch.from_numpy(images.labels).split(256), strict=True)
+    return evaluate_batches(model, batches, cfg["mean"], cfg["std"], shared=False)
 
 
 def publish(
