@@ -476,8 +476,8 @@ def _find_columns(data: str, features: Mapping[str, Any], label: str | None, ima
     for kind, wanted in (("label", label), ("image", image)):
         if wanted is not None and wanted not in features:
             raise ValueError(f"data set {data!r}: " + unknown_name(f"{kind} column", wanted, list(features)))
-    labels = [label] if label else [name for name in _LABEL_COLUMNS if name in features]
-    if not labels:
+    label = label or next((name for name in _LABEL_COLUMNS if name in features), None)
+    if label is None:
         raise ValueError(
             f"data set {data!r} has no column {', '.join(_LABEL_COLUMNS[:-1])} or {_LABEL_COLUMNS[-1]}; "
             f"name its label column with --label-column, one of {', '.join(features)}"
@@ -488,12 +488,12 @@ def _find_columns(data: str, features: Mapping[str, Any], label: str | None, ima
     if not found:
         shown = ", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items())
         raise ValueError(f"data set {data!r} has no column of images, or of bytes of image files; it has {shown}")
-    images = [image] if image else found if len(found) == 1 else [name for name in _IMAGE_COLUMNS if name in found]
-    if not images:
+    usual = found if len(found) == 1 else [name for name in _IMAGE_COLUMNS if name in found]
+    if not image and not usual:
         raise ValueError(
             f"data set {data!r} has several image columns; name one with --image-column: {', '.join(found)}"
         )
-    return labels[0], images[0]
+    return label, image or usual[0]
 
 
 def _holds_images(feature: Any) -> bool:
