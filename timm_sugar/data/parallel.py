@@ -149,12 +149,3 @@ def readable(images: LabelledImages, title: str | None = None) -> np.ndarray:
         return True
 
     return np.flatnonzero(compute_rows(check, (len(images),), title))
-
-
-def check_readable(images: LabelledImages, title: str | None = None) -> None:
-    """Decode every image.
-
-    Raises:
-        BadImageError: one cannot be decoded; the message names its file or row.
-    """
-    compute_rows(lambda index: images[index] is None, (len(images),), title)

@@ -21,7 +21,6 @@ from ..data import (
     Split,
     channel_counts,
     channel_statistics,
-    check_readable,
     compute_rows,
     content_key,
     decode_kept,
@@ -198,7 +197,7 @@ def _check_readable(images: LabelledImages, cache: ArrayCache, title: str | None
     """Decode every image, unless that was done before; raise BadImageError where one cannot be."""
 
     def check() -> np.ndarray:
-        check_readable(images, title)
+        compute_rows(lambda index: images[index] is None, (len(images),), title)
         return np.ones(1, np.uint8)
 
     cache.array(content_key(images, "readable"), (1,), check)
