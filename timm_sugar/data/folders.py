@@ -63,11 +63,7 @@ def split_of(name: str) -> str | None:
 
 
 def split_folders(folder: Path) -> dict[str, str]:
-    """Return the folders of the first level that hold a split, by split.
-
-    Raises:
-        ValueError: two of them name the same split.
-    """
+    """Return the folders of the first level that hold a split, by split; refuse two that name the same one."""
     found: dict[str, str] = {}
     for entry in sorted(_visible(folder), key=lambda entry: entry.name):
         split = split_of(entry.name)
@@ -80,11 +76,7 @@ def split_folders(folder: Path) -> dict[str, str]:
 
 
 def images_by_class(folder: str, files: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Return the path and class of each image in the folder of a split; class None if it is in no class folder.
-
-    Args:
-        folder: Folder of the split, whose subfolders are the classes, whatever their names.
-        files: Paths; those not below `folder` are ignored.
+    """Return path and class of those of `files` that are images in the folder of a split; None outside of all classes.
 
     A warning names files that are not images, which are left out, and class folders without images.
     """

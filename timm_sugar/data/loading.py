@@ -67,10 +67,6 @@ def content_key(images: LabelledImages, *what: object) -> str | None:
     """Return a key of what is computed from images: their content in order, the code and libraries that decode, `what`.
 
     It is None where their `digests` are not known, or they are not encoded.
-
-    Args:
-        images: At least one.
-        what: Everything else that the result depends on.
     """
     if images.stored is None or images.digests is None:
         return None
