@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +395,8 @@ def _load_columns(
 
     def read(name: str) -> _Split:
         split = splits[name].with_format("arrow")  # other formats would decode every image
-        table = pyarrow.concat_tables(split.iter(1000)) if streaming else split[:]
+        parts = chain([features.arrow_schema.empty_table()], split.iter(1000)) if streaming else [split[:]]
+        table = pyarrow.concat_tables([part.select([image_column, label_column]) for part in parts])
         column = table[image_column]
         images = _stored_images(
             len(table), lambda row: column[row].as_py(), lambda row: f"in row {row} of {name} of {data}"
