@@ -1,7 +1,7 @@
 """Before anything goes to the Hub: a repository's name is legal, and the token may write there."""
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from ..models._download import check_token, retry
@@ -59,11 +59,3 @@ def check_destination(repo_id: str, create_pr: bool = False) -> None:
     )
     if roles[owner] == "read" or not writable:
         raise PermissionError(f"the token of {me['name']} may read {repo_id}, but not write to it")
-
-
-def head_of(repo_id: str, revision: str | None) -> str | None:
-    """Return the newest commit of a branch, None where there is no such repository."""
-    try:
-        return retry(HfApi().model_info, repo_id, revision=revision).sha
-    except RepositoryNotFoundError:
-        return None
