@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx
 from huggingface_hub.utils.sha import git_hash
 from torch import nn
 
-from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
+from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, stratified_sample
 from ..files import read_lines, read_mapping, to_json, to_yaml, write_file
 from ..metrics import METRICS
 from ..models import create_model
-from ..models._download import retry
+from ..models._download import check_token, retry
 from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
-from .client import check_destination, check_repo_id
+from .loading import check_repo_id, load_as_in_training
 from .reload import check_reload
 
 # What timm and transformers look for beside model.safetensors, or in its place.
@@ -106,8 +106,8 @@ def _training_curves(lines: list[dict[str, Any]], activation: str) -> bytes | No
     from ..analysis.palette import assign_styles
     from ..analysis.plots import metric_curves
 
-    shown = [metric for metric in METRICS if metric.chart in ("Loss", "Accuracy")]
-    shown = [metric for metric in shown if any(line.get(metric.key) is not None for line in lines)]
+    measured = {key for line in lines for key, value in line.items() if value is not None}
+    shown = [metric for metric in METRICS if metric.chart in ("Loss", "Accuracy") and metric.key in measured]
     content = io.BytesIO()
     figure = metric_curves({"": [lines]}, shown, assign_styles([activation]))
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
@@ -145,11 +145,7 @@ def _content(file: bytes | Path) -> bytes:
 
 
 def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
-    """Return the images that a run was tested on.
-
-    Args:
-        output: Its folder.
-        data: Where they are now; None for where they were, which is not downloaded for it.
+    """Return the images that a run was tested on, from `data` or from where they were, which is not downloaded for it.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: they are not at hand.
@@ -160,8 +156,7 @@ def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
         dataset_id = dataset_of(data)[0]
         if dataset_id and not Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}").is_dir():
             raise FileNotFoundError(f"{data} is not here, --data may say where it is")
-    names = settings.keys() & {"label_column", "image_column", "split_seed", "skip_bad_images"}
-    return load_source(data, **{name: settings[name] for name in names}).test
+    return load_as_in_training(data, settings).test
 
 
 def check_weights(output: Path, data: str | None = None) -> str:
@@ -171,10 +166,11 @@ def check_weights(output: Path, data: str | None = None) -> str:
     within four standard deviations of what such a sample scatters.
 
     Args:
-        output, data: As for `read_test_images`.
+        output: Folder of the run.
+        data: Where the test images are now; None for where they were, which is not downloaded for it.
 
     Returns:
-        What was found, for a person to read. Data that is not at hand is not downloaded for it, unless it is `data`.
+        What was found, for a person to read.
 
     Raises:
         ValueError, OSError, RuntimeError: the weights do not load, here or where the card says that they do, give no
@@ -209,6 +205,50 @@ def evaluate_images(model: nn.Module, images: LabelledImages) -> Evaluation:
     pixels = decode(images, eval_transform(cfg))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate(model, pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
+
+
+def check_destination(repo_id: str, create_pr: bool = False) -> None:
+    """Check that the token may write to a repository, which need not exist yet.
+
+    Args:
+        repo_id: ORG/NAME.
+        create_pr: Only a pull request is opened; any token that can write may do that.
+
+    Raises:
+        ValueError: the name is not legal.
+        PermissionError: there is no token, the Hub does not accept it, or it may not write there.
+        FileNotFoundError: a pull request needs a repository that exists.
+        ConnectionError: the Hub cannot be reached.
+        HfHubHTTPError: it refuses for another reason, or stays busy.
+    """
+    check_repo_id(repo_id)
+    if get_token() is None:
+        raise PermissionError("no token for the Hub: set HF_TOKEN or run `hf auth login`")
+    try:
+        me = retry(HfApi().whoami)
+    except HfHubHTTPError as error:
+        check_token(error)
+        raise
+    except httpx.TransportError as error:
+        raise ConnectionError(f"the Hub at {constants.ENDPOINT} cannot be reached: {error}") from error
+    token = me.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise PermissionError(f"the token of {me['name']} can only read; make one that can write")
+    if create_pr:
+        if not retry(HfApi().repo_exists, repo_id):
+            raise FileNotFoundError(f"there is no repository {repo_id} to open a pull request for")
+        return
+    owner = repo_id.partition("/")[0]
+    roles = {me["name"]: "admin"} | {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
+    if owner not in roles:
+        raise PermissionError(f"{me['name']} may not write to {repo_id}; only to {', '.join(roles)}")
+    scoped = token.get("fineGrained", {}).get("scoped")
+    writable = scoped is None or any(
+        "repo.write" in scope.get("permissions", ()) and scope.get("entity", {}).get("name") in (owner, repo_id)
+        for scope in scoped
+    )
+    if roles[owner] == "read" or not writable:
+        raise PermissionError(f"the token of {me['name']} may read {repo_id}, but not write to it")
 
 
 def publish(

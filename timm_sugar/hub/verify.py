@@ -94,7 +94,7 @@ def verify(
     claims = [*_of_model_index(card.data.eval_results or [], data), *_of_table(card.text)]
     network = found.load()
     with progress_bars(*["loading it as its card says"] * show_progress):
-        check_reload(found.folder(network), network)
+        check_reload(found.card.parent, network)
     source = found.load_data(network, data, label_column, image_column)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     measured = _measure(network, source.test, "test", show_progress)
