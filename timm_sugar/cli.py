@@ -31,7 +31,7 @@ from .models import is_own
 from .models._weights import list_weights
 from .terminal import Parser, print_table, progress_bars
 
-Argument: TypeAlias = tuple[tuple[str, ...], dict[str, Any]]  # what `argparse.ArgumentParser.add_argument` takes
+Argument: TypeAlias = tuple[str, dict[str, Any]]  # what `argparse.ArgumentParser.add_argument` takes
 Run: TypeAlias = Callable[[argparse.Namespace], int | None]  # prints its result and returns the exit status, 0 for None
 
 COMMANDS: dict[str, Run] = {}
@@ -99,8 +99,8 @@ def _command(help: str, example: str, *arguments: Argument, passes: bool = False
             epilog=f"example: {example}",
             allow_abbrev=not passes,  # else a flag of the trainer may pass for one of the command
         )
-        for flags, options in (*arguments, _switch("--debug", "show where an error comes from")):
-            parser.add_argument(*flags, **options)
+        for flag, options in (*arguments, _switch("--debug", "show where an error comes from")):
+            parser.add_argument(flag, **options)
         parser.set_defaults(passes=passes)
         COMMANDS[name] = run
         return run
@@ -108,19 +108,19 @@ def _command(help: str, example: str, *arguments: Argument, passes: bool = False
     return register
 
 
-def _argument(*flags: str, **options: Any) -> Argument:
-    return flags, options
+def _argument(name: str, help: str, **options: Any) -> Argument:
+    return name, {"help": help, **options}
 
 
-def _switch(flag: str, help: str) -> Argument:
-    return _argument(flag, action="store_true", help=help)
+def _switch(name: str, help: str) -> Argument:
+    return _argument(name, help, action="store_true")
 
 
 _MODEL = "run's or published folder, ORG/NAME, or a model's name"
 _DATA = (
-    _argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder"),
-    _argument("--label-column", help="column of the class labels; default: the one that the card names"),
-    _argument("--image-column", help="column of the images; likewise"),
+    _argument("--data", "digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder", required=True),
+    _argument("--label-column", "column of the class labels; default: the one that the card names"),
+    _argument("--image-column", "column of the images; likewise"),
 )
 _JSON = _switch("--json", "print the result as JSON")
 
@@ -152,9 +152,9 @@ def _models(args: argparse.Namespace) -> None:
 @_command(
     "name the classes of images; exit status 1 where a file cannot be read, which does not stop the others",
     "timm-sugar predict photo.jpg path/to/folder --model output/digits --top 3",
-    _argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, and folders, of any depth, with images"),
-    _argument("--model", required=True, help=f"{_MODEL}; local-dir:FOLDER and hf-hub:ORG/NAME too"),
-    _argument("--top", type=int, default=5, metavar="N", help="classes of each image (default: 5)"),
+    _argument("images", "files, and folders, of any depth, with images", metavar="IMAGE_OR_FOLDER", nargs="+"),
+    _argument("--model", f"{_MODEL}; local-dir:FOLDER and hf-hub:ORG/NAME too", required=True),
+    _argument("--top", "classes of each image (default: 5)", type=int, default=5, metavar="N"),
     _switch("--json", "print a JSON object a line: file, and classes (number, name, probability) or error"),
 )
 def _predict(args: argparse.Namespace) -> int:
@@ -187,15 +187,13 @@ def _predict(args: argparse.Namespace) -> int:
     "that shows a difference. Stop it at any time: the same command goes on. Rates, surrogates and seeds may be added "
     "later. Every other flag is one of the trainer's, such as --epochs, and holds for all runs",
     "timm-sugar compare --data path/to/folder --model resnet18 --lrs 0.001 0.003 --seeds 3 --minutes 60",
-    _argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder"),
-    _argument("--output", type=Path, default=Path("output/compare"), metavar="DIR", help="default: output/compare"),
-    _argument("--surrogates", nargs="+", metavar="NAME", help="default: bsilu nelu"),
-    _argument("--lrs", nargs="+", type=float, metavar="RATE", help="learning rates (default: 0.0003 0.001 0.003)"),
-    _argument("--seeds", type=int, metavar="N", help="seeds of each, from 0 on (default: 3)"),
-    _argument(
-        "--minutes", type=float, default=math.inf, metavar="M", help="stop after so many; the same command goes on"
-    ),
-    _argument("--jobs", type=int, metavar="N", help="runs at once (default: one a CPU core, or one on a GPU)"),
+    _argument("--data", "digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder", required=True),
+    _argument("--output", "default: output/compare", type=Path, default=Path("output/compare"), metavar="DIR"),
+    _argument("--surrogates", "default: bsilu nelu", nargs="+", metavar="NAME"),
+    _argument("--lrs", "learning rates (default: 0.0003 0.001 0.003)", nargs="+", type=float, metavar="RATE"),
+    _argument("--seeds", "seeds of each, from 0 on (default: 3)", type=int, metavar="N"),
+    _argument("--minutes", "stop after so many; the same command goes on", type=float, default=math.inf, metavar="M"),
+    _argument("--jobs", "runs at once (default: one a CPU core, or one on a GPU)", type=int, metavar="N"),
     _JSON,
     passes=True,
 )
@@ -235,23 +233,23 @@ def _compare(args: argparse.Namespace) -> int:
 @_command(
     "publish a finished run on the Hub, in one commit",
     "timm-sugar publish output/digits --repo-id me/resnet18_sugar_bsilu.digits --dry-run",
-    _argument("output", metavar="OUTPUT", type=Path, help="folder of a finished run, or one of --to-folder"),
-    _argument("--repo-id", required=True, metavar="ORG/NAME", help="repository; created if need be"),
+    _argument("output", "folder of a finished run, or one of --to-folder", metavar="OUTPUT", type=Path),
+    _argument("--repo-id", "repository; created if need be", required=True, metavar="ORG/NAME"),
     _argument(
         "--facts",
+        "what the card says besides the run's numbers (default: facts.yaml in OUTPUT or DIR, where there is one)",
         type=Path,
         metavar="YAML",
-        help="what the card says besides the run's numbers (default: facts.yaml in OUTPUT or DIR, where there is one)",
     ),
     _switch(
         "--half",
         "store weights in float16, but for 1-D tensors, and claim the accuracy of that file, measured in timm and "
         "in transformers",
     ),
-    _argument("--data", help="where the test images are now (default: where they were in training)"),
-    _argument("--to-folder", type=Path, metavar="DIR", help="write the files into DIR, and send nothing"),
+    _argument("--data", "where the test images are now (default: where they were in training)"),
+    _argument("--to-folder", "write the files into DIR, and send nothing", type=Path, metavar="DIR"),
     _switch("--private", "create a private repository"),
-    _argument("--revision", metavar="BRANCH", help="branch to commit to; created if need be"),
+    _argument("--revision", "branch to commit to; created if need be", metavar="BRANCH"),
     _switch("--create-pr", "open a pull request instead of committing"),
     _switch("--dry-run", "check the run, show what would go up, and stop"),
 )
@@ -280,9 +278,9 @@ def _publish(args: argparse.Namespace) -> None:
 @_command(
     "measure again every number that the card of a published model claims; exit status 1 where one does not hold",
     "timm-sugar verify me/resnet18_sugar_bsilu.digits --data digits",
-    _argument("model", metavar="REPO_OR_FOLDER", help="ORG/NAME on the Hub, a published folder, or a run's"),
+    _argument("model", "ORG/NAME on the Hub, a published folder, or a run's", metavar="REPO_OR_FOLDER"),
     *_DATA,
-    _argument("--revision", help="branch, tag or commit of the repository"),
+    _argument("--revision", "branch, tag or commit of the repository"),
     _JSON,
 )
 def _verify(args: argparse.Namespace) -> int:
@@ -312,9 +310,9 @@ def _verify(args: argparse.Namespace) -> int:
 @_command(
     "count dead and always-active units, and how often the others are active, layer by layer",
     "timm-sugar profile output/digits --data digits",
-    _argument("model", metavar="MODEL_OR_RUN", help=_MODEL),
+    _argument("model", _MODEL, metavar="MODEL_OR_RUN"),
     *_DATA,
-    _argument("--output", type=Path, metavar="DIR", help="folder of the results; default: the run's own"),
+    _argument("--output", "folder of the results; default: the run's own", type=Path, metavar="DIR"),
     _JSON,
 )
 def _profile(args: argparse.Namespace) -> None:
@@ -361,14 +359,12 @@ def _profile(args: argparse.Namespace) -> None:
 @_command(
     "measure the loss around trained networks along two random directions, and its sharpness",
     "timm-sugar landscape output/relu output/sugar --data cifar10 --output output/landscapes",
-    _argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_MODEL),
+    _argument("models", _MODEL, metavar="RUN_OR_MODEL", nargs="+"),
     *_DATA,
-    _argument("--resolution", type=int, default=25, help="points in each direction, odd (default: 25)"),
-    _argument("--limit", type=int, default=500, help="training images, a stratified sample (default: 500)"),
-    _argument("--seed", type=int, default=0, help="of the directions and of the sample (default: 0)"),
-    _argument(
-        "--output", type=Path, metavar="DIR", help="folder of results and a common picture; default: each run's own"
-    ),
+    _argument("--resolution", "points in each direction, odd (default: 25)", type=int, default=25),
+    _argument("--limit", "training images, a stratified sample (default: 500)", type=int, default=500),
+    _argument("--seed", "of the directions and of the sample (default: 0)", type=int, default=0),
+    _argument("--output", "folder of results and a common picture; default: each run's own", type=Path, metavar="DIR"),
     _JSON,
 )
 def _landscape(args: argparse.Namespace) -> None:
@@ -414,10 +410,8 @@ def _landscape(args: argparse.Namespace) -> None:
 @_command(
     "write a page about a run, or several compared, and pictures beside it",
     "timm-sugar report output/relu output/sugar --output output/report.html",
-    _argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not, or of a comparison"),
-    _argument(
-        "--output", type=Path, metavar="FILE", default=Path("report.html"), help="the page (default: report.html)"
-    ),
+    _argument("runs", "folder of a run, finished or not, or of a comparison", metavar="RUN", nargs="+", type=Path),
+    _argument("--output", "the page (default: report.html)", type=Path, metavar="FILE", default=Path("report.html")),
 )
 def _report(args: argparse.Namespace) -> None:
     from .analysis.report import write_report
@@ -429,19 +423,19 @@ def _report(args: argparse.Namespace) -> None:
 @_command(
     "time a training step of a network with several activations, and count the memory kept for the backward",
     "timm-sugar bench resnet18_sugar_bsilu --only gelu sugar sugar_uint8",
-    _argument("model", metavar="MODEL", help="model of timm's registry that takes act_layer, ours included"),
-    _argument("--img-size", type=int, default=32, help="side of the images, pixels (default: 32)"),
-    _argument("--batch-size", type=int, default=128, help="images in a step (default: 128)"),
-    _argument("--surrogate", default="bsilu", help="SUGAR's surrogate (default: bsilu)"),
-    _argument("--only", nargs="+", metavar="ACTIVATION", help="beside relu: " + ", ".join(activations("bsilu"))),
-    _argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU where there is one)"),
+    _argument("model", "model of timm's registry that takes act_layer, ours included", metavar="MODEL"),
+    _argument("--img-size", "side of the images, pixels (default: 32)", type=int, default=32),
+    _argument("--batch-size", "images in a step (default: 128)", type=int, default=128),
+    _argument("--surrogate", "SUGAR's surrogate (default: bsilu)", default="bsilu"),
+    _argument("--only", "beside relu: " + ", ".join(activations("bsilu")), nargs="+", metavar="ACTIVATION"),
+    _argument("--device", "where (default: the GPU where there is one)", choices=("cpu", "cuda")),
     _argument(
         "--precision",
+        "bfloat16 and float16: autocast, in channels-last order (default: float32)",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="bfloat16 and float16: autocast, in channels-last order (default: float32)",
     ),
-    _argument("--rounds", type=int, default=15, help="steps timed with each activation (default: 15)"),
+    _argument("--rounds", "steps timed with each activation (default: 15)", type=int, default=15),
     _switch("--compile", "train through torch.compile"),
     _JSON,
 )

@@ -71,8 +71,7 @@ def model_card(
         eval_results=[result],
     )
     columns, rows = _results(run, facts)
-    public = told_settings(public_settings(settings, dataset_id))
-    shown = to_yaml(public)
+    shown = to_yaml(told_settings(public_settings(settings, dataset_id)))
     card = ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),
