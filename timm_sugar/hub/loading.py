@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import is_model, parse_model_name
 from torch import Tensor, nn
@@ -152,10 +152,7 @@ def sample_batches(network: nn.Module, images: LabelledImages, limit: int, seed:
 
 def check_repo_id(repo_id: str) -> None:
     """Raise ValueError, in one line, where `repo_id` is not a legal ORG/NAME."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(str(error)) from error
+    validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
         raise ValueError(f"a repository is named ORG/NAME, got {repo_id!r}")
 
