@@ -416,8 +416,7 @@ def _profile(args: argparse.Namespace) -> int:
     _JSON,
 )
 def _landscape(args: argparse.Namespace) -> int:
-    from .analysis.landscape_plots import landscape_contours, landscape_surfaces
-    from .analysis.plots import save
+    from .analysis.plots import landscape_contours, landscape_surfaces, save
     from .analysis.run import unique_names
 
     if args.limit < 1:

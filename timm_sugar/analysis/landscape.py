@@ -271,6 +271,13 @@ def summarise_landscape(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def loss_range(landscapes: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Return the lowest and the highest finite loss of complete landscapes, for a logarithmic axis of six decades."""
+    losses = [loss for found in landscapes for row in found["loss"] for loss in row if loss is not None]
+    high = max(*losses, 1e-6)
+    return min(max(min(losses), high * 1e-6), high / 1.1), high
+
+
 def _move(network: nn.Module, axis: list[float], start: int, seed: int) -> Iterator[tuple[int, int]]:
     """Move the weights from point to point of the grid, from number `start` on, and yield row and column of each."""
     first, second = random_directions(network, seed)

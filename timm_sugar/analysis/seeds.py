@@ -56,17 +56,6 @@ def interval(values: Sequence[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
-    """Return the mean and its interval as text; the mean alone where there is no interval.
-
-    Examples:
-        >>> with_interval([1.0, 2.0, 3.0], "+", 1)
-        '+2.0 ± 2.5'
-    """
-    half = interval(values)
-    return f"{fmean(values):{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
 def mean_by_epoch(
     runs: Sequence[Sequence[Mapping[str, Any]]],
     key: str,
@@ -95,6 +84,24 @@ def band(
     """Return x, lower and upper end of the intervals of what `mean_by_epoch` returns, cut off at `limits`."""
     low, high = limits
     return [(x, max(mean - half, low), min(mean + half, high)) for x, mean, half in points if half is not None]
+
+
+def dead_by_layer(seeds: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[tuple[float, ...]]]:
+    """Return the percentage of dead units of each layer.
+
+    Args:
+        seeds: For each seed, the content of a profile.json.
+
+    Returns:
+        The means, and how far their intervals reach down and up, two lists; none for one seed.
+    """
+    columns = zip(*(found["layers"] for found in seeds), strict=True)
+    shares = [[100 * layer["dead"] / layer["units"] for layer in column] for column in columns]
+    means = [*map(fmean, shares)]
+    if len(seeds) < 2:
+        return means, []
+    ends = band([(mean, mean, interval(share)) for mean, share in zip(means, shares, strict=True)], (0, 100))
+    return means, [*zip(*((mean - low, high - mean) for mean, low, high in ends), strict=True)]
 
 
 def _common_name(names: Sequence[str]) -> str:
