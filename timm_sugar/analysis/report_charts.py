@@ -1,4 +1,4 @@
-"""The interactive charts of the report, as plotly.js takes them. Colours, which depend on the theme, are set there.
+"""What the interactive charts of the report show, as plotly.js takes it. How they look is said in report.html.
 
 A chart has an `id`, `title`, `description`, `data` and `layout`; each of its traces the number of its curve in `meta`.
 """
@@ -77,12 +77,10 @@ def dead_unit_charts(profiles: Profiles) -> list[Chart]:
                 f"{html.escape(layers[0]['name'])}: {_mean_text([x['dead'] for x in layers])} of {layers[0]['units']}"
                 for layers in columns
             ],
-            "textposition": "none",
-            "hovertemplate": "%{text} dead (%{y:.1f}%)",
         }
         if reach:
             down, up = reach
-            trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+            trace["error_y"] = {"array": up, "arrayminus": down}
         traces.append(trace)
     if not any(share for trace in traces for share in trace["y"]):
         return []
@@ -159,17 +157,6 @@ def activation_charts(profiles: Mapping[str, dict[str, Any]], curve_of: Mapping[
                 [[html.escape(layer["name"]), round(100 * share, 2)] for share in row]
                 for layer, row in zip(layers, shares, strict=True)
             ],
-            "hovertemplate": "%{customdata[0]}: active for about %{x}% of the images:"
-            " %{customdata[1]}% of the elements<extra></extra>",
-            "zmin": 0,
-            "zmax": 1,
-            "colorscale": "Cividis",
-            "colorbar": {
-                "title": {"text": "% of elements", "side": "right"},
-                "tickvals": [math.sqrt(share) for share in (0, 0.05, 0.2, 0.5, 1)],
-                "ticktext": ["0", "5", "20", "50", "100"],
-                "thickness": 12,
-            },
         }
         layout = _axes("active for this share of the images (%)", "layer", min(620, 190 + 20 * len(layers)))
         layout["yaxis"] |= {"autorange": "reversed"} | _layer_ticks([layers])
@@ -203,24 +190,10 @@ def landscape_charts(landscapes: Mapping[str, dict[str, Any]], curve_of: Mapping
                 [[loss, None if top1 is None else 100 * top1] for loss, top1 in zip(*rows, strict=True)]
                 for rows in zip(found["loss"], found["top1"], strict=True)
             ],
-            "hovertemplate": "step %{x}, %{y}<br>loss %{customdata[0]:.4g}<br>accuracy %{customdata[1]:.1f}%"
-            "<extra></extra>",
             "zmin": first,
             "zmax": last,
-            "autocontour": False,
             "contours": {"start": first, "end": last, "size": (last - first) / 12},
-            "line": {"width": 0.5},
-            "colorscale": "Viridis",
-            "reversescale": True,
-            "colorbar": {
-                "title": {"text": "cross-entropy (nats)", "side": "bottom"},
-                "tickvals": ticks,
-                "ticktext": [f"{10**tick:.2g}" for tick in ticks],
-                "thickness": 12,
-                "orientation": "h",
-                "y": -0.2,
-                "yanchor": "top",
-            },
+            "colorbar": {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]},
         }
         values = [v for row in found["loss"] for v in row if v is not None]
         description = (
@@ -246,15 +219,12 @@ def _line(run: int, name: str, part: str, dash: str, points: Sequence[Point]) ->
     label = html.escape(f"{name}, {part}" if part else name)
     return {
         "type": "scatter",
-        "mode": "lines+markers",
         "meta": run,
         "name": label,
         "x": [x for x, _, _ in points],
         "y": [y for _, y, _ in points],
         "customdata": ["" if half is None else f" ± {half:.3g}" for _, _, half in points],
-        "line": {"dash": dash, "width": 2},
-        "marker": {"size": 7, "maxdisplayed": 20},
-        "hovertemplate": "%{y:.5g}%{customdata}",
+        "line": {"dash": dash},
     }
 
 
@@ -264,19 +234,11 @@ def _band(run: int, ends: Sequence[tuple[float, float, float]]) -> list[dict[str
         return []
     outline = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]
     x, y = zip(*outline, strict=True)
-    look = {"type": "scatter", "mode": "lines", "fill": "toself", "line": {"width": 0}, "hoverinfo": "skip"}
-    return [look | {"meta": run, "x": x, "y": y}]
+    return [{"type": "scatter", "fill": "toself", "meta": run, "x": x, "y": y}]
 
 
 def _axes(x: str, y: str, height: int = 320) -> dict[str, Any]:
-    return {
-        "xaxis": {"title": {"text": x}, "automargin": True},
-        "yaxis": {"title": {"text": y}, "automargin": True},
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 48},
-        "height": height,
-        "showlegend": False,
-        "hovermode": "closest",
-    }
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, "height": height}
 
 
 def _chart(chart_id: str, title: str, description: str, data: list[dict[str, Any]], layout: dict[str, Any]) -> Chart:
