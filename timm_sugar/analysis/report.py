@@ -80,8 +80,8 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     return [output, *pictures]
 
 
-def _styles(groups: Groups) -> list[Style]:
-    return assign_styles([group[0].look for group in groups.values()])
+def _styles(groups: Groups) -> dict[str, Style]:
+    return dict(zip(groups, assign_styles([group[0].look for group in groups.values()]), strict=True))
 
 
 def _metrics(groups: Groups) -> dict[str, list[list[dict[str, Any]]]]:
@@ -93,14 +93,13 @@ def _profiles(groups: Groups) -> dict[str, list[dict[str, Any]]]:
 
 
 def _landscapes(groups: Groups) -> dict[str, dict[str, Any]]:
-    records = [record for group in groups.values() for record in group]
-    return {record.name: found for record in records if (found := record.complete_landscape)}
+    return {run.name: run.landscape for group in groups.values() for run in group if run.landscape}
 
 
 def _draw_pictures(groups: Groups, path: Path) -> list[Path]:
     """Draw what the runs have as PNG and PDF, whose names begin with `path`, and return the PNG files."""
     figures: dict[str, Figure] = {}
-    styles = dict(zip(groups, _styles(groups), strict=True))
+    styles = _styles(groups)
     if begun := {name: runs for name, runs in _metrics(groups).items() if runs}:
         figures["curves"] = metric_curves(begun, styles=[styles[name] for name in begun])
     if profiles := {name: found for name, found in _profiles(groups).items() if found}:
@@ -148,7 +147,7 @@ def _render(groups: Groups, compared: Sequence[Mapping[str, Any]]) -> str:
         title=f"Run {records[0].name}" if len(records) == 1 else f"{len(records)} runs compared",
         groups=groups,
         runs=records,
-        styles=_styles(groups),
+        styles=[*_styles(groups).values()],
         summary=summary_table(groups),
         each=summary_table({record.name: [record] for record in records}) if len(groups) < len(records) else None,
         compared=[(result_tables(found), remarks(found)) for found in compared],
@@ -184,9 +183,9 @@ def summary_table(groups: Groups) -> tuple[list[str], dict[str, list[tuple[str, 
     same_data = len({tuple(r.settings.get(name) for name in names_of("data")) for r in records}) == 1
     heads: list[str] = []
     cells: dict[str, list[tuple[str, bool]]] = {name: [] for name in groups}
-    for metric in METRICS:
+    for metric in (metric for metric in METRICS if metric.column):
         values = {name: _values(group, metric.key) for name, group in groups.items()}
-        if not (metric.column and any(values.values())):
+        if not any(values.values()):
             continue
         heads.append(metric.label)
         finished = {n: fmean(values[n]) for n, group in groups.items() if values[n] and any(r.summary for r in group)}
@@ -244,18 +243,27 @@ def _inline_script(code: str) -> str:
 
 def compare_settings(groups: Groups) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the settings that differ, by name with those of each group of runs, and those that all have in common."""
-    flat = [
-        [_flatten({k: v for k, v in r.settings.items() if k not in ("output", "left_open")}) for r in group]
-        for group in groups.values()
-    ]
-    names = list(dict.fromkeys(name for group in flat for settings in group for name in settings))
-
-    def of_group(group: list[dict[str, Any]], name: str) -> str:
-        return ", ".join(dict.fromkeys(_setting_text(settings.get(name)) for settings in group))
-
-    values = {name: [of_group(group, name) for group in flat] for name in names}
+    flat = [[_texts(run.settings) for run in group] for group in groups.values()]
+    names = dict.fromkeys(name for group in flat for texts in group for name in texts)
+    values = {
+        name: [", ".join(dict.fromkeys(texts.get(name, "") for texts in group)) for group in flat]
+        for name in names
+        if name not in ("output", "left_open")
+    }
     differing = {name: row for name, row in values.items() if len(set(row)) > 1}
     return differing, {name: row[0] for name, row in values.items() if name not in differing}
+
+
+def _texts(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return settings as text, nested ones by names with dots."""
+    texts: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            texts |= _texts(value, f"{prefix}{name}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            texts[prefix + name] = "" if value is None else shown
+    return texts
 
 
 def reproduce_commands(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
@@ -309,19 +317,3 @@ def _text(metric: Metric, values: Sequence[float]) -> str:
         return _NOTHING
     half = interval(values)
     return metric.text(fmean(values)) + ("" if half is None else f" ± {metric.text(half)}")
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _setting_text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)

@@ -29,7 +29,7 @@ class RunRecord:
         metrics: The lines of metrics.jsonl; none before the first epoch has ended.
         summary: summary.json; None where the run is not finished.
         profile: profile.json, None where there is none.
-        landscape: landscape.json, None where there is none.
+        landscape: landscape.json; None where there is none, or not one with all its points and a finite loss.
     """
 
     name: str
@@ -65,14 +65,6 @@ class RunRecord:
     def _latest(self) -> dict[str, Any]:
         return self.summary or (self.metrics[-1] if self.metrics else self.settings)
 
-    @property
-    def complete_landscape(self) -> dict[str, Any] | None:
-        """The landscape, where there is one with all its points, and finite losses among them."""
-        found = self.landscape
-        if found is None or found["done"] < len(found["axis"]) ** 2 or found["sharpness"] is None:
-            return None
-        return found if any(loss is not None for row in found["loss"] for loss in row) else None
-
 
 def read_run(folder: Path, name: str) -> RunRecord:
     """Read the files of a run, finished or not.
@@ -87,6 +79,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
     def read(file: str) -> Any:
         return next(iter(_read(folder / file)), None)
 
+    landscape = read("landscape.json")
     return RunRecord(
         name=name,
         folder=folder,
@@ -94,7 +87,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         metrics=_read(folder / "metrics.jsonl"),
         summary=read("summary.json"),
         profile=read("profile.json"),
-        landscape=read("landscape.json"),
+        landscape=landscape if landscape and _is_complete(landscape) else None,
     )
 
 
@@ -115,6 +108,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     return found
+
+
+def _is_complete(landscape: dict[str, Any]) -> bool:
+    if landscape["done"] < len(landscape["axis"]) ** 2 or landscape["sharpness"] is None:
+        return False
+    return any(loss is not None for row in landscape["loss"] for loss in row)
 
 
 def unique_names(paths: Sequence[str | PurePath]) -> list[str]:
