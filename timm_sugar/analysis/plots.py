@@ -1,4 +1,7 @@
-"""Pictures of what a network does, in a style that survives colour blindness and grey print."""
+"""Pictures of what a network does, in a style that survives colour blindness and grey print.
+
+`styles` are those of the curves, bars or panels; None gives them those of activations that have none of their own.
+"""
 
 import io
 import math
@@ -72,7 +75,6 @@ def metric_curves(
         runs: Name of each curve -> for each seed, the lines of its metrics.jsonl. Epochs that not all seeds have are
             left out.
         metrics: What is shown; None for those that have a chart and that some run has measured.
-        styles: Of the curves; None for those of activations that have none of their own.
         spread: Half the width of the band around a mean, from the values of the seeds: `interval`, or `stdev`.
     """
     lines = [line for seeds in runs.values() for run in seeds for line in run]
@@ -82,7 +84,7 @@ def metric_curves(
     figure, axes = _new_panels(len(shown), 11 / 3, 3)
     for ax, metric in zip(axes.flat, shown, strict=False):
         for style, (name, seeds) in zip(styles, runs.items(), strict=True):
-            points = mean_by_epoch(seeds, metric.key, metric.scale, spread)
+            points = mean_by_epoch(seeds, metric, spread)
             if not points:
                 continue
             epochs, means, _ = zip(*points, strict=True)
@@ -116,7 +118,6 @@ def activation_ridges(profiles: Mapping[str, Mapping[str, Any]], styles: Sequenc
 
     Args:
         profiles: Label of each panel -> content of a profile.json, or `Profile.to_dict()`.
-        styles: Of the panels; None for those of activations that have none of their own.
     """
     styles = styles or assign_styles([""] * len(profiles))
     rows = max(len(found["layers"]) for found in profiles.values())
@@ -153,7 +154,6 @@ def dead_units_by_layer(
     Args:
         profiles: Label of each bar -> for each seed, the content of a profile.json; layers are matched by their place
             in the forward pass.
-        styles: Of the bars; None for those of activations that have none of their own.
     """
     styles = styles or assign_styles([""] * len(profiles))
     layers = [layer["name"] for layer in next(iter(profiles.values()))[0]["layers"]]

@@ -206,14 +206,13 @@ def summary_table(groups: Groups) -> tuple[list[str], dict[str, list[tuple[str, 
 
 
 def _values(group: Sequence[RunRecord], key: str) -> list[float]:
-    return [value for record in counted(group) if (value := _value(record, key)) is not None]
-
-
-def _value(record: RunRecord, key: str) -> float | None:
-    """Return a metric of the epoch that counts, or of the whole run where it is finished."""
-    if key == "seconds" and not record.summary:
-        return sum(finite(line.get(key)) or 0 for line in record.metrics) or None
-    return finite({**record.best_line, **(record.summary or {})}.get(key))
+    """Return a metric of each run that counts: of its best epoch, or of the whole run where it is finished."""
+    shown = counted(group)
+    if key == "seconds" and not shown[0].summary:  # then none is finished
+        values = [sum(finite(line.get(key)) or 0 for line in record.metrics) or None for record in shown]
+    else:
+        values = [finite({**record.best_line, **(record.summary or {})}.get(key)) for record in shown]
+    return [value for value in values if value is not None]
 
 
 def _facts(group: Sequence[RunRecord]) -> dict[str, str | None]:

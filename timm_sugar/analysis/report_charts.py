@@ -31,7 +31,7 @@ def curve_charts(metrics: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> l
         traces, last = [], []
         for run, (name, seeds) in enumerate(metrics.items()):
             for metric in shown:
-                points = mean_by_epoch(seeds, metric.key, metric.scale)
+                points = mean_by_epoch(seeds, metric)
                 if points:
                     part = metric.label if len(shown) > 1 else ""
                     dash = "dot" if part and metric.split == "train" else "solid"

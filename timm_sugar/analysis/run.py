@@ -24,7 +24,6 @@ class RunRecord:
 
     Attributes:
         name: Name of the run on the page.
-        folder: Where it is.
         settings: config.yaml.
         metrics: The lines of metrics.jsonl; none before the first epoch has ended.
         summary: summary.json; None where the run is not finished.
@@ -33,7 +32,6 @@ class RunRecord:
     """
 
     name: str
-    folder: Path
     settings: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None
@@ -82,7 +80,6 @@ def read_run(folder: Path, name: str) -> RunRecord:
     landscape = read("landscape.json")
     return RunRecord(
         name=name,
-        folder=folder,
         settings=read("config.yaml"),
         metrics=_read(folder / "metrics.jsonl"),
         summary=read("summary.json"),

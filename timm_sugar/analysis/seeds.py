@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from ..metrics import Metric
 from ..settings import names_of
 from .run import RunRecord, finite
+
+Point = tuple[float, float, float | None]  # x, mean, and half the width of its interval, where it has one
 
 
 def group_by_seed(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -58,30 +61,28 @@ def interval(values: Sequence[float]) -> float | None:
 
 def mean_by_epoch(
     runs: Sequence[Sequence[Mapping[str, Any]]],
-    key: str,
-    scale: float = 1,
+    metric: Metric,
     spread: Callable[[Sequence[float]], float | None] = interval,
-) -> list[tuple[float, float, float | None]]:
-    """Return epoch, mean over the runs, and their spread, of a metric, for the epochs in which all runs have it.
+) -> list[Point]:
+    """Return the mean of a metric by epoch, in its unit, for the epochs in which all runs have it.
 
     Args:
         runs: The lines of each run's metrics.jsonl.
-        key: The metric.
-        scale: What the values are multiplied by.
-        spread: What takes the values of several runs and returns their spread; that of one run is None.
+        metric: Which.
+        spread: What takes the values of several runs and returns half the width of the interval.
     """
-    found = [{line["epoch"]: scale * value for line in lines if (value := finite(line.get(key))) is not None}
-             for lines in runs]  # fmt: skip
+    found = [
+        {line["epoch"]: metric.scale * value for line in run if (value := finite(line.get(metric.key))) is not None}
+        for run in runs
+    ]
     epochs = sorted(set.intersection(*map(set, found))) if found else []
     columns = [[values[epoch] for values in found] for epoch in epochs]
     spreads = [spread(column) if len(column) > 1 else None for column in columns]
     return [*zip(epochs, map(fmean, columns), spreads, strict=True)]
 
 
-def band(
-    points: Sequence[tuple[float, float, float | None]], limits: tuple[float, float] = (-math.inf, math.inf)
-) -> list[tuple[float, float, float]]:
-    """Return x, lower and upper end of the intervals of what `mean_by_epoch` returns, cut off at `limits`."""
+def band(points: Sequence[Point], limits: tuple[float, float]) -> list[tuple[float, float, float]]:
+    """Return x, lower and upper end of the intervals of those that have one, cut off at `limits`."""
     low, high = limits
     return [(x, max(mean - half, low), min(mean + half, high)) for x, mean, half in points if half is not None]
 
