@@ -243,8 +243,10 @@ def landscape_surfaces(landscapes: Mapping[str, dict[str, Any]], highest: float 
         highest: Where the axis of the loss ends; None for the highest loss of all.
     """
     highest = highest or loss_range(landscapes.values())[1]
-    figure, axes = _new_panels(len(landscapes), 3.9, 3.7, margin=0.4, subplot_kw={"projection": "3d"})
-    for ax, (name, found) in zip(axes.flat, landscapes.items(), strict=False):
+    rows, columns = math.ceil(len(landscapes) / 3), min(len(landscapes), 3)
+    figure = Figure(figsize=(3.9 * columns + 0.4, 3.7 * rows), layout="constrained")
+    for place, (name, found) in enumerate(landscapes.items(), 1):
+        ax = figure.add_subplot(rows, columns, place, projection="3d")
         x, y = np.meshgrid(found["axis"], found["axis"])
         style = {"cmap": "viridis_r", "vmin": 0, "vmax": highest, "linewidth": 0.15, "edgecolor": "white"}
         ax.plot_surface(x, y, _loss(found), rstride=1, cstride=1, **style)
