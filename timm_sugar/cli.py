@@ -368,8 +368,7 @@ def _profile(args: argparse.Namespace) -> None:
     _JSON,
 )
 def _landscape(args: argparse.Namespace) -> None:
-    from .analysis.landscape_plots import landscape_contours, landscape_surfaces
-    from .analysis.plots import save
+    from .analysis.plots import landscape_contours, landscape_surfaces, save
     from .analysis.run import unique_names
 
     if args.limit < 1:
