@@ -120,6 +120,23 @@ def test_sizes_and_threads(size, threads):
     torch.testing.assert_close(result, y.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("start", [0, 1])  # on the boundary of a vector, and not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_leaves_the_caches_has_the_same_bits(dtype, start, threads):
+    """Large results are stored past the caches, in memory that is asked for chunk by chunk."""
+    multiply = cpu.exact(get_surrogate("bsilu"), dtype)
+    count = 2**25 // dtype.itemsize + 1_000_003
+    x, upstream = (
+        torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)).to(dtype).repeat(1, count // 1000 + 1)
+    )
+    out = torch.empty(count + 1, dtype=dtype)[start : start + count]
+    small = torch.empty(1000, dtype=dtype)
+    multiply(upstream.data_ptr(), x.data_ptr(), out.data_ptr(), count, 1.67, threads)
+    multiply(upstream.data_ptr(), x.data_ptr(), small.data_ptr(), 1000, 1.67, 1)
+    assert torch.equal(out, small.repeat(count // 1000 + 1)[:count])
+
+
 def test_a_derivative_without_a_cpp_form_is_composed_and_said_once(own, caplog, monkeypatch):
     monkeypatch.setattr(cpu, "_said", set())  # another test of this process may have heard it
     register_surrogate("own", lambda x, alpha: torch.special.i0e(x))
