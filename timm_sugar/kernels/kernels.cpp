@@ -18,9 +18,9 @@
 namespace {
 
 constexpr int64_t PARALLEL = 32768;  // elements from which on threads are worth their start
-constexpr int64_t CHUNK = 1 << 18;   // elements whose memory is asked for at once
+constexpr int64_t CHUNK = 1 << 18;   // elements whose pages are mapped at once
 constexpr int64_t STRIP = 64;        // elements that are computed before they are stored
-constexpr int64_t LARGE = 1 << 25;   // bytes of a tensor that leaves the caches before it is used
+constexpr int64_t LARGE = 1 << 25;   // bytes from which a tensor is evicted from the caches before it is used
 
 template <typename To, typename From> To as(From bits) {
   static_assert(sizeof(To) == sizeof(From));
@@ -29,7 +29,7 @@ template <typename To, typename From> To as(From bits) {
   return value;
 }
 
-// Calls pass(start, count) for every chunk, on threads that have equal parts of whole strips.
+// Calls pass(start, count) for every chunk. Threads get equal parts, in whole strips.
 template <typename Pass> void in_parallel(int64_t count, int threads, Pass pass) {
   const int64_t parts = count < PARALLEL ? 1 : std::max(threads, 1);
   const int64_t strips = (count + STRIP - 1) / STRIP, size = (strips + parts - 1) / parts * STRIP;
@@ -49,8 +49,8 @@ template <typename Pass> void by_strips(int64_t count, Pass pass) {
   if (i < count) pass(i, count - i);
 }
 
-// Whether a result goes past the caches, where a store would first read the memory that it overwrites.
-template <typename T> bool goes_past(const T* out, int64_t count) {
+// Whether a result bypasses the caches. A store into a cache first reads the memory that it overwrites.
+template <typename T> bool bypasses_caches(const T* out, int64_t count) {
 #ifdef __AVX2__
   return count * static_cast<int64_t>(sizeof(T)) >= LARGE && reinterpret_cast<uintptr_t>(out) % sizeof(__m256i) == 0;
 #else
@@ -58,9 +58,9 @@ template <typename T> bool goes_past(const T* out, int64_t count) {
 #endif
 }
 
-// Has the system give all pages of a chunk at once. It gives them at their first use, one by one, which takes longer
-// than the pass. Where they are there already, or the system cannot do this, nothing happens.
-template <typename T> void ask_for(T* out, int64_t count) {
+// Maps the pages of fresh memory in one call. Otherwise each page faults at its first use, and the faults take longer than
+// the pass. Does nothing where the last page is mapped already or the kernel does not know how.
+template <typename T> void map_pages(T* out, int64_t count) {
 #ifdef __linux__
   static const uintptr_t page = sysconf(_SC_PAGESIZE);
   const auto first = reinterpret_cast<uintptr_t>(out) / page * page;
@@ -71,8 +71,8 @@ template <typename T> void ask_for(T* out, int64_t count) {
 #endif
 }
 
-// Has `write` write a strip of a result, in place or past the caches.
-template <bool PAST, typename T, typename Write> void put(T* out, int64_t count, Write write) {
+// Calls write(out), or writes a buffer and stores that with non-temporal stores.
+template <bool PAST, typename T, typename Write> void store_strip(T* out, int64_t count, Write write) {
 #ifdef __AVX2__
   if (PAST && count == STRIP) {
     alignas(64) T strip[STRIP];
@@ -86,8 +86,8 @@ template <bool PAST, typename T, typename Write> void put(T* out, int64_t count,
   write(out);
 }
 
-// Has other threads see what was put past the caches.
-inline void finish(bool past) {
+// Makes non-temporal stores visible to other threads.
+inline void fence(bool past) {
 #ifdef __AVX2__
   if (past) _mm_sfence();
 #endif
@@ -244,16 +244,16 @@ template <typename D, bool PAST, typename T = typename D::stored>
 void multiply(const T* grad, const T* x, T* out, int64_t count, double alpha, int threads) {
   const typename D::computed a = alpha;
   in_parallel(count, threads, [=](int64_t first, int64_t many) {
-    if (PAST) ask_for(out + first, many);
+    if (PAST) map_pages(out + first, many);
     by_strips(many, [=](int64_t offset, int64_t n) {
       const int64_t start = first + offset;
-      put<PAST>(out + start, n, [=](T* to) {
+      store_strip<PAST>(out + start, n, [=](T* to) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
           to[i] = D::store(D::load(grad[start + i]) * derivative(D::load(x[start + i]), a));
       });
     });
-    finish(PAST);
+    fence(PAST);
   });
 }
 
@@ -262,7 +262,7 @@ void multiply(const T* grad, const T* x, T* out, int64_t count, double alpha, in
 #define EXPORT(dtype, D)                                                                                           \
   extern "C" void multiply_##dtype(const D::stored* grad, const D::stored* x, D::stored* out, int64_t count,       \
                                    double alpha, int threads) {                                                    \
-    const auto pass = goes_past(out, count) ? multiply<D, true> : multiply<D, false>;                              \
+    const auto pass = bypasses_caches(out, count) ? multiply<D, true> : multiply<D, false>;                        \
     pass(grad, x, out, count, alpha, threads);                                                                     \
   }
 
@@ -354,7 +354,7 @@ void encode_uint8(const T* x, T* y, uint8_t* codes, int64_t count, const double*
   const Encoder<typename D::computed> encoder(levels);
   by_strips(count, [=](int64_t start, int64_t n) {
     int32_t numbers[STRIP];
-    put<PAST>(y + start, n, [=, at = &numbers[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
+    store_strip<PAST>(y + start, n, [=, at = &numbers[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(numbers[i]);
   });
@@ -367,7 +367,7 @@ void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const do
   by_strips(count, [=, &table](int64_t start, int64_t n) {
     typename D::computed found[STRIP];
     look_up(table, codes + start, found, n);
-    put<PAST>(out + start, n, [=, at = &found[0]](T* to) { multiply<D>(grad + start, at, to, n); });
+    store_strip<PAST>(out + start, n, [=, at = &found[0]](T* to) { multiply<D>(grad + start, at, to, n); });
   });
 }
 
@@ -379,8 +379,8 @@ void encode_uint4(const T* x, T* y, uint8_t* codes, int64_t count, const double*
   by_strips(count, [=](int64_t start, int64_t n) {
     int32_t low[STRIP], high[STRIP];
     const int64_t also = start + second;
-    put<PAST>(y + start, n, [=, at = &low[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
-    put<PAST>(y + also, n, [=, at = &high[0]](T* to) { encode<D>(x + also, to, at, n, encoder); });
+    store_strip<PAST>(y + start, n, [=, at = &low[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
+    store_strip<PAST>(y + also, n, [=, at = &high[0]](T* to) { encode<D>(x + also, to, at, n, encoder); });
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(low[i] + 16 * high[i]);
   });
@@ -394,8 +394,8 @@ void decode_uint4(const T* grad, T* out, uint8_t* codes, int64_t count, const do
     typename D::computed low[STRIP], high[STRIP];
     look_up_halves(table, codes + start, low, high, n);
     const int64_t also = start + second;
-    put<PAST>(out + start, n, [=, at = &low[0]](T* to) { multiply<D>(grad + start, at, to, n); });
-    put<PAST>(out + also, n, [=, at = &high[0]](T* to) { multiply<D>(grad + also, at, to, n); });
+    store_strip<PAST>(out + start, n, [=, at = &low[0]](T* to) { multiply<D>(grad + start, at, to, n); });
+    store_strip<PAST>(out + also, n, [=, at = &high[0]](T* to) { multiply<D>(grad + also, at, to, n); });
   });
 }
 
@@ -404,12 +404,12 @@ void run(Loop loop, bool past, const T* in, T* out, uint8_t* codes, int64_t coun
          int threads, Last... second) {
   in_parallel(count, threads, [=](int64_t start, int64_t n) {
     if (past) {
-      ask_for(out + start, n);
-      (ask_for(out + start + second, n), ...);
-      ask_for(codes + start, n);
+      map_pages(out + start, n);
+      (map_pages(out + start + second, n), ...);
+      map_pages(codes + start, n);
     }
     loop(in + start, out + start, codes + start, n, levels, second...);
-    finish(past);
+    fence(past);
   });
 }
 
@@ -419,13 +419,13 @@ void run(Loop loop, bool past, const T* in, T* out, uint8_t* codes, int64_t coun
 #define EXPORT(name, dtype, D)                                                                                     \
   extern "C" void name##_uint8_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
                                        const double* levels, int threads) {                                        \
-    const bool past = goes_past(out, count);                                                                       \
+    const bool past = bypasses_caches(out, count);                                                                 \
     const auto loop = past ? name##_uint8<D, true> : name##_uint8<D, false>;                                       \
     run(loop, past, in, out, codes, count, levels, threads);                                                       \
   }                                                                                                                \
   extern "C" void name##_uint4_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
                                        const double* levels, int threads) {                                        \
-    const bool past = goes_past(out, count) && goes_past(out + count / 2, count);                                  \
+    const bool past = bypasses_caches(out, count) && bypasses_caches(out + count / 2, count);                      \
     const auto loop = past ? name##_uint4<D, true> : name##_uint4<D, false>;                                       \
     run(loop, past, in, out, codes, (count + 1) / 2, levels, threads, count / 2);                                  \
   }
