@@ -58,8 +58,8 @@ template <typename T> bool bypasses_caches(const T* out, int64_t count) {
 #endif
 }
 
-// Maps the pages of fresh memory in one call. Otherwise each page faults at its first use, and the faults take longer than
-// the pass. Does nothing where the last page is mapped already or the kernel does not know how.
+// Maps the pages of fresh memory in one call. Otherwise each page faults at its first use, which takes longer than the
+// pass. Does nothing where the last page is mapped already or the kernel does not know how.
 template <typename T> void map_pages(T* out, int64_t count) {
 #ifdef __linux__
   static const uintptr_t page = sysconf(_SC_PAGESIZE);
