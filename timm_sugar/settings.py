@@ -21,29 +21,25 @@ from .surrogates import unknown_name
 Kind = Literal["data", "result", "free", "start"]
 
 
+# What a value that is none is told to be.
+_WANTED = {
+    int: "a whole number", float: "a finite number", str: "text that is not empty", bool: "true or false",
+    list: "a list", dict: "KEY=VALUE pairs",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting besides its name, type and default.
-
-    Attributes:
-        help: For --help.
-        group: Heading under which it stands there.
-        kind: What it decides, see `Kind`.
-        range: Where the value lies, or each of a list, as an interval such as "[0, 1)"; None for anywhere.
-        length: Values of a list; None for any number.
-        metavar: What --help shows in place of the value.
-        otherwise: Of a setting that is open by default, since pretrained weights say it: its value without such.
-        bare: What the flag without a value, or true in YAML, stands for; None where it needs a value.
-    """
+    """What is known of a setting besides its name, type and default."""
 
     help: str
-    group: str
+    group: str  # heading under which it stands in --help
     kind: Kind = "result"
-    range: str | None = None
-    length: int | None = None
-    metavar: str | None = None
-    otherwise: Any = None
-    bare: str | None = None
+    range: str | None = None  # where the value lies, or each of a list, as an interval such as "[0, 1)"
+    length: int | None = None  # values of a list; None for any number
+    metavar: str | None = None  # what --help shows in place of the value
+    otherwise: Any = None  # of a setting that is open by default, since pretrained weights say it: its value without
+    bare: str | None = None  # what the flag without a value, or true in YAML, stands for; None where it needs a value
 
 
 def setting(default: Any, help: str, range: str | None = None, **more: Any) -> Any:
@@ -54,55 +50,48 @@ def setting(default: Any, help: str, range: str | None = None, **more: Any) -> A
     return field(default=default, metadata=metadata)
 
 
-_data = partial(setting, group="data")
-_images = partial(setting, group="augmentation")
+_data = partial(setting, group="data", kind="data")
+_images = partial(setting, group="data")
+_augment = partial(setting, group="augmentation")
 _network = partial(setting, group="network")
 _optimizer = partial(setting, group="optimization")
 _run = partial(setting, group="run")
+_start = partial(setting, group="run", kind="start")
 
 
 @dataclass
 class TrainConfig:
     """Every setting of a run; a recipe may hold any of them, and the command line any of them again."""
 
-    data: str = _data(
-        "digits", "digits, cifar10, cifar100, tiny-imagenet, a Hub data set id, or a local folder", kind="data"
-    )
-    label_column: str | None = _data(
-        None, "column of the class labels, where it is not label, labels or fine_label", kind="data"
-    )
-    image_column: str | None = _data(
-        None, "column of the images, where there are several and none is image or img", kind="data"
-    )
-    img_size: int = _data(None, "side of the square input images, pixels", "[1, 4096]", otherwise=32)
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = _data(
+    data: str = _data("digits", "digits, cifar10, cifar100, tiny-imagenet, a Hub data set id, or a local folder")
+    label_column: str | None = _data(None, "column of the class labels, where it is not label, labels or fine_label")
+    image_column: str | None = _data(None, "column of the images, where there are several and none is image or img")
+    img_size: int = _images(None, "side of the square input images, pixels", "[1, 4096]", otherwise=32)
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = _images(
         None, "how images are resized", otherwise="bicubic"
     )
-    crop_pct: float = _data(
+    crop_pct: float = _images(
         None, "evaluation resizes to img_size / crop_pct and crops the centre", "[0.1, 1]", otherwise=1.0
     )
-    mean: list[float] | None = _data(
+    mean: list[float] | None = _images(
         None,
         "normalisation, of pixels in [0, 1]; default: what pretrained weights were trained with, else of the training "
         "images",
         "[0, 1]",
         length=3,
     )
-    std: list[float] | None = _data(None, "likewise", "[0.001, 1]", length=3)
-    val_fraction: float = _data(
-        0.1, "share of the training images split off for validation; 0 for none", "[0, 1)", kind="data"
-    )
+    std: list[float] | None = _images(None, "likewise", "[0.001, 1]", length=3)
+    val_fraction: float = _data(0.1, "share of the training images split off for validation; 0 for none", "[0, 1)")
     split_seed: int = _data(
         0,
         "seed of that split and of --limit-train, --limit-val and --limit-test, apart from --seed",
         "[0, 4294967295]",
-        kind="data",
     )
-    limit_train: int | None = _data(None, "train on a stratified sample of this many images", "[1, inf)")
-    limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)", kind="data")
-    limit_test: int | None = _data(None, "test on a stratified sample of this many images", "[1, inf)", kind="data")
+    limit_train: int | None = _images(None, "train on a stratified sample of this many images", "[1, inf)")
+    limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)")
+    limit_test: int | None = _data(None, "test on a stratified sample of this many images", "[1, inf)")
     streaming: bool = _data(False, "read the data into memory without a cached copy on disk", kind="free")
-    skip_bad_images: bool = _data(False, "leave out images that cannot be decoded, and count them")
+    skip_bad_images: bool = _images(False, "leave out images that cannot be decoded, and count them")
     memory_limit: float = _data(
         4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)", kind="free"
     )
@@ -111,23 +100,23 @@ class TrainConfig:
     )
     workers: int = _data(2, "loader processes for each training process", "[0, 1024]", kind="free")
 
-    crop: Literal["none", "resized", "padded"] = _images(
+    crop: Literal["none", "resized", "padded"] = _augment(
         "none", "crops in training: none, timm's random resized crop, or random after padding by 4 pixels"
     )
-    hflip: float = _images(0.0, "probability of a horizontal flip", "[0, 1]")
-    color_jitter: float | None = _images(
+    hflip: float = _augment(0.0, "probability of a horizontal flip", "[0, 1]")
+    color_jitter: float | None = _augment(
         None, "strength of colour jitter; as in timm, none beside auto_augment", "[0, 10]"
     )
-    auto_augment: str | None = _images(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
-    re_prob: float = _images(0.0, "probability of random erasing", "[0, 1]")
-    re_mode: Literal["const", "rand", "pixel"] = _images("pixel", "fill of random erasing")
-    re_count: int = _images(1, "areas erased at most", "[1, 1000]")
-    mixup: float = _images(0.0, "alpha of Mixup; 0 for none", "[0, 1000]")
-    cutmix: float = _images(0.0, "alpha of CutMix; 0 for none", "[0, 1000]")
-    mixup_prob: float = _images(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
-    mixup_switch_prob: float = _images(0.5, "probability of CutMix where both are on", "[0, 1]")
-    mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "granularity of mixing")
-    smoothing: float = _images(0.0, "label smoothing", "[0, 1)")
+    auto_augment: str | None = _augment(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
+    re_prob: float = _augment(0.0, "probability of random erasing", "[0, 1]")
+    re_mode: Literal["const", "rand", "pixel"] = _augment("pixel", "fill of random erasing")
+    re_count: int = _augment(1, "areas erased at most", "[1, 1000]")
+    mixup: float = _augment(0.0, "alpha of Mixup; 0 for none", "[0, 1000]")
+    cutmix: float = _augment(0.0, "alpha of CutMix; 0 for none", "[0, 1000]")
+    mixup_prob: float = _augment(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
+    mixup_switch_prob: float = _augment(0.5, "probability of CutMix where both are on", "[0, 1]")
+    mixup_mode: Literal["batch", "pair", "elem"] = _augment("batch", "granularity of mixing")
+    smoothing: float = _augment(0.0, "label smoothing", "[0, 1)")
 
     model: str = _network(
         None,
@@ -203,10 +192,8 @@ class TrainConfig:
     sync_bn: bool = _optimizer(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
 
     seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, 4294967295]")
-    output: str | None = _run(None, "folder of the run; default: output/RECIPE-MODEL-SEED", kind="start", metavar="DIR")
-    resume: str = _run(
-        "auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder", kind="start"
-    )
+    output: str | None = _start(None, "folder of the run; default: output/RECIPE-MODEL-SEED", metavar="DIR")
+    resume: str = _start("auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder")
     checkpoint_minutes: float = _run(10.0, "minutes between checkpoints within an epoch", "[0, inf)", kind="free")
     checkpoint_steps: int | None = _run(
         None, "steps between checkpoints within an epoch, besides", "[1, inf)", kind="free"
@@ -217,15 +204,9 @@ class TrainConfig:
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _run(
         "none", "where metrics are sent besides", kind="free"
     )
-    push_to_hub: str | None = _run(
-        None, "publish the finished run as this repository", kind="start", metavar="ORG/NAME"
-    )
-    eval_only: bool = _run(
-        False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop", kind="start"
-    )
-    dry_run: bool = _run(
-        False, "build everything, run two steps and print an estimate of time, memory and disk", kind="start"
-    )
+    push_to_hub: str | None = _start(None, "publish the finished run as this repository", metavar="ORG/NAME")
+    eval_only: bool = _start(False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop")
+    dry_run: bool = _start(False, "build everything, run two steps and print an estimate of time, memory and disk")
 
     @property
     def folder(self) -> Path:
@@ -313,51 +294,37 @@ def to_flags(settings: Mapping[str, Any]) -> list[str]:
 
 def without_none(kind: Any) -> Any:
     """Return the type itself of a type that None may stand in for."""
-    if _takes_none(kind):
-        return next(k for k in typing.get_args(kind) if k is not type(None))
-    return kind
+    others = [k for k in typing.get_args(kind) if k is not type(None)]
+    return others[0] if len(others) < len(typing.get_args(kind)) else kind
 
 
-def _takes_none(kind: Any) -> bool:
-    return type(None) in typing.get_args(kind)
-
-
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`, from YAML or from the command line's text."""
-    if value is None or (value in ("none", ["none"]) and _takes_none(kind)):  # on the command line
-        if _takes_none(kind):
-            return None
+def _coerce(name: str, value: Any, optional: Any) -> Any:
+    """Return `value` as a type that may be optional, from YAML or from the command line's text."""
+    kind = without_none(optional)
+    if kind is not optional and value in (None, "none", ["none"]):  # text on the command line
+        return None
+    if value is None:
         raise ValueError(f"{name} must not be empty")
-    kind = without_none(kind)
-    origin = typing.get_origin(kind)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        value = {False: "no"}.get(value, value) if isinstance(value, bool) else value  # YAML reads no as false
-        if value not in typing.get_args(kind):
-            raise ValueError(unknown_name(name, value, list(typing.get_args(kind))))
-        return value
-    if origin is dict and isinstance(value, dict):
+        value = "no" if value is False else value  # as YAML reads no
+        if value not in inner:
+            raise ValueError(unknown_name(name, value, list(inner)))
         return value
     if origin is list and isinstance(value, (list, tuple)):
-        return [_coerce(name, item, typing.get_args(kind)[0]) for item in value]
-    try:
-        if kind is str and isinstance(value, (str, Path)):
-            if not str(value).strip() or "\0" in str(value):
-                raise ValueError
-            return str(value)
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind in (int, float) and not isinstance(value, bool):
+        return [_coerce(name, item, inner[0]) for item in value]
+    if kind is str and isinstance(value, (str, Path)) and str(value).strip() and "\0" not in str(value):
+        return str(value)
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
             number = kind(value)
             if number == float(value) and math.isfinite(number):
                 return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{name} must be {_describe(kind)}, got {value!r:.60}")
-
-
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "text that is not empty", bool: "true or false"}
-    return names.get(kind) or ("a list" if typing.get_origin(kind) is list else "KEY=VALUE pairs")
+        except (TypeError, ValueError, OverflowError):
+            pass
+    if (origin or kind) in (bool, dict) and isinstance(value, origin or kind):
+        return value
+    raise ValueError(f"{name} must be {_WANTED[origin or kind]}, got {value!r:.60}")
 
 
 def _check_value(name: str, value: Any, known: Setting) -> None:

@@ -61,8 +61,7 @@ def evaluate_only(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: there are no weights, or they do not fit the model.
     """
-    weights = from_main_process(_best_weights(run) if run.accelerator.is_main_process else None)
-    path, tensors = weights
+    path, tensors = from_main_process(_best_weights, run)
     try:
         run.evaluated.load_state_dict(tensors)
     except RuntimeError as error:

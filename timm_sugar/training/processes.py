@@ -6,11 +6,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from accelerate.utils import (
 )
 
 from ..settings import TrainConfig
+
+T = TypeVar("T")
 
 
 def on_cpu() -> bool:
@@ -167,9 +169,19 @@ def has_instructions(precision: str) -> bool:
     return bool(supported[precision]())
 
 
-def from_main_process(value: Any) -> Any:
-    """Return the main process's `value` in every process."""
-    return broadcast_object_list([value])[0]
+def from_main_process(compute: Callable[..., T], *arguments: Any) -> T:
+    """Return what a function gives in the main process, or raise the ValueError that it raises there, in every one."""
+    found: tuple[T | None, ValueError | None] = None, None
+    if process_state().is_main_process:
+        try:
+            found = compute(*arguments), None
+        except ValueError as error:
+            found = None, error
+    value: T
+    value, problem = broadcast_object_list([found])[0]
+    if problem is not None:
+        raise problem
+    return value
 
 
 def resume_command() -> str:
