@@ -18,15 +18,9 @@ _BATCH = 64
 
 
 def dry_run(run: Run) -> dict[str, Any]:
-    """Time two training steps and one evaluation batch and extrapolate to the whole run; write nothing.
-
-    Returns:
-        steps_per_epoch, epochs, seconds_per_epoch (training and validation, from the second step), seconds (of all
-        epochs and the test), peak_memory_bytes so far, and disk_bytes at most (checkpoints and the packaged model).
-    """
+    """Time two training steps and one evaluation batch, and return what the whole run will take; write nothing."""
     config, steps = run.config, train_steps(run, State())
-    next(steps)
-    _wait(run)
+    next(steps)[0].item()  # waits for the device
     began = time.perf_counter()
     last = next(steps, None)  # an epoch may be a single step
     if last is None:
@@ -40,6 +34,7 @@ def dry_run(run: Run) -> dict[str, Any]:
     evaluate_batches(run.evaluated, run.images.test.batches([list(range(count))]), mean, std, shared=False)
     image_seconds = (time.perf_counter() - began) / count
     share = 1 / run.accelerator.num_processes
+    # Training, from the second step, and validation.
     epoch_seconds = run.steps_per_epoch * step_seconds + image_seconds * share * run.images.sizes["val"]
 
     weights = _bytes(run.evaluated.state_dict().values())
@@ -56,11 +51,7 @@ def dry_run(run: Run) -> dict[str, Any]:
 
 
 def evaluate_only(run: Run) -> dict[str, Any]:
-    """Evaluate the packaged weights in OUTPUT, else the best of the newest checkpoint, or those of --resume.
-
-    Raises:
-        ValueError: there are no weights, or they do not fit the model.
-    """
+    """Evaluate the packaged weights in OUTPUT, else the best of the newest checkpoint, or those of --resume."""
     path, tensors = from_main_process(_best_weights, run)
     try:
         run.evaluated.load_state_dict(tensors)
@@ -69,7 +60,7 @@ def evaluate_only(run: Run) -> dict[str, Any]:
     measured: dict[str, Any] = {"weights": str(path), "model": run.config.model, "data": run.config.data}
     names = ("test",) if run.images.val is None else ("val", "test")
     for name in names:
-        result = evaluate_split(run.evaluated, run.images, run.accelerator, run.config.workers, None, name)
+        result = evaluate_split(run, None, name)
         measured |= {k: v for k, v in result.items() if k.startswith(name)}
         measured |= {f"{name}_images": run.images.sizes[name]}
     return measured
@@ -85,11 +76,6 @@ def _best_weights(run: Run) -> tuple[Path, dict[str, torch.Tensor]]:
         raise ValueError(f"{run.config.folder} holds neither a packaged model nor a checkpoint to evaluate")
     checkpoint = read_checkpoint(path)
     return path, checkpoint.best or checkpoint.weights
-
-
-def _wait(run: Run) -> None:
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _bytes(tensors: Any) -> int:

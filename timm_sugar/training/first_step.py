@@ -1,7 +1,8 @@
 """Before the first step: does the surrogate gradient arrive in the model that is trained, and how is it computed?"""
 
+from typing import TYPE_CHECKING
+
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ..gradients import check_gradients
@@ -9,8 +10,10 @@ from ..kernels import gradient_path
 from ..layers import Sugar
 from ..settings import TrainConfig
 from .batches import training_batches
-from .images import Images, epoch_order
-from .processes import AllReduceMax
+from .images import epoch_order
+
+if TYPE_CHECKING:
+    from .train import Run
 
 
 def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> str | None:
@@ -26,39 +29,25 @@ def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> st
     return "+".join(sorted({gradient_path(surrogate, save, device=device) for surrogate, save in layers}))
 
 
-def check_first_step(
-    config: TrainConfig,
-    network: nn.Module,
-    model: nn.Module,
-    images: Images,
-    accelerator: Accelerator,
-    all_reduce_max: AllReduceMax,
-) -> None:
-    """Compare the gradients of the model that is stepped with those of its surrogate, on a training batch.
-
-    Args:
-        config: The run's settings.
-        network: Holds the weights.
-        model: The same as accelerate and torch.compile wrap it.
-        images: Of the run; the first batch of its first epoch is taken, without Mixup.
-        accelerator: Whose autocast and processes the steps have.
-        all_reduce_max: For the decision that all processes take.
+def check_first_step(run: "Run") -> None:
+    """Compare the gradients of the model that is stepped with those of its surrogate, on the first training batch.
 
     Raises:
         ValueError: on every process, where they differ on any.
     """
-    if not any(isinstance(module, Sugar) for module in network.modules()):
+    if not any(isinstance(module, Sugar) for module in run.network.modules()):
         return
-    order = epoch_order(config.seed, 0, len(images.train))[accelerator.process_index :: accelerator.num_processes]
-    inputs, _ = next(training_batches(config, images, accelerator.device, 0, [order[: config.batch_size]]))
-    model.train()
+    config, accelerator = run.config, run.accelerator
+    order = epoch_order(config.seed, 0, len(run.images.train))[accelerator.process_index :: accelerator.num_processes]
+    inputs, _ = next(training_batches(config, run.images, accelerator.device, 0, [order[: config.batch_size]]))
+    run.model.train()
     problem = ""
     try:
         with accelerator.autocast():
-            check_gradients(model, inputs)
+            check_gradients(run.model, inputs)
     except RuntimeError as error:
         if "passes on" not in str(error):
             raise
         problem = str(error)
-    if all_reduce_max(bool(problem))[0]:
+    if run.all_reduce_max(bool(problem))[0]:
         raise ValueError(f"not trained: {problem or 'another process found that a surrogate gradient is lost'}")

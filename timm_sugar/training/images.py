@@ -43,29 +43,17 @@ _STATISTICS_SAMPLE = 10_000
 
 @dataclass
 class Images:
-    """Training, validation and test images of a run.
+    """Training, validation and test images of a run."""
 
-    Attributes:
-        class_names: In the order of the logits.
-        data_config: timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved.
-        train: All training images; those in memory are not augmented yet.
-        val: This process's shard of the validation images; None if there is no validation.
-        test: This process's shard of the test images.
-        sizes: Number of images of train, val and test, over all processes.
-        bad: Number of images left out because they cannot be decoded.
-        fingerprint: Fingerprint of the data, see `timm_sugar.data.fingerprint`.
-        crop_flip: How the training images in memory are augmented; None if they are not.
-    """
-
-    class_names: tuple[str, ...]
-    data_config: dict[str, Any]
-    train: Split
-    val: Split | None
-    test: Split
-    sizes: dict[str, int]
-    bad: int
-    fingerprint: dict[str, int | str]
-    crop_flip: CropFlip | None
+    class_names: tuple[str, ...]  # in the order of the logits
+    data_config: dict[str, Any]  # timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved
+    train: Split  # all training images; those in memory are not augmented yet
+    val: Split | None  # this process's shard; None if there is no validation
+    test: Split  # this process's shard
+    sizes: dict[str, int]  # images of train, val and test, over all processes
+    bad: int  # images left out because they cannot be decoded
+    fingerprint: dict[str, int | str]  # see `timm_sugar.data.fingerprint`
+    crop_flip: CropFlip | None  # how the training images in memory are augmented; None if they are not
 
 
 def open_source(config: TrainConfig, warn: bool = True) -> Source:
@@ -147,20 +135,18 @@ def _crop_flip(config: TrainConfig) -> CropFlip | None:
 
 def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, LabelledImages]:
     train, val = split_validation(source.train, config.val_fraction, config.split_seed)
-    test = source.test
-    if config.limit_train is not None:
-        train = train.subset(stratified_sample(train.labels, config.limit_train, config.split_seed))
-    if config.limit_val is not None:
-        val = val.subset(stratified_sample(val.labels, config.limit_val, config.split_seed))
-    if config.limit_test is not None:
-        test = test.subset(stratified_sample(test.labels, config.limit_test, config.split_seed))
-    if config.val_fraction and not len(val):
+    parts = dict(train=train, val=val, test=source.test)
+    for name, part in parts.items():
+        limit = getattr(config, f"limit_{name}")
+        if limit is not None:
+            parts[name] = part.subset(stratified_sample(part.labels, limit, config.split_seed))
+    if config.val_fraction and not len(parts["val"]):
         raise ValueError(f"val_fraction {config.val_fraction} of {len(source.train)} images leaves none to validate on")
-    for name, part in (("training", train), ("validation", val)):
-        missing = np.setdiff1d(source.train.labels, part.labels)
-        if warn and len(part) and len(missing):
-            warnings.warn(f"no {name} image of {listed([source.class_names[m] for m in missing])}", stacklevel=2)
-    return dict(train=train, val=val, test=test)
+    for name, what in (("train", "training"), ("val", "validation")):
+        missing = np.setdiff1d(source.train.labels, parts[name].labels)
+        if warn and len(parts[name]) and len(missing):
+            warnings.warn(f"no {what} image of {listed([source.class_names[m] for m in missing])}", stacklevel=2)
+    return parts
 
 
 def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:

@@ -39,38 +39,25 @@ from .tracking import Tracking, learning_rate
 
 @dataclass(frozen=True)
 class Run:
-    """Everything built before the first step.
+    """Everything built before the first step."""
 
-    Attributes:
-        config: The settings, with open ones (mean, std, warmup_epochs) resolved.
-        left_open: Names of the settings that were open.
-        step_images: Images in a step of the optimizer, over all processes.
-        steps_per_epoch: Full steps; the images left over differ from epoch to epoch and are not trained on.
-        network: Holds the weights that are trained.
-        model: The same as accelerate and torch.compile wrap it.
-        evaluated: A second network, in float32, for evaluation and packaging; holds the moving average where one is on.
-        passes: Forward and backward of `model`.
-        activation: Surrogate and alpha as built.
-        initial: What the network starts from; None for weights drawn from the seed.
-    """
-
-    config: TrainConfig
-    left_open: list[str]
+    config: TrainConfig  # with open settings (mean, std, warmup_epochs) resolved
+    left_open: list[str]  # names of the settings that were open
     accelerator: Accelerator
     all_reduce_max: AllReduceMax
     images: Images
-    step_images: int
-    steps_per_epoch: int
-    network: nn.Module
-    model: nn.Module
-    evaluated: nn.Module
+    step_images: int  # images in a step of the optimizer, over all processes
+    steps_per_epoch: int  # full steps; the images left over differ from epoch to epoch and are not trained on
+    network: nn.Module  # holds the weights that are trained
+    model: nn.Module  # the same as accelerate and torch.compile wrap it
+    evaluated: nn.Module  # a second one, in float32, for evaluation and packaging; holds the moving average, if any
     ema: ModelEmaV3 | None
     mixup: Mixup | None
-    passes: Passes
+    passes: Passes  # forward and backward of `model`
     optimizer: Any
     scheduler: Any
-    activation: Activation
-    initial: Initial | None
+    activation: Activation  # surrogate and alpha as built
+    initial: Initial | None  # what the network starts from; None for weights drawn from the seed
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -156,13 +143,13 @@ def fit(run: Run) -> dict[str, Any]:
     state.settings = run.settings
     total, warm_up = config.epochs * run.steps_per_epoch, run.passes.warm_up
     with Progress(total, run.step(state), run.step_images, main, warm_up) as progress, ExitStack() as stack:
-        check_first_step(config, run.network, run.model, run.images, run.accelerator, run.all_reduce_max)
+        check_first_step(run)
         if main:
             write_record(run.config.folder, run.settings, state.metrics)
         tracking = Tracking(run.accelerator, config.tracker, run.settings)
         stop = stack.enter_context(stop_signals())
         check = partial(run.check_stop, stop)
-        evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check)
+        evaluate = partial(evaluate_split, run, check)
         try:
             while state.epoch < config.epochs and not state.stops_early(config.patience):
                 line = train_epoch(run, state, best, progress, tracking, stop)
