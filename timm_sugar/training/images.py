@@ -84,7 +84,7 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     parts = _split(config, source, warn=rank == 0)
     _check_sizes(config, len(parts["train"]), processes)
     sizes = {name: len(part) for name, part in parts.items()}
-    shares = {name: parts[name].subset(np.arange(rank, sizes[name], processes)) for name in ("val", "test")}
+    parts |= {name: parts[name].subset(np.arange(rank, sizes[name], processes)) for name in ("val", "test")}
     data_config: dict[str, Any] = dict(
         input_size=(3, config.img_size, config.img_size),
         interpolation=config.interpolation,
@@ -92,14 +92,15 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         crop_mode="center",
     )
     evaluation = eval_transform(data_config)
-    augmented = config.crop != "none" or any((config.hflip, config.color_jitter, config.auto_augment, config.re_prob))
-    crop_flip = _crop_flip(config) if augmented else None
+    by_image = config.crop == "resized" or any((config.color_jitter, config.auto_augment, config.re_prob))
+    by_batch = not by_image and (config.crop == "padded" or config.hflip > 0)
     room = config.memory_limit * 2**30
     cache = ArrayCache(config.cache_limit * 2**30, *([partial(print, file=sys.stderr)] if rank == 0 else []))
     pixels: dict[str, Tensor | None] = {}
-    for name, part in {**shares, "train": parts["train"]}.items():
+    for name in ("val", "test", "train"):  # in the order in which they get memory
+        part = parts[name]
         room -= decoded_size(part, data_config)
-        held = room >= 0 and len(part) > 0 and not (name == "train" and augmented and crop_flip is None)
+        held = room >= 0 and len(part) > 0 and not (name == "train" and by_image)
         title = f"decoding {name} images" if rank == 0 else None
         # A padded crop is one of the whole image.
         whole = data_config | {"crop_pct": 1.0} if name == "train" and config.crop == "padded" else data_config
@@ -110,27 +111,22 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
         title = "measuring mean and standard deviation" if rank == 0 else None
-        measured = _statistics(parts["train"], None if augmented else pixels["train"], data_config, cache, title)
+        measured = _statistics(
+            parts["train"], None if by_image or by_batch else pixels["train"], data_config, cache, title
+        )
     data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
-    transforms = dict(val=evaluation, test=evaluation, train=evaluation)
-    if augmented:
+    splits = {
+        name: Split(torch.from_numpy(part.labels), pixels[name], part, evaluation) for name, part in parts.items()
+    }
+    if by_image or by_batch:
         names = ("crop", "hflip", "color_jitter", "auto_augment", "re_prob", "re_mode", "re_count")
-        transforms["train"] = train_transform(data_config, **{name: getattr(config, name) for name in names})
-    train, val, test = (
-        Split(torch.from_numpy(part.labels), pixels[name], part, transforms[name])
-        for name, part in (("train", parts["train"]), *shares.items())
-    )
+        splits["train"].transform = train_transform(data_config, **{name: getattr(config, name) for name in names})
+    crop_flip = CropFlip(4 if config.crop == "padded" else 0, config.hflip) if by_batch else None
+    val = splits["val"] if sizes["val"] else None
     return Images(
-        source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, source.bad_images, found,
+        source.class_names, data_config, splits["train"], val, splits["test"], sizes, source.bad_images, found,
         crop_flip,
     )  # fmt: skip
-
-
-def _crop_flip(config: TrainConfig) -> CropFlip | None:
-    """Return the augmentation of whole batches that does what the settings ask for; None if there is none."""
-    if config.crop == "resized" or any((config.color_jitter, config.auto_augment, config.re_prob)):
-        return None
-    return CropFlip(4 if config.crop == "padded" else 0, config.hflip)
 
 
 def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, LabelledImages]:

@@ -28,7 +28,6 @@ class Progress:
         self._says = enabled
         self._enabled = enabled and sys.stderr.isatty()
         self._shown = 0.0
-        self._console = Console(stderr=True)
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
@@ -38,7 +37,7 @@ class Progress:
             bars.TimeElapsedColumn(),
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(),
-            console=self._console,
+            console=Console(stderr=True),
             refresh_per_second=5,  # as often as what it shows can change
             disable=not self._enabled,
         )

@@ -68,6 +68,12 @@ class Run:
             record["weights"] = self.initial.record
         return record | {"left_open": self.left_open, "processes": self.accelerator.num_processes}
 
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """What has a state besides the weights, by its name in a checkpoint; None where there is none."""
+        ema = None if self.ema is None else self.ema.module
+        return {"optimizer": self.optimizer, "scaler": self.accelerator.scaler, "ema": ema}
+
     def step(self, state: State) -> int:
         """Return the number of optimizer steps done."""
         return state.epoch * self.steps_per_epoch + state.position
@@ -193,23 +199,16 @@ def resume(run: Run) -> tuple[State, Weights | None]:
     if checkpoint is None:
         return State(), None
     run.network.load_state_dict(checkpoint.weights)
-    run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-    if run.ema is not None:
-        run.ema.module.load_state_dict(checkpoint.optimizer["ema"])
+    for name, part in run.stateful.items():
+        if part is not None:
+            part.load_state_dict(checkpoint.optimizer[name])
     return checkpoint.state, checkpoint.best
 
 
 def _save(run: Run, state: State, best: Weights | None) -> None:
     if run.accelerator.is_main_process:
-        scaler = run.accelerator.scaler
-        optimizer = {
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "ema": run.ema.module.state_dict() if run.ema is not None else None,
-        }
-        checkpoint = Checkpoint(run.network.state_dict(), best, optimizer, state)
+        states = {name: None if part is None else part.state_dict() for name, part in run.stateful.items()}
+        checkpoint = Checkpoint(run.network.state_dict(), best, states, state)
         write_checkpoint(run.config.folder / "checkpoints", run.step(state), checkpoint)
     run.accelerator.wait_for_everyone()
 
