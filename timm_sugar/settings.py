@@ -51,11 +51,13 @@ def setting(default: Any, help: str, range: str | None = None, **more: Any) -> A
 
 
 _data = partial(setting, group="data", kind="data")
+_load = partial(setting, group="data", kind="free")
 _images = partial(setting, group="data")
 _augment = partial(setting, group="augmentation")
 _network = partial(setting, group="network")
-_optimizer = partial(setting, group="optimization")
+_opt = partial(setting, group="optimization")
 _run = partial(setting, group="run")
+_free = partial(setting, group="run", kind="free")
 _start = partial(setting, group="run", kind="start")
 
 
@@ -90,15 +92,13 @@ class TrainConfig:
     limit_train: int | None = _images(None, "train on a stratified sample of this many images", "[1, inf)")
     limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)")
     limit_test: int | None = _data(None, "test on a stratified sample of this many images", "[1, inf)")
-    streaming: bool = _data(False, "read the data into memory without a cached copy on disk", kind="free")
+    streaming: bool = _load(False, "read the data into memory without a cached copy on disk")
     skip_bad_images: bool = _images(False, "leave out images that cannot be decoded, and count them")
-    memory_limit: float = _data(
-        4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)", kind="free"
+    memory_limit: float = _load(
+        4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)"
     )
-    cache_limit: float = _data(
-        8.0, "GiB of decoded images to keep on disk for the next start; 0 for none", "[0, inf)", kind="free"
-    )
-    workers: int = _data(2, "loader processes for each training process", "[0, 1024]", kind="free")
+    cache_limit: float = _load(8.0, "GiB of decoded images to keep on disk for the next start; 0 for none", "[0, inf)")
+    workers: int = _load(2, "loader processes for each training process", "[0, 1024]")
 
     crop: Literal["none", "resized", "padded"] = _augment(
         "none", "crops in training: none, timm's random resized crop, or random after padding by 4 pixels"
@@ -154,56 +154,48 @@ class TrainConfig:
     switch_surrogate: str | None = _network(None, "surrogate from that epoch on")
     switch_alpha: float | None = _network(None, "its alpha; default: its own", "[-1e6, 1e6]")
 
-    epochs: int = _optimizer(10, "passes over the training images", "[1, 1000000]")
-    patience: int | None = _optimizer(
+    epochs: int = _opt(10, "passes over the training images", "[1, 1000000]")
+    patience: int | None = _opt(
         None, "stop after this many epochs in a row without a better accuracy on the validation images", "[1, inf)"
     )
-    batch_size: int = _optimizer(128, "images in a forward pass in each process", "[1, 1000000]")
-    grad_accum: int = _optimizer(1, "forward passes in a step of the optimizer", "[1, 1000000]")
-    opt: str = _optimizer("sgd", "optimizer, by timm's name: sgd, adamw, ...")
-    opt_betas: list[float] | None = _optimizer(None, "its betas, where it has them", "[0, 1)", length=2)
-    opt_eps: float | None = _optimizer(None, "its epsilon, where it has one", "(0, 1000]")
-    lr: float = _optimizer(0.001, "learning rate", "[0, 1e30]")
-    lr_base_batch: int | None = _optimizer(
+    batch_size: int = _opt(128, "images in a forward pass in each process", "[1, 1000000]")
+    grad_accum: int = _opt(1, "forward passes in a step of the optimizer", "[1, 1000000]")
+    opt: str = _opt("sgd", "optimizer, by timm's name: sgd, adamw, ...")
+    opt_betas: list[float] | None = _opt(None, "its betas, where it has them", "[0, 1)", length=2)
+    opt_eps: float | None = _opt(None, "its epsilon, where it has one", "(0, 1000]")
+    lr: float = _opt(0.001, "learning rate", "[0, 1e30]")
+    lr_base_batch: int | None = _opt(
         None,
         "batch size that lr, warmup_lr and min_lr are given for; they are scaled linearly to the actual one",
         "[1, 1000000000]",
     )
-    momentum: float = _optimizer(0.9, "momentum of SGD", "[0, 1]")
-    weight_decay: float = _optimizer(0.0, "weight decay; normalisation and biases are left out", "[0, 1e30]")
-    weight_decay_end: float | None = _optimizer(
+    momentum: float = _opt(0.9, "momentum of SGD", "[0, 1]")
+    weight_decay: float = _opt(0.0, "weight decay; normalisation and biases are left out", "[0, 1e30]")
+    weight_decay_end: float | None = _opt(
         None, "weight decay at the end, reached on a cosine; default: constant", "[0, 1e30]"
     )
-    layer_decay: float | None = _optimizer(
+    layer_decay: float | None = _opt(
         None, "factor of the learning rate from each layer to the one before, as in timm", "(0, 1]"
     )
-    clip_grad: float | None = _optimizer(None, "largest norm of the gradients", "(0, inf)")
-    sched: Literal["constant", "multistep", "cosine"] = _optimizer("constant", "learning-rate schedule")
-    milestones: list[int] = _optimizer([], "epochs at which a multistep schedule decays", "[1, 1000000]")
-    decay_rate: float = _optimizer(0.1, "factor of each of those decays", "[0, 1000]")
-    warmup_epochs: float | None = _optimizer(
-        None, "epochs of warm-up; default: none, or 10% for cosine", "[0, 1000000]"
-    )
-    warmup_lr: float = _optimizer(0.0, "learning rate at the start of warm-up", "[0, 1e30]")
-    min_lr: float = _optimizer(0.0, "learning rate at the end of a cosine", "[0, 1e30]")
-    ema_decay: float | None = _optimizer(
-        None, "evaluate and package an exponential moving average of the weights", "[0, 1)"
-    )
-    sync_bn: bool = _optimizer(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
+    clip_grad: float | None = _opt(None, "largest norm of the gradients", "(0, inf)")
+    sched: Literal["constant", "multistep", "cosine"] = _opt("constant", "learning-rate schedule")
+    milestones: list[int] = _opt([], "epochs at which a multistep schedule decays", "[1, 1000000]")
+    decay_rate: float = _opt(0.1, "factor of each of those decays", "[0, 1000]")
+    warmup_epochs: float | None = _opt(None, "epochs of warm-up; default: none, or 10% for cosine", "[0, 1000000]")
+    warmup_lr: float = _opt(0.0, "learning rate at the start of warm-up", "[0, 1e30]")
+    min_lr: float = _opt(0.0, "learning rate at the end of a cosine", "[0, 1e30]")
+    ema_decay: float | None = _opt(None, "evaluate and package an exponential moving average of the weights", "[0, 1)")
+    sync_bn: bool = _opt(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
 
     seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, 4294967295]")
     output: str | None = _start(None, "folder of the run; default: output/RECIPE-MODEL-SEED", metavar="DIR")
     resume: str = _start("auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder")
-    checkpoint_minutes: float = _run(10.0, "minutes between checkpoints within an epoch", "[0, inf)", kind="free")
-    checkpoint_steps: int | None = _run(
-        None, "steps between checkpoints within an epoch, besides", "[1, inf)", kind="free"
-    )
+    checkpoint_minutes: float = _free(10.0, "minutes between checkpoints within an epoch", "[0, inf)")
+    checkpoint_steps: int | None = _free(None, "steps between checkpoints within an epoch, besides", "[1, inf)")
     mixed_precision: Literal["no", "bf16", "fp16"] = _run("no", "precision of training; evaluation is float32")
     compile: bool = _run(False, "train through torch.compile, on a GPU as a CUDA graph too")
     channels_last: bool = _run(False, "train with images and weights in channels-last order, often faster")
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _run(
-        "none", "where metrics are sent besides", kind="free"
-    )
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _free("none", "where metrics are sent besides")
     push_to_hub: str | None = _start(None, "publish the finished run as this repository", metavar="ORG/NAME")
     eval_only: bool = _start(False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop")
     dry_run: bool = _start(False, "build everything, run two steps and print an estimate of time, memory and disk")

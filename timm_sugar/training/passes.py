@@ -53,14 +53,10 @@ class Passes:
 
     def begin_epoch(self, activation: Activation, steps: int, unit_counts: dict[str, Any] | None) -> None:
         """Begin an epoch with this surrogate and alpha, or go on after so many steps with what was counted in them."""
-        self.set_activation(activation)
-        self.units.begin(steps * self._accumulation, unit_counts)
-
-    def set_activation(self, activation: Activation) -> None:
-        """Give the network's SUGAR activations this surrogate and alpha, which are constants of a graph."""
         if activation != self._activation:
             set_activation(self._network, activation)
-            self._activation, self._captured = activation, None
+            self._activation, self._captured = activation, None  # they are constants of a graph
+        self.units.begin(steps * self._accumulation, unit_counts)
 
     def __call__(self, inputs: Tensor, targets: Tensor, first: bool) -> tuple[Tensor, Tensor]:
         """Return the mean loss, (), and the logits, (B, classes), until the next call.

@@ -106,19 +106,16 @@ def _locate(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
     given = str(config.pretrained)
     source = given if given.startswith(("hf-hub:", "local-dir:")) else find_model(given).source
     name, tag = split_model_name_tag(source)
-    if ":" in source or is_own(name):
-        found = read_config(source if ":" in source else find_weights(name, tag or None))
-        # A folder may leave out what its architecture says.
-        cfg = _registered(found.architecture) | found.pretrained_cfg
-        place = f"hf-hub:{cfg['hf_hub_id']}" if cfg["source"] == "hf-hub" else found.source
-        place = place if ":" in source else Path(found.source).name.partition("@")[0]
-        arguments = {key: value for key, value in found.model_args.items() if key not in ("img_size", "num_classes")}
-        initial = Initial(place, found.architecture, found.activation, arguments)
-        cfg["fixed_input_size"] |= "img_size" in found.model_args  # not so of networks that take other sizes too
-    else:
+    if ":" not in source and not is_own(name):
         cfg = _of_timm(source)
-        initial = Initial(f"{name}.{cfg['tag']}" if cfg.get("tag") else name, name, Activation(), {})
-    return cfg, dataclasses.replace(initial, labels=tuple(cfg.get("label_names") or ()))
+        return cfg, Initial(f"{name}.{cfg['tag']}" if cfg.get("tag") else name, name, Activation(), {})
+    found = read_config(source if ":" in source else find_weights(name, tag or None))
+    cfg = _registered(found.architecture) | found.pretrained_cfg  # a folder may leave out what its architecture says
+    cfg["fixed_input_size"] |= "img_size" in found.model_args  # not so of networks that take other sizes too
+    place = f"hf-hub:{cfg['hf_hub_id']}" if cfg["source"] == "hf-hub" else found.source
+    place = place if ":" in source else Path(found.source).name.partition("@")[0]
+    arguments = {key: value for key, value in found.model_args.items() if key not in ("img_size", "num_classes")}
+    return cfg, Initial(place, found.architecture, found.activation, arguments)
 
 
 def _registered(architecture: str) -> dict[str, Any]:
@@ -176,6 +173,7 @@ def _load(config: TrainConfig, initial: Initial, cfg: dict[str, Any]) -> Initial
         initial,
         architecture=config.model,
         activation=initial.activation if own else Activation(),
+        labels=tuple(cfg.get("label_names") or ()),
         classifier=_classifiers(cfg),
         tensors=network.state_dict(),
     )

@@ -16,14 +16,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    broadcast_object_list,
-    is_tensorboard_available,
-    is_trackio_available,
-    is_wandb_available,
-    parse_flag_from_env,
-)
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
 from ..settings import TrainConfig
 
@@ -126,17 +120,11 @@ class AllReduceMax:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator of a run.
-
-    Raises:
-        ValueError: precision or BatchNorm over processes that the device does not have.
-        ModuleNotFoundError: the tracker is not installed.
-    """
+    """Return the accelerator of a run, or raise where it wants what this machine does not have."""
     # accelerate keeps the precision of an earlier run in this process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    available = dict(tensorboard=is_tensorboard_available, trackio=is_trackio_available, wandb=is_wandb_available)
-    if config.tracker != "none" and not available[config.tracker]():
+    if config.tracker not in ("none", *map(str, get_available_trackers())):
         raise ModuleNotFoundError(f"tracker {config.tracker} is not installed: pip install {config.tracker}")
     try:
         accelerator = Accelerator(
