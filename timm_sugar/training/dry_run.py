@@ -1,5 +1,6 @@
 """--dry-run and --eval-only: estimate the cost of a run, or evaluate its weights, without training."""
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,11 @@ _BATCH = 64
 
 def dry_run(run: Run) -> dict[str, Any]:
     """Time two training steps and one evaluation batch, and return what the whole run will take; write nothing."""
-    config, steps = run.config, train_steps(run, State())
+    config = run.config
+    steps = itertools.chain(train_steps(run, State()), train_steps(run, State()))  # an epoch may be a single step
     next(steps)[0].item()  # waits for the device
     began = time.perf_counter()
-    last = next(steps, None)  # an epoch may be a single step
-    if last is None:
-        began, last = time.perf_counter(), next(train_steps(run, State()))
-    last[0].item()
+    next(steps)[0].item()
     step_seconds = time.perf_counter() - began
 
     began = time.perf_counter()

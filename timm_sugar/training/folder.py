@@ -6,15 +6,14 @@ import json
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import accelerate
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 import timm_sugar
 
@@ -33,8 +32,10 @@ from .checkpoint import (
     read_checkpoint,
     read_state,
 )
-from .images import Images
 from .processes import from_main_process, process_state
+
+if TYPE_CHECKING:
+    from .train import Run
 
 _REMEDY = "give another --output, or --resume never to start over"
 _RESULTS = ("summary.json", "metrics.jsonl", "model")
@@ -134,24 +135,22 @@ def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> 
     changed = [f"{name}={data[name]}, not {found[name]}" for name in data if data[name] != found.get(name, data[name])]
     if changed:
         raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {_REMEDY}")
-    usual = defaults() if before else {}
+    known = defaults() | before if before else {}  # a setting that the run's version did not have yet is as usual
     # What is given comes before what is left open on account of it.
     for name in sorted((*names_of("data", "result"), "processes"), key=lambda name: now[name] is None):
-        if (name not in before and name not in usual) or (name == "data" and data):
-            continue
-        was = before.get(name, usual.get(name))  # a setting that the run's version did not have yet
         not_resolved = now[name] is None and name in before.get("left_open", ())
-        if not not_resolved and now[name] != was:
-            raise ValueError(f"{where} holds a run with {name}={was}, not {now[name]}; {_REMEDY}")
+        if name not in known or not_resolved or (name == "data" and data):
+            continue
+        if now[name] != known[name]:
+            raise ValueError(f"{where} holds a run with {name}={known[name]}, not {now[name]}; {_REMEDY}")
     ways = before.get("gradients"), now.get("gradients")
     if None not in ways and ways[0] != ways[1]:
         warnings.warn(f"{where}: gradients were computed by {ways[0]}, from here on by {ways[1]}", stacklevel=2)
 
 
-def write_record(output: Path, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
-    """Write OUTPUT/config.yaml and OUTPUT/metrics.jsonl."""
+def write_record(output: Path, settings: dict[str, Any]) -> None:
+    """Write OUTPUT/config.yaml."""
     write_file(output / "config.yaml", to_yaml(settings | {"versions": versions()}))
-    write_metrics(output, metrics)
 
 
 def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
@@ -159,11 +158,12 @@ def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
     write_file(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
 
 
-def summarize(config: TrainConfig, network: nn.Module, images: Images, **measured: Any) -> dict[str, Any]:
+def summarize(run: "Run", **measured: Any) -> dict[str, Any]:
     """Return what OUTPUT/summary.json holds: what was trained on what, and what was `measured`."""
+    config, images = run.config, run.images
     return dict(
         model=config.model,
-        parameters=sum(p.numel() for p in network.parameters()),
+        parameters=sum(p.numel() for p in run.evaluated.parameters()),
         data=config.data,
         dataset_id=dataset_of(config.data)[0],
         **{f"{name}_images": size for name, size in images.sizes.items()},
@@ -175,26 +175,22 @@ def summarize(config: TrainConfig, network: nn.Module, images: Images, **measure
     )
 
 
-def write_result(
-    output: Path, config: TrainConfig, network: nn.Module, images: Images, summary: dict[str, Any]
-) -> None:
+def write_result(run: "Run", summary: dict[str, Any]) -> None:
     """Write OUTPUT/model, then OUTPUT/summary.json, which marks the run as finished."""
+    output, config, images = run.config.folder, run.config, run.images
     card = summary | {"settings": {name: getattr(config, name) for name in names_of("data", "result")}}
     architecture = config.model.split(".")[0]
-    write_model_folder(output / "model", network, architecture, images.class_names, images.data_config, card)
+    write_model_folder(output / "model", run.evaluated, architecture, images.class_names, images.data_config, card)
     write_file(output / "summary.json", to_json(summary) + "\n")
 
 
-def start_or_resume(
-    output: Path, resume: str, settings: dict[str, Any], step: Callable[[State], int]
-) -> Checkpoint | None:
+def start_or_resume(run: "Run") -> Checkpoint | None:
     """Return the checkpoint that the run goes on from, None where it starts, with what is of another history set aside.
-
-    `step` gives the step of a state.
 
     Raises:
         ValueError: see `check_unchanged`.
     """
+    output, resume, settings = run.config.folder, run.config.resume, run.settings
 
     def find() -> tuple[dict[str, Any], Checkpoint | None]:
         if resume == "never":
@@ -211,7 +207,7 @@ def start_or_resume(
     check_unchanged(str(output), record, settings)
     check_unchanged(str(output) if resume == "auto" else resume, state.settings, settings)
     if process_state().is_main_process:
-        last = step(state)
+        last = run.step(state)
         later = [path for path in list_checkpoints(output / "checkpoints") if path.name > f"step-{last:09d}"]
         _set_aside(output, f"going on from step {last}; {listed([path.name for path in later])}", later)
     return checkpoint

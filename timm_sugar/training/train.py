@@ -78,11 +78,6 @@ class Run:
         """Return the number of optimizer steps done."""
         return state.epoch * self.steps_per_epoch + state.position
 
-    def check_stop(self, stop: StopSignal) -> None:
-        """Raise Stopped if any process has received a signal."""
-        if signum := self.all_reduce_max(stop.number)[0]:
-            raise Stopped(signum)
-
 
 def build(config: TrainConfig) -> Run:
     """Build everything that training needs, or raise before anything is trained.
@@ -151,11 +146,16 @@ def fit(run: Run) -> dict[str, Any]:
     with Progress(total, run.step(state), run.step_images, main, warm_up) as progress, ExitStack() as stack:
         check_first_step(run)
         if main:
-            write_record(run.config.folder, run.settings, state.metrics)
+            write_record(config.folder, run.settings)
+            write_metrics(config.folder, state.metrics)
         tracking = Tracking(run.accelerator, config.tracker, run.settings)
         stop = stack.enter_context(stop_signals())
-        check = partial(run.check_stop, stop)
-        evaluate = partial(evaluate_split, run, check)
+
+        def check_stop() -> None:
+            if signum := run.all_reduce_max(stop.number)[0]:
+                raise Stopped(signum)
+
+        evaluate = partial(evaluate_split, run, check_stop)
         try:
             while state.epoch < config.epochs and not state.stops_early(config.patience):
                 line = train_epoch(run, state, best, progress, tracking, stop)
@@ -177,7 +177,7 @@ def fit(run: Run) -> dict[str, Any]:
                 state.metrics.append(line)
                 _save(run, state, best)
                 if main:
-                    write_metrics(run.config.folder, state.metrics)
+                    write_metrics(config.folder, state.metrics)
                 tracking.epoch(line, run.step(state))
                 progress.epoch(line, config.epochs)
             if state.epoch < config.epochs:
@@ -195,7 +195,7 @@ def fit(run: Run) -> dict[str, Any]:
 
 def resume(run: Run) -> tuple[State, Weights | None]:
     """Restore the checkpoint to resume from; return the progress and the weights of the best epoch so far."""
-    checkpoint = start_or_resume(run.config.folder, run.config.resume, run.settings, run.step)
+    checkpoint = start_or_resume(run)
     if checkpoint is None:
         return State(), None
     run.network.load_state_dict(checkpoint.weights)
@@ -314,15 +314,14 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
 
 def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     """Evaluate the best epoch on the test set, package it and write the summary."""
-    config, images = run.config, run.images
     run.evaluated.load_state_dict(best)
     line = state.metrics[(state.best_epoch or len(state.metrics)) - 1]
     set_activation(run.evaluated, Activation(line["surrogate"], line["alpha"]))
     began = time.monotonic()
     test = evaluate("test")
-    found = {**line, **test} if images.val is None else {**test, **line}
+    found = {**line, **test} if run.images.val is None else {**test, **line}
     summary = summarize(
-        config, run.evaluated, images,
+        run,
         pretrained=run.initial and run.initial.source, surrogate=line["surrogate"], alpha=line["alpha"],
         trained_parameters=sum(p.numel() for p in run.network.parameters() if p.requires_grad),
         processes=run.accelerator.num_processes, trained_epochs=state.epoch, best_epoch=state.best_epoch,
@@ -331,6 +330,6 @@ def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict
         peak_memory_bytes=peak_memory(run.accelerator.device), seconds=state.seconds + time.monotonic() - began,
     )  # fmt: skip
     if run.accelerator.is_main_process:
-        write_result(run.config.folder, config, run.evaluated, images, summary)
+        write_result(run, summary)
     run.accelerator.wait_for_everyone()
     return summary
