@@ -128,7 +128,7 @@ def memory_over_epochs(epochs: int, precision: str) -> list[float]:
                 train_epoch(
                     run, State(epoch=epoch), None, progress, Tracking(run.accelerator, "none", {}), StopSignal()
                 )
-                evaluate_split(run, None, "val")
+                evaluate_split(run.evaluated, run.images, run.accelerator, 0, None, "val")
                 found.append(process.memory_info().rss / 2**20)
     return found
 

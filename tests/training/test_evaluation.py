@@ -1,6 +1,5 @@
 """Evaluation of a split gives the same in the large batches of a GPU as in those of a CPU."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +31,7 @@ def test_large_batches_give_the_same(memory_limit, tmp_path):
     for device in ("cpu", "cuda"):
         accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
         with Reads() as reads:
-            found.append(evaluate_split(dataclasses.replace(run, accelerator=accelerator), None, "test"))
+            found.append(evaluate_split(run.evaluated, run.images, accelerator, 0, None, "test"))
         count.append(reads.count)
     assert sizes == [256, 103, 359]
     assert memory_limit == 0 or count[0] == count[1]  # none a batch; workers read the indices of their images

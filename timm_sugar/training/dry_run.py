@@ -59,7 +59,7 @@ def evaluate_only(run: Run) -> dict[str, Any]:
     measured: dict[str, Any] = {"weights": str(path), "model": run.config.model, "data": run.config.data}
     names = ("test",) if run.images.val is None else ("val", "test")
     for name in names:
-        result = evaluate_split(run, None, name)
+        result = evaluate_split(run.evaluated, run.images, run.accelerator, run.config.workers, None, name)
         measured |= {k: v for k, v in result.items() if k.startswith(name)}
         measured |= {f"{name}_images": run.images.sizes[name]}
     return measured

@@ -2,26 +2,32 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from ..analysis import count_units
 from ..data import evaluate_batches
-
-if TYPE_CHECKING:
-    from .train import Run
+from .images import Images
 
 _BATCH = 256
 _GPU_PIXELS = 2**21  # in a batch on a GPU, if those are more images: 2048 of 32 x 32
 
 
-def evaluate_split(run: "Run", after_batch: Callable[[], None] | None, name: str) -> dict[str, Any]:
+def evaluate_split(
+    network: nn.Module,
+    images: Images,
+    accelerator: Accelerator,
+    workers: int,
+    after_batch: Callable[[], None] | None,
+    name: str,
+) -> dict[str, Any]:
     """Return the metrics (see `timm_sugar.metrics`) of "val" or "test" over all processes, of "test" by class too.
 
     `after_batch` is called equally often in every process, so it may synchronise.
     """
-    images, accelerator = run.images, run.accelerator
     split: Any = getattr(images, name)
     cuda = accelerator.device.type == "cuda"
     size = max(_BATCH, _GPU_PIXELS // images.data_config["input_size"][-1] ** 2) if cuda else _BATCH
@@ -29,11 +35,11 @@ def evaluate_split(run: "Run", after_batch: Callable[[], None] | None, name: str
     count = math.ceil(math.ceil(images.sizes[name] / accelerator.num_processes) / size)
     indices = torch.arange(len(split), device=split.labels.device)
     order = [indices[i * size : (i + 1) * size] for i in range(count)]
-    batches = split.batches(order, run.config.workers, pin_memory=cuda)
+    batches = split.batches(order, workers, pin_memory=cuda)
     mean, std = images.data_config["mean"], images.data_config["std"]
     classes = images.class_names if name == "test" else ()
-    with count_units(run.evaluated) as units:
-        result = evaluate_batches(run.evaluated, batches, mean, std, True, after_batch, len(classes))
+    with count_units(network) as units:
+        result = evaluate_batches(network, batches, mean, std, True, after_batch, len(classes))
     if accelerator.num_processes > 1:
         units.add_up_processes(accelerator.device)
     found: dict[str, Any] = {}

@@ -1,8 +1,7 @@
 """Before the first step: does the surrogate gradient arrive in the model that is trained, and how is it computed?"""
 
-from typing import TYPE_CHECKING
-
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..gradients import check_gradients
@@ -10,10 +9,8 @@ from ..kernels import gradient_path
 from ..layers import Sugar
 from ..settings import TrainConfig
 from .batches import training_batches
-from .images import epoch_order
-
-if TYPE_CHECKING:
-    from .train import Run
+from .images import Images, epoch_order
+from .processes import AllReduceMax
 
 
 def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> str | None:
@@ -29,25 +26,26 @@ def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> st
     return "+".join(sorted({gradient_path(surrogate, save, device=device) for surrogate, save in layers}))
 
 
-def check_first_step(run: "Run") -> None:
+def check_first_step(
+    config: TrainConfig, model: nn.Module, images: Images, accelerator: Accelerator, all_reduce_max: AllReduceMax
+) -> None:
     """Compare the gradients of the model that is stepped with those of its surrogate, on the first training batch.
 
     Raises:
         ValueError: on every process, where they differ on any.
     """
-    if not any(isinstance(module, Sugar) for module in run.network.modules()):
+    if not any(isinstance(module, Sugar) for module in model.modules()):
         return
-    config, accelerator = run.config, run.accelerator
-    order = epoch_order(config.seed, 0, len(run.images.train))[accelerator.process_index :: accelerator.num_processes]
-    inputs, _ = next(training_batches(config, run.images, accelerator.device, 0, [order[: config.batch_size]]))
-    run.model.train()
+    order = epoch_order(config.seed, 0, len(images.train))[accelerator.process_index :: accelerator.num_processes]
+    inputs, _ = next(training_batches(config, images, accelerator.device, 0, [order[: config.batch_size]]))
+    model.train()
     problem = ""
     try:
         with accelerator.autocast():
-            check_gradients(run.model, inputs)
+            check_gradients(model, inputs)
     except RuntimeError as error:
         if "passes on" not in str(error):
             raise
         problem = str(error)
-    if run.all_reduce_max(bool(problem))[0]:
+    if all_reduce_max(bool(problem))[0]:
         raise ValueError(f"not trained: {problem or 'another process found that a surrogate gradient is lost'}")

@@ -6,14 +6,15 @@ import json
 import platform
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import accelerate
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 import timm_sugar
 
@@ -32,10 +33,8 @@ from .checkpoint import (
     read_checkpoint,
     read_state,
 )
+from .images import Images
 from .processes import from_main_process, process_state
-
-if TYPE_CHECKING:
-    from .train import Run
 
 _REMEDY = "give another --output, or --resume never to start over"
 _RESULTS = ("summary.json", "metrics.jsonl", "model")
@@ -158,12 +157,11 @@ def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
     write_file(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
 
 
-def summarize(run: "Run", **measured: Any) -> dict[str, Any]:
+def summarize(config: TrainConfig, network: nn.Module, images: Images, **measured: Any) -> dict[str, Any]:
     """Return what OUTPUT/summary.json holds: what was trained on what, and what was `measured`."""
-    config, images = run.config, run.images
     return dict(
         model=config.model,
-        parameters=sum(p.numel() for p in run.evaluated.parameters()),
+        parameters=sum(p.numel() for p in network.parameters()),
         data=config.data,
         dataset_id=dataset_of(config.data)[0],
         **{f"{name}_images": size for name, size in images.sizes.items()},
@@ -175,22 +173,23 @@ def summarize(run: "Run", **measured: Any) -> dict[str, Any]:
     )
 
 
-def write_result(run: "Run", summary: dict[str, Any]) -> None:
+def write_result(config: TrainConfig, network: nn.Module, images: Images, summary: dict[str, Any]) -> None:
     """Write OUTPUT/model, then OUTPUT/summary.json, which marks the run as finished."""
-    output, config, images = run.config.folder, run.config, run.images
+    output, architecture = config.folder, config.model.split(".")[0]
     card = summary | {"settings": {name: getattr(config, name) for name in names_of("data", "result")}}
-    architecture = config.model.split(".")[0]
-    write_model_folder(output / "model", run.evaluated, architecture, images.class_names, images.data_config, card)
+    write_model_folder(output / "model", network, architecture, images.class_names, images.data_config, card)
     write_file(output / "summary.json", to_json(summary) + "\n")
 
 
-def start_or_resume(run: "Run") -> Checkpoint | None:
+def start_or_resume(config: TrainConfig, settings: dict[str, Any], step: Callable[[State], int]) -> Checkpoint | None:
     """Return the checkpoint that the run goes on from, None where it starts, with what is of another history set aside.
+
+    `step` gives the step of a state.
 
     Raises:
         ValueError: see `check_unchanged`.
     """
-    output, resume, settings = run.config.folder, run.config.resume, run.settings
+    output, resume = config.folder, config.resume
 
     def find() -> tuple[dict[str, Any], Checkpoint | None]:
         if resume == "never":
@@ -207,7 +206,7 @@ def start_or_resume(run: "Run") -> Checkpoint | None:
     check_unchanged(str(output), record, settings)
     check_unchanged(str(output) if resume == "auto" else resume, state.settings, settings)
     if process_state().is_main_process:
-        last = run.step(state)
+        last = step(state)
         later = [path for path in list_checkpoints(output / "checkpoints") if path.name > f"step-{last:09d}"]
         _set_aside(output, f"going on from step {last}; {listed([path.name for path in later])}", later)
     return checkpoint

@@ -144,7 +144,7 @@ def fit(run: Run) -> dict[str, Any]:
     state.settings = run.settings
     total, warm_up = config.epochs * run.steps_per_epoch, run.passes.warm_up
     with Progress(total, run.step(state), run.step_images, main, warm_up) as progress, ExitStack() as stack:
-        check_first_step(run)
+        check_first_step(config, run.model, run.images, run.accelerator, run.all_reduce_max)
         if main:
             write_record(config.folder, run.settings)
             write_metrics(config.folder, state.metrics)
@@ -155,7 +155,7 @@ def fit(run: Run) -> dict[str, Any]:
             if signum := run.all_reduce_max(stop.number)[0]:
                 raise Stopped(signum)
 
-        evaluate = partial(evaluate_split, run, check_stop)
+        evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check_stop)
         try:
             while state.epoch < config.epochs and not state.stops_early(config.patience):
                 line = train_epoch(run, state, best, progress, tracking, stop)
@@ -195,7 +195,7 @@ def fit(run: Run) -> dict[str, Any]:
 
 def resume(run: Run) -> tuple[State, Weights | None]:
     """Restore the checkpoint to resume from; return the progress and the weights of the best epoch so far."""
-    checkpoint = start_or_resume(run)
+    checkpoint = start_or_resume(run.config, run.settings, run.step)
     if checkpoint is None:
         return State(), None
     run.network.load_state_dict(checkpoint.weights)
@@ -314,14 +314,15 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
 
 def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     """Evaluate the best epoch on the test set, package it and write the summary."""
+    config, images = run.config, run.images
     run.evaluated.load_state_dict(best)
     line = state.metrics[(state.best_epoch or len(state.metrics)) - 1]
     set_activation(run.evaluated, Activation(line["surrogate"], line["alpha"]))
     began = time.monotonic()
     test = evaluate("test")
-    found = {**line, **test} if run.images.val is None else {**test, **line}
+    found = {**line, **test} if images.val is None else {**test, **line}
     summary = summarize(
-        run,
+        config, run.evaluated, images,
         pretrained=run.initial and run.initial.source, surrogate=line["surrogate"], alpha=line["alpha"],
         trained_parameters=sum(p.numel() for p in run.network.parameters() if p.requires_grad),
         processes=run.accelerator.num_processes, trained_epochs=state.epoch, best_epoch=state.best_epoch,
@@ -330,6 +331,6 @@ def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict
         peak_memory_bytes=peak_memory(run.accelerator.device), seconds=state.seconds + time.monotonic() - began,
     )  # fmt: skip
     if run.accelerator.is_main_process:
-        write_result(run, summary)
+        write_result(config, run.evaluated, images, summary)
     run.accelerator.wait_for_everyone()
     return summary
