@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import ALLOCATORS, environment, print_table, run_self, write_json
 from torch import Tensor, nn
 
 from timm_sugar import Sugar, forward_gradient_injection, list_surrogates
-from timm_sugar.analysis.speed import time_on_gpu, time_shuffled
+from timm_sugar.analysis.speed import time_shuffled
 from timm_sugar.surrogates import get_surrogate
 
 
@@ -58,6 +59,22 @@ def step(activation: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> 
     (result,) = torch.autograd.grad(y, leaf, grad)
     del y, result
     return time.perf_counter() - start
+
+
+def time_on_gpu(work: Callable[[], Any], repeats: int = 10) -> float:
+    """Return the seconds that a GPU takes for `work`, by its own events, without the time of the host.
+
+    The GPU is kept busy until the host has submitted everything, so that it never waits for it.
+    """
+    work()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(50_000_000)  # cycles
+    start.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def measure_on_gpu(sizes: list[int], names: list[str], dtype: torch.dtype) -> list[dict]:

@@ -19,7 +19,6 @@ ALLOWED = {
         "torch._C._current_graph_task_id", "torch._dynamo.config", "torch._dynamo",
     },
     "kernels/expression.py": {"Tensor._make_wrapper_subclass"},  # of torch's guide to extending it
-    "analysis/speed.py": {"torch.cuda._sleep"},  # keeps a GPU busy while the host submits
     "analysis/landscape.py": {f"torch._foreach_{name}" for name in ("add_", "div", "mul", "sub")},
     "training/processes.py": {f"torch.ops.mkldnn._is_mkldnn_{name}_supported" for name in ("bf16", "fp16")},
 }  # fmt: skip

@@ -3,6 +3,7 @@
 A library leaves both to its user, so nothing is done where somebody else's program imports the package.
 """
 
+import errno
 import io
 import os
 import sys
@@ -11,41 +12,34 @@ from types import TracebackType
 from typing import Any
 
 
-class Stream(io.TextIOWrapper):
-    """A standard stream whose reader may go away, or whose device may be full, without an end to the program.
+class _Output(io.FileIO):
+    """Standard output or error, whose reader may go away, or whose device may be full, without an end to the program.
 
     Attributes:
-        error: Why something could not be written, None so far. Then the stream goes to os.devnull.
+        error: Why something could not be written, None so far. Then all goes to os.devnull.
     """
 
     error: OSError | None = None
 
-    def write(self, text: str) -> int:
-        """Write text, or drop it; return its length."""
+    def write(self, content: Any) -> int:
         try:
-            super().write(text)
+            written: int | None = super().write(content)
+            if written is None:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return written
         except OSError as error:
-            self._give_up(error)
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is buffered, or drop it."""
-        try:
-            super().flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self.error = error
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), self.fileno())
+            self.error = error
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return len(content)
 
 
 def output_error() -> str:
     """Return why standard output could not be written, "" where it could, or where nobody reads any more."""
     if sys.stdout is not None:
         sys.stdout.flush()
-    error = getattr(sys.stdout, "error", None)
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    error = getattr(raw, "error", None)
     return "" if error is None or isinstance(error, BrokenPipeError) else str(error.strerror)
 
 
@@ -62,15 +56,14 @@ def _prepare() -> None:
         pass
     os.close(descriptor)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        before: Any = getattr(sys, name)
-        if before is not None:
+        before = getattr(sys, name)
+        if before is None:
+            encoding, errors = "utf-8", "backslashreplace"
+        else:
+            encoding, errors = before.encoding, before.errors
             before.flush()
-        options: dict[str, Any] = dict(
-            encoding=before.encoding if before is not None else "utf-8",
-            errors=before.errors if before is not None else "backslashreplace",
-        )
-        buffer = io.BufferedWriter(io.FileIO(number, "wb", closefd=False))
-        setattr(sys, name, Stream(buffer, line_buffering=True, **options))
+        buffer = io.BufferedWriter(_Output(number, "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors, line_buffering=True))
     sys.excepthook = _without_traceback_of_ctrl_c
 
 

@@ -10,7 +10,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,58 +19,25 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import disable_progress_bars
 from timm.models import model_entrypoint
 
-from . import __version__
+from . import __version__, hub
 from ._program import output_error
 from .activations import calls_summary
 from .analysis import gradient_norms, loss_landscape, profile, summarise_landscape
 from .analysis.palette import assign_styles
 from .analysis.speed import activations, bench
 from .files import write_file
-from .hub import (
-    NamedModel,
-    check_weights,
-    find_model,
-    image_batches,
-    image_files,
-    predict,
-    publish,
-    published_files,
-    read_facts,
-    sample_batches,
-    summary_line,
-    to_float16,
-    verify,
-    write_folder,
-)
 from .layers import Activation
 from .models import is_own
 from .models._weights import list_weights
 from .terminal import Parser, print_table, progress_bars
 
-Argument: TypeAlias = tuple[tuple[str, ...], dict[str, Any]]
-Run: TypeAlias = Callable[[argparse.Namespace], int]
+Argument: TypeAlias = tuple[str, dict[str, Any]]  # what `argparse.ArgumentParser.add_argument` takes
+Run: TypeAlias = Callable[[argparse.Namespace], int | None]  # prints its result and returns the exit status, 0 for None
 
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand.
-
-    Attributes:
-        help: What it does, one line.
-        example: A command line.
-        arguments: What `argparse.ArgumentParser.add_argument` takes, for each argument.
-        run: Takes them as parsed, prints its result and returns the exit status.
-        passes: Whether it takes any other flag besides, as `args.others`.
-    """
-
-    help: str
-    example: str
-    arguments: tuple[Argument, ...]
-    run: Run
-    passes: bool = False
-
-
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Run] = {}
+_PARSER = Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
+_PARSER.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+_SUBPARSERS = _PARSER.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        status = COMMANDS[args.command].run(args)
+        status = COMMANDS[args.command](args) or 0
         if problem := output_error():
             raise OSError(f"the output cannot be written: {problem}")
         return status
@@ -101,30 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, others = parser.parse_known_args(argv)
-    if others and not COMMANDS[args.command].passes:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args, others = _PARSER.parse_known_args(argv)
+    if others and not args.passes:
+        _PARSER.error(f"unrecognized arguments: {' '.join(others)}")
     args.others = others
     return args
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(
-            name,
-            help=command.help.partition(". ")[0],
-            description=command.help,
-            epilog=f"example: {command.example}",
-            allow_abbrev=not command.passes,  # else a flag of the trainer may pass for one of the command
-        )
-        for flags, options in command.arguments:
-            sub.add_argument(*flags, **options)
-        sub.add_argument("--debug", action="store_true", help="show where an error comes from")
-    return parser
 
 
 def _without_token(text: str) -> str:
@@ -134,28 +81,46 @@ def _without_token(text: str) -> str:
 
 
 def _command(help: str, example: str, *arguments: Argument, passes: bool = False) -> Callable[[Run], Run]:
-    """Register a function ``_NAME`` as the subcommand NAME."""
+    """Register a function ``_NAME`` as the subcommand NAME.
+
+    Args:
+        help: What it does; the first sentence is for the list of commands.
+        example: A command line.
+        arguments: What it takes.
+        passes: It takes any other flag besides, as `args.others`.
+    """
 
     def register(run: Run) -> Run:
-        COMMANDS[run.__name__.removeprefix("_")] = Command(help, example, arguments, run, passes)
+        name = run.__name__.removeprefix("_")
+        parser = _SUBPARSERS.add_parser(
+            name,
+            help=help.partition(". ")[0],
+            description=help,
+            epilog=f"example: {example}",
+            allow_abbrev=not passes,  # else a flag of the trainer may pass for one of the command
+        )
+        for flag, options in (*arguments, _switch("--debug", "show where an error comes from")):
+            parser.add_argument(flag, **options)
+        parser.set_defaults(passes=passes)
+        COMMANDS[name] = run
         return run
 
     return register
 
 
-def _argument(*flags: str, **options: Any) -> Argument:
-    return flags, options
+def _argument(name: str, help: str, **options: Any) -> Argument:
+    return name, {"help": help, **options}
 
 
-def _switch(flag: str, help: str) -> Argument:
-    return _argument(flag, action="store_true", help=help)
+def _switch(name: str, help: str) -> Argument:
+    return _argument(name, help, action="store_true")
 
 
 _MODEL = "run's or published folder, ORG/NAME, or a model's name"
 _DATA = (
-    _argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder"),
-    _argument("--label-column", help="column of the class labels; default: the one that the card names"),
-    _argument("--image-column", help="column of the images; likewise"),
+    _argument("--data", "digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder", required=True),
+    _argument("--label-column", "column of the class labels; default: the one that the card names"),
+    _argument("--image-column", "column of the images; likewise"),
 )
 _JSON = _switch("--json", "print the result as JSON")
 
@@ -165,53 +130,48 @@ _JSON = _switch("--json", "print the result as JSON")
     "timm-sugar models --json",
     _JSON,
 )
-def _models(args: argparse.Namespace) -> int:
+def _models(args: argparse.Namespace) -> None:
     rows = []
-    for name in timm.list_models():
-        if is_own(name):
-            model = model_entrypoint(name)(device="meta")
-            own = Activation.of(model)
-            alpha = "" if own.alpha is None else f" {own.alpha:g}"
-            activation = f"SUGAR {own.surrogate}{alpha}" if own.surrogate else "GELU"
-            parameters = sum(p.numel() for p in model.parameters())
-            rows.append(dict(name=name, parameters=parameters, activation=activation, weights=list_weights(name)))
+    for name in filter(is_own, timm.list_models()):
+        model = model_entrypoint(name)(device="meta")
+        own = Activation.of(model)
+        alpha = "" if own.alpha is None else f" {own.alpha:g}"
+        activation = f"SUGAR {own.surrogate}{alpha}" if own.surrogate else "GELU"
+        parameters = sum(p.numel() for p in model.parameters())
+        rows.append(dict(name=name, parameters=parameters, activation=activation, weights=list_weights(name)))
     if args.json:
         print(json.dumps(rows, indent=2))
-    else:
-        table = []
-        for row in rows:
-            weights = [f"{tag} ({source.removeprefix('local-dir:')})" for tag, source in row["weights"].items()]
-            table.append((row["name"], f"{row['parameters']:,}", row["activation"], ", ".join(weights) or "-"))
-        print_table(("model", "parameters", "activation", "weights"), table, left=(0, 2, 3))
-    return 0
+        return
+    table = []
+    for row in rows:
+        weights = [f"{tag} ({source.removeprefix('local-dir:')})" for tag, source in row["weights"].items()]
+        table.append((row["name"], f"{row['parameters']:,}", row["activation"], ", ".join(weights) or "-"))
+    print_table(("model", "parameters", "activation", "weights"), table, left=(0, 2, 3))
 
 
 @_command(
     "name the classes of images; exit status 1 where a file cannot be read, which does not stop the others",
     "timm-sugar predict photo.jpg path/to/folder --model output/digits --top 3",
-    _argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, and folders, of any depth, with images"),
-    _argument("--model", required=True, help=f"{_MODEL}; local-dir:FOLDER and hf-hub:ORG/NAME too"),
-    _argument("--top", type=int, default=5, metavar="N", help="classes of each image (default: 5)"),
+    _argument("images", "files, and folders, of any depth, with images", metavar="IMAGE_OR_FOLDER", nargs="+"),
+    _argument("--model", f"{_MODEL}; local-dir:FOLDER and hf-hub:ORG/NAME too", required=True),
+    _argument("--top", "classes of each image (default: 5)", type=int, default=5, metavar="N"),
     _switch("--json", "print a JSON object a line: file, and classes (number, name, probability) or error"),
 )
 def _predict(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise ValueError(f"top must be at least 1, got {args.top}")
-    files = image_files(args.images)
-    network = find_model(args.model).load().to("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{args.model}: {summary_line(network)}", file=sys.stderr)
+    files = hub.image_files(args.images)
+    network = hub.find_model(args.model).load().to("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{args.model}: {hub.summary_line(network)}", file=sys.stderr)
     failed = []
     with progress_bars("images") as (on_image,):
-        for done, found in enumerate(predict(network, files, args.top), 1):
+        for done, found in enumerate(hub.predict(network, files, args.top), 1):
             if found.error:
                 failed.append(found)
             if args.json:
                 classes = [dict(number=k, name=name, probability=value) for k, name, value in found.classes]
-                print(
-                    json.dumps(
-                        dict(file=found.file) | (dict(error=found.error) if found.error else dict(classes=classes))
-                    )
-                )
+                answer = dict(error=found.error) if found.error else dict(classes=classes)
+                print(json.dumps(dict(file=found.file) | answer))
             elif not found.error:
                 print(f"{found.file}: {', '.join(f'{name} {100 * value:.1f}%' for _, name, value in found.classes)}")
             on_image(done, len(files))
@@ -227,15 +187,13 @@ def _predict(args: argparse.Namespace) -> int:
     "that shows a difference. Stop it at any time: the same command goes on. Rates, surrogates and seeds may be added "
     "later. Every other flag is one of the trainer's, such as --epochs, and holds for all runs",
     "timm-sugar compare --data path/to/folder --model resnet18 --lrs 0.001 0.003 --seeds 3 --minutes 60",
-    _argument("--data", required=True, help="digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder"),
-    _argument("--output", type=Path, default=Path("output/compare"), metavar="DIR", help="default: output/compare"),
-    _argument("--surrogates", nargs="+", metavar="NAME", help="default: bsilu nelu"),
-    _argument("--lrs", nargs="+", type=float, metavar="RATE", help="learning rates (default: 0.0003 0.001 0.003)"),
-    _argument("--seeds", type=int, metavar="N", help="seeds of each, from 0 on (default: 3)"),
-    _argument(
-        "--minutes", type=float, default=math.inf, metavar="M", help="stop after so many; the same command goes on"
-    ),
-    _argument("--jobs", type=int, metavar="N", help="runs at once (default: one a CPU core, or one on a GPU)"),
+    _argument("--data", "digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder", required=True),
+    _argument("--output", "default: output/compare", type=Path, default=Path("output/compare"), metavar="DIR"),
+    _argument("--surrogates", "default: bsilu nelu", nargs="+", metavar="NAME"),
+    _argument("--lrs", "learning rates (default: 0.0003 0.001 0.003)", nargs="+", type=float, metavar="RATE"),
+    _argument("--seeds", "seeds of each, from 0 on (default: 3)", type=int, metavar="N"),
+    _argument("--minutes", "stop after so many; the same command goes on", type=float, default=math.inf, metavar="M"),
+    _argument("--jobs", "runs at once (default: one a CPU core, or one on a GPU)", type=int, metavar="N"),
     _JSON,
     passes=True,
 )
@@ -275,61 +233,58 @@ def _compare(args: argparse.Namespace) -> int:
 @_command(
     "publish a finished run on the Hub, in one commit",
     "timm-sugar publish output/digits --repo-id me/resnet18_sugar_bsilu.digits --dry-run",
-    _argument("output", metavar="OUTPUT", type=Path, help="folder of a finished run, or one of --to-folder"),
-    _argument("--repo-id", required=True, metavar="ORG/NAME", help="repository; created if need be"),
+    _argument("output", "folder of a finished run, or one of --to-folder", metavar="OUTPUT", type=Path),
+    _argument("--repo-id", "repository; created if need be", required=True, metavar="ORG/NAME"),
     _argument(
         "--facts",
+        "what the card says besides the run's numbers (default: facts.yaml in OUTPUT or DIR, where there is one)",
         type=Path,
         metavar="YAML",
-        help="what the card says besides the run's numbers (default: facts.yaml in OUTPUT or DIR, where there is one)",
     ),
     _switch(
         "--half",
         "store weights in float16, but for 1-D tensors, and claim the accuracy of that file, measured in timm and "
         "in transformers",
     ),
-    _argument("--data", help="where the test images are now (default: where they were in training)"),
-    _argument("--to-folder", type=Path, metavar="DIR", help="write the files into DIR, and send nothing"),
+    _argument("--data", "where the test images are now (default: where they were in training)"),
+    _argument("--to-folder", "write the files into DIR, and send nothing", type=Path, metavar="DIR"),
     _switch("--private", "create a private repository"),
-    _argument("--revision", metavar="BRANCH", help="branch to commit to; created if need be"),
+    _argument("--revision", "branch to commit to; created if need be", metavar="BRANCH"),
     _switch("--create-pr", "open a pull request instead of committing"),
     _switch("--dry-run", "check the run, show what would go up, and stop"),
 )
-def _publish(args: argparse.Namespace) -> int:
+def _publish(args: argparse.Namespace) -> None:
     if args.to_folder and (args.private or args.revision or args.create_pr):
         raise ValueError("--to-folder sends nothing, so --private, --revision and --create-pr are not for it")
     beside = (folder / "facts.yaml" for folder in (args.output, args.to_folder) if folder)
     path = args.facts or next((path for path in beside if path.is_file()), None)
-    facts = read_facts(path) if path else None
+    facts = hub.read_facts(path) if path else None
     with tempfile.TemporaryDirectory() as place:
-        output = args.output
-        if args.half:
-            output = to_float16(output, Path(place, "run"), args.data)
-        files = published_files(output, args.repo_id, facts)
-        print(check_weights(output, args.data))
+        output = hub.to_float16(args.output, Path(place, "run"), args.data) if args.half else args.output
+        files = hub.published_files(output, args.repo_id, facts)
+        print(hub.check_weights(output, args.data))
         if args.to_folder and not args.dry_run:
-            files = write_folder(output, args.repo_id, args.to_folder, facts)
+            files = hub.write_folder(output, args.repo_id, args.to_folder, facts)
         if args.dry_run or args.to_folder:
             sizes = {n: c.stat().st_size if isinstance(c, Path) else len(c) for n, c in sorted(files.items())}
             print_table(("file", "bytes"), [(name, f"{size:,}") for name, size in sizes.items()])
             where = args.to_folder or args.repo_id
             print(f"nothing was sent; without --dry-run these go to {where}" if args.dry_run else f"written to {where}")
-            return 0
-        done = publish(files, args.repo_id, args.private, args.revision, args.create_pr, print)
+            return
+        done = hub.publish(files, args.repo_id, args.private, args.revision, args.create_pr, print)
     print(f"{'published' if done.changed else 'nothing has changed since it was published'}: {done.url}")
-    return 0
 
 
 @_command(
     "measure again every number that the card of a published model claims; exit status 1 where one does not hold",
     "timm-sugar verify me/resnet18_sugar_bsilu.digits --data digits",
-    _argument("model", metavar="REPO_OR_FOLDER", help="ORG/NAME on the Hub, a published folder, or a run's"),
+    _argument("model", "ORG/NAME on the Hub, a published folder, or a run's", metavar="REPO_OR_FOLDER"),
     *_DATA,
-    _argument("--revision", help="branch, tag or commit of the repository"),
+    _argument("--revision", "branch, tag or commit of the repository"),
     _JSON,
 )
 def _verify(args: argparse.Namespace) -> int:
-    found = verify(args.model, args.data, args.label_column, args.revision, args.image_column, show_progress=True)
+    found = hub.verify(args.model, args.data, args.label_column, args.revision, args.image_column, show_progress=True)
     if args.json:
         keys = ("label", "place", "claimed", "measured", "holds")
         claims = [{key: getattr(claim, key) for key in keys} for claim in found.claims]
@@ -355,27 +310,27 @@ def _verify(args: argparse.Namespace) -> int:
 @_command(
     "count dead and always-active units, and how often the others are active, layer by layer",
     "timm-sugar profile output/digits --data digits",
-    _argument("model", metavar="MODEL_OR_RUN", help=_MODEL),
+    _argument("model", _MODEL, metavar="MODEL_OR_RUN"),
     *_DATA,
-    _argument("--output", type=Path, metavar="DIR", help="folder of the results; default: the run's own"),
+    _argument("--output", "folder of the results; default: the run's own", type=Path, metavar="DIR"),
     _JSON,
 )
-def _profile(args: argparse.Namespace) -> int:
-    folder = args.output or (Path(args.model) if Path(args.model, "config.yaml").is_file() else None)
+def _profile(args: argparse.Namespace) -> None:
+    folder = args.output or _run_folder(args.model)
     if folder:
         from .analysis import plots  # before the work: matplotlib may be missing
-    model = find_model(args.model)
+    model = hub.find_model(args.model)
     network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
     source = model.load_any_data(args.data, args.label_column, args.image_column)
     split, images = model.validation_images(source)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the profile leaves out")
-        found = profile(network, image_batches(network, images))
+        found = profile(network, hub.image_batches(network, images))
     if found.unseen:
         print(f"timm-sugar profile: left out: {calls_summary(network, found.unseen)}", file=sys.stderr)
     gradients = None
     if network.num_classes == len(source.class_names) and {layer.kind for layer in found.layers} <= {"relu", "sugar"}:
-        gradients = gradient_norms(network, *next(image_batches(network, images)))
+        gradients = gradient_norms(network, *next(hub.image_batches(network, images)))
     own = Activation.of(network)
     result = dict(model=args.model, data=args.data, split=split, surrogate=own.surrogate, alpha=own.alpha)
     result |= found.to_dict() | {"gradients": gradients}
@@ -390,7 +345,7 @@ def _profile(args: argparse.Namespace) -> int:
             plots.save(plots.gradient_norms_by_layer(gradients, own.surrogate or "relu"), folder / "gradient_norms")
     if args.json:
         print(json.dumps(result, indent=2))
-        return 0
+        return
     head = ("layer", "activation", "units", "dead", "always active", "active (%)")
     table = [(x.name, x.kind, x.units, x.dead, x.always_active, f"{100 * (1 - x.sparsity):.1f}") for x in found.layers]
     units, dead, always = (sum(getattr(x, count) for x in found.layers) for count in ("units", "dead", "always_active"))
@@ -399,53 +354,46 @@ def _profile(args: argparse.Namespace) -> int:
     print(f"{100 * found.dead_units:.2f}% of the units are dead on {found.images:,} images of {split}")
     if folder:
         print(f"profile.json and pictures are in {folder}")
-    return 0
 
 
 @_command(
     "measure the loss around trained networks along two random directions, and its sharpness",
     "timm-sugar landscape output/relu output/sugar --data cifar10 --output output/landscapes",
-    _argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_MODEL),
+    _argument("models", _MODEL, metavar="RUN_OR_MODEL", nargs="+"),
     *_DATA,
-    _argument("--resolution", type=int, default=25, help="points in each direction, odd (default: 25)"),
-    _argument("--limit", type=int, default=500, help="training images, a stratified sample (default: 500)"),
-    _argument("--seed", type=int, default=0, help="of the directions and of the sample (default: 0)"),
-    _argument(
-        "--output", type=Path, metavar="DIR", help="folder of results and a common picture; default: each run's own"
-    ),
+    _argument("--resolution", "points in each direction, odd (default: 25)", type=int, default=25),
+    _argument("--limit", "training images, a stratified sample (default: 500)", type=int, default=500),
+    _argument("--seed", "of the directions and of the sample (default: 0)", type=int, default=0),
+    _argument("--output", "folder of results and a common picture; default: each run's own", type=Path, metavar="DIR"),
     _JSON,
 )
-def _landscape(args: argparse.Namespace) -> int:
-    from .analysis.landscape_plots import landscape_contours, landscape_surfaces
-    from .analysis.plots import save
+def _landscape(args: argparse.Namespace) -> None:
+    from .analysis.plots import landscape_contours, landscape_surfaces, save
     from .analysis.run import unique_names
 
     if args.limit < 1:
         raise ValueError(f"limit must be at least 1, got {args.limit}")
-    models = [find_model(name) for name in args.models]
+    models = [hub.find_model(name) for name in args.models]
     names = unique_names(args.models)
     folders = [_folder_of_results(args, model, name) for model, name in zip(models, names, strict=True)]
-    found = {}
+    rows = []
+    pictures: dict[Path, dict[str, Any]] = {}
     for model, name, folder in zip(models, names, folders, strict=True):
         network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
         images = model.load_data(network, args.data, args.label_column, args.image_column).train
-        batches = sample_batches(network, images, args.limit, args.seed)
+        batches = hub.sample_batches(network, images, args.limit, args.seed)
         folder.mkdir(parents=True, exist_ok=True)
         with progress_bars(f"{name}: landscape", f"{name}: sharpness") as (on_point, on_iteration):
             file = folder / "landscape.json"
-            found[name] = loss_landscape(network, batches, file, args.resolution, args.seed, on_point, on_iteration)
-    each_its_own = {folder: {name: found[name]} for name, folder in zip(names, folders, strict=True)}
-    pictures = {args.output: found} if args.output else each_its_own
+            found = loss_landscape(network, batches, file, args.resolution, args.seed, on_point, on_iteration)
+        rows.append(dict(model=name, folder=str(folder)) | summarise_landscape(found))
+        pictures.setdefault(args.output or folder, {})[name] = found
     for folder, shown in pictures.items():
         save(landscape_contours(shown), folder / "landscape_contours")
         save(landscape_surfaces(shown), folder / "landscape_surface")
-    rows = [
-        dict(model=name, folder=str(folder)) | summarise_landscape(found[name])
-        for name, folder in zip(names, folders, strict=True)
-    ]
     if args.json:
         print(json.dumps(rows, indent=2))
-        return 0
+        return
     head = ("model", "loss at the centre", "highest loss", "sharpness", "iterations")
     table = []
     for row in rows:
@@ -455,46 +403,42 @@ def _landscape(args: argparse.Namespace) -> int:
         iterations = f"{sharp.get('iterations', '-')}{'' if sharp.get('converged', True) else ', not converged'}"
         table.append((row["model"], _number(row["centre_loss"]), _number(row["highest_loss"]), largest, iterations))
     print_table(head, table)
-    print(f"pictures are in {', '.join(str(folder) for folder in pictures)}")
-    return 0
+    print(f"pictures are in {', '.join(map(str, pictures))}")
 
 
 @_command(
     "write a page about a run, or several compared, and pictures beside it",
     "timm-sugar report output/relu output/sugar --output output/report.html",
-    _argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not, or of a comparison"),
-    _argument(
-        "--output", type=Path, metavar="FILE", default=Path("report.html"), help="the page (default: report.html)"
-    ),
+    _argument("runs", "folder of a run, finished or not, or of a comparison", metavar="RUN", nargs="+", type=Path),
+    _argument("--output", "the page (default: report.html)", type=Path, metavar="FILE", default=Path("report.html")),
 )
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> None:
     from .analysis.report import write_report
 
     for path in write_report(args.runs, args.output):
         print(path)
-    return 0
 
 
 @_command(
     "time a training step of a network with several activations, and count the memory kept for the backward",
     "timm-sugar bench resnet18_sugar_bsilu --only gelu sugar sugar_uint8",
-    _argument("model", metavar="MODEL", help="model of timm's registry that takes act_layer, ours included"),
-    _argument("--img-size", type=int, default=32, help="side of the images, pixels (default: 32)"),
-    _argument("--batch-size", type=int, default=128, help="images in a step (default: 128)"),
-    _argument("--surrogate", default="bsilu", help="SUGAR's surrogate (default: bsilu)"),
-    _argument("--only", nargs="+", metavar="ACTIVATION", help="beside relu: " + ", ".join(activations("bsilu"))),
-    _argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU where there is one)"),
+    _argument("model", "model of timm's registry that takes act_layer, ours included", metavar="MODEL"),
+    _argument("--img-size", "side of the images, pixels (default: 32)", type=int, default=32),
+    _argument("--batch-size", "images in a step (default: 128)", type=int, default=128),
+    _argument("--surrogate", "SUGAR's surrogate (default: bsilu)", default="bsilu"),
+    _argument("--only", "beside relu: " + ", ".join(activations("bsilu")), nargs="+", metavar="ACTIVATION"),
+    _argument("--device", "where (default: the GPU where there is one)", choices=("cpu", "cuda")),
     _argument(
         "--precision",
+        "bfloat16 and float16: autocast, in channels-last order (default: float32)",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="bfloat16 and float16: autocast, in channels-last order (default: float32)",
     ),
-    _argument("--rounds", type=int, default=15, help="steps timed with each activation (default: 15)"),
+    _argument("--rounds", "steps timed with each activation (default: 15)", type=int, default=15),
     _switch("--compile", "train through torch.compile"),
     _JSON,
 )
-def _bench(args: argparse.Namespace) -> int:
+def _bench(args: argparse.Namespace) -> None:
     for name in ("img_size", "batch_size", "rounds"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
@@ -502,24 +446,25 @@ def _bench(args: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that torch can use; --device cpu")
     settings = dict(surrogate=args.surrogate, only=args.only, rounds=args.rounds, compiled=args.compile)
-    settings |= dict(device=device, precision=args.precision)
-    rows = bench(args.model, args.img_size, args.batch_size, **settings)
+    rows = bench(args.model, args.img_size, args.batch_size, **settings, device=device, precision=args.precision)
     if args.json:
         print(json.dumps(rows, indent=2))
-        return 0
+        return
     head = ("activation", "ms a step", "images/s", "time / relu", "saved MiB", "saved / relu")
     formats = ("", ".1f", ",.0f", ".2f", ".1f", ".2f")
-    table = [[format(value, spec) for value, spec in zip(row.values(), formats, strict=True)] for row in rows]
-    print_table(head, table)
-    return 0
+    print_table(head, [list(map(format, row.values(), formats)) for row in rows])
 
 
-def _folder_of_results(args: argparse.Namespace, model: NamedModel, name: str) -> Path:
+def _run_folder(model: str) -> Path | None:
+    return Path(model) if Path(model, "config.yaml").is_file() else None
+
+
+def _folder_of_results(args: argparse.Namespace, model: hub.NamedModel, name: str) -> Path:
     output: Path | None = args.output
     if output:
         return output / name.replace("/", "-") if len(args.models) > 1 else output
-    if (Path(model.name) / "config.yaml").is_file():
-        return Path(model.name)
+    if folder := _run_folder(model.name):
+        return folder
     raise ValueError(f"{model.name} is no run's folder: say with --output where the results should go")
 
 

@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper.table import with_interval
 from timm_sugar import convert, to_relu
-from timm_sugar.analysis.seeds import with_interval
 from timm_sugar.files import write_file
 from timm_sugar.terminal import Parser
 

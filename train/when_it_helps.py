@@ -33,7 +33,7 @@ from timm.layers import create_act_layer
 from torch import Tensor, nn
 
 import timm_sugar
-from timm_sugar.analysis.seeds import interval, with_interval
+from timm_sugar.analysis.seeds import interval
 from timm_sugar.analysis.units import count_units
 from timm_sugar.data import (
     channel_counts,
@@ -52,7 +52,7 @@ from timm_sugar.terminal import Parser
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from bare_loop import COMPILE, BareLoop, place, together
 
-from paper.table import replace_between
+from paper.table import replace_between, with_interval
 
 RECIPES = Path(__file__).with_suffix("")
 PARTS = ("rates", "fair", "control", "longer", "dying", "finetune")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_sugar.data import evaluate, evaluate_batches, evaluation
+from timm_sugar.data import evaluate_batches, evaluation
 
 
 class FirstPixels(nn.Module):
@@ -26,7 +26,8 @@ def test_evaluate(batch_size):
     pixels.view(4, -1)[:, :6] = first
     labels = torch.tensor([0, 0, 5, 1])
     model = FirstPixels().train()
-    result = evaluate(model, pixels, labels, (0.0,) * 3, (1.0,) * 3, batch_size)
+    batches = zip(pixels.split(batch_size), labels.split(batch_size), strict=True)
+    result = evaluate_batches(model, batches, (0.0,) * 3, (1.0,) * 3, shared=False)
     assert (result.top1, result.top5, result.images) == (0.5, 0.75, 4)
     expected = nn.functional.cross_entropy(first / 255, labels)
     assert result.loss == pytest.approx(expected.item(), rel=1e-6)

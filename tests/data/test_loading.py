@@ -117,7 +117,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path, change, changed):
 
 def test_the_fingerprint_does_not_depend_on_how_a_file_is_read(parquet_folder):
     streamed = fingerprint(load_source(parquet_folder, streaming=True))
-    assert fingerprint(with_digests(load_source(parquet_folder), threads=3)) == streamed
+    assert fingerprint(with_digests(load_source(parquet_folder))) == streamed
     digits = fingerprint(load_source("digits"))
     assert (digits["train_images"], digits["test_images"], digits["classes"]) == (1438, 359, 10)
     assert digits == fingerprint(load_source("digits"))

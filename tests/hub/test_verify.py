@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from timm_sugar.hub import published_files, verify
+from timm_sugar.hub import check_weights, published_files, verify
 from timm_sugar.hub.reload import check_reload
 from timm_sugar.metrics import find_metric
 
@@ -82,6 +82,17 @@ def test_digits_are_split_as_in_training(cli, tmp_path, run_folder):
     train(TrainConfig(data="digits", model="resnet18_sugar_bsilu", **settings))
     result = cli("verify", output, "--data", "digits")
     assert result.status == 0, result.err + result.out
+
+
+def test_a_run_that_was_tested_on_a_sample(tmp_path):
+    from timm_sugar.training import TrainConfig, train
+
+    small = {"channels": [8, 8, 8, 8]}
+    settings = dict(model_args=small, epochs=1, limit_train=64, limit_test=37, split_seed=3, output=str(tmp_path))
+    train(TrainConfig(data="digits", model="resnet18_sugar_bsilu", **settings))
+    found = verify(str(tmp_path), "digits")
+    assert (found.holds, found.images) == (True, 37)
+    assert "accuracy on 37 of 37 test images" in check_weights(tmp_path)
 
 
 SECOND = """    - type: accuracy

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -120,6 +121,23 @@ def test_sizes_and_threads(size, threads):
     torch.testing.assert_close(result, y.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("start", [0, 1])  # on the boundary of a vector, and not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_leaves_the_caches_has_the_same_bits(dtype, start, threads):
+    """Large results are stored past the caches, in memory that is asked for chunk by chunk."""
+    multiply = cpu.exact(get_surrogate("bsilu"), dtype)
+    count = 2**25 // dtype.itemsize + 1_000_003
+    x, upstream = (
+        torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)).to(dtype).repeat(1, count // 1000 + 1)
+    )
+    out = torch.empty(count + 1, dtype=dtype)[start : start + count]
+    small = torch.empty(1000, dtype=dtype)
+    multiply(upstream.data_ptr(), x.data_ptr(), out.data_ptr(), count, 1.67, threads)
+    multiply(upstream.data_ptr(), x.data_ptr(), small.data_ptr(), 1000, 1.67, 1)
+    assert torch.equal(out, small.repeat(count // 1000 + 1)[:count])
+
+
 def test_a_derivative_without_a_cpp_form_is_composed_and_said_once(own, caplog, monkeypatch):
     monkeypatch.setattr(cpu, "_said", set())  # another test of this process may have heard it
     register_surrogate("own", lambda x, alpha: torch.special.i0e(x))
@@ -201,14 +219,21 @@ def test_importing_compiles_nothing_and_loads_no_compiler(tmp_path):
     run_python(code, TIMM_SUGAR_CACHE=str(tmp_path))
 
 
-def test_compiled_once_and_kept(tmp_path):
-    first = run_python(USE, TIMM_SUGAR_CACHE=str(tmp_path))
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """A cache folder that one process has filled."""
+    folder = tmp_path_factory.mktemp("libraries")
+    first = run_python(USE, TIMM_SUGAR_CACHE=str(folder))
     assert (first.stdout.strip(), warnings_of(first)) == ("cpp cpp", [])
-    made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    return folder
+
+
+def test_compiled_once_and_kept(libraries):
+    made = {path.name: path.stat().st_mtime_ns for path in libraries.iterdir()}
     assert len(made) == 2
     assert all(name.endswith(".so") for name in made)
-    assert run_python(USE, TIMM_SUGAR_CACHE=str(tmp_path)).stdout.strip() == "cpp cpp"
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == made
+    assert run_python(USE, TIMM_SUGAR_CACHE=str(libraries)).stdout.strip() == "cpp cpp"
+    assert {path.name: path.stat().st_mtime_ns for path in libraries.iterdir()} == made
 
 
 def test_many_processes_at_once(tmp_path):
@@ -218,9 +243,9 @@ def test_many_processes_at_once(tmp_path):
     assert len([*tmp_path.iterdir()]) == 2
 
 
-def test_another_processor_or_other_flags_have_libraries_of_their_own(tmp_path):
-    run_python(USE, TIMM_SUGAR_CACHE=str(tmp_path))
-    run_python(USE, TIMM_SUGAR_CACHE=str(tmp_path), TIMM_SUGAR_CXXFLAGS="-O2")
+def test_another_processor_or_other_flags_have_libraries_of_their_own(libraries, tmp_path):
+    shutil.copytree(libraries, tmp_path, dirs_exist_ok=True)
+    run_python(USE, TIMM_SUGAR_CACHE=str(tmp_path), TIMM_SUGAR_CXXFLAGS="-O1")
     other = f"from timm_sugar.kernels import cpu\ncpu.processor = lambda: 'another'\n{USE}"
     run_python(other, TIMM_SUGAR_CACHE=str(tmp_path))
     assert len([*tmp_path.iterdir()]) == 6
@@ -252,8 +277,8 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "altered", "empty"])
-def test_a_damaged_library_is_not_loaded(tmp_path, damage):
-    run_python(USE, TIMM_SUGAR_CACHE=str(tmp_path))
+def test_a_damaged_library_is_not_loaded(libraries, tmp_path, damage):
+    shutil.copytree(libraries, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.iterdir():
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1

@@ -148,3 +148,84 @@ def test_triton_kernels_compile_and_count_in_64_bits(tmp_path):
     code = textwrap.dedent(COMPILED)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+VECTORS = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from timm_sugar.kernels import lean_triton
+for kernel in (f"_{way}code_{save}" for way in ("en", "de") for save in ("uint8", "uint4")):
+    function = getattr(lean_triton, kernel)
+    kinds = ("*bf16", "*bf16", "*u8", "*fp32", "i32", "i32", "constexpr")
+    signature = dict(zip(function.arg_names, kinds, strict=True))
+    multiples_of_16 = {(i,): [["tt.divisibility", 16]] for i in range(6)}
+    source = ASTSource(function, signature=signature, constexprs={"BLOCK": 1024}, attrs=multiples_of_16)
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    parts = 1 if "uint8" in kernel else 2
+    for access in ("ld", "st"):  # 8 elements of 2 bytes at once, of each part
+        assert len(re.findall(rf"{access}\\.global[.\\w:]*v4\\.b32", text)) == parts, (kernel, access)
+    assert not re.search(r"(ld|st)\\.global[.\\w:]*\\.b(8|16)", text), kernel
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LINUX, reason="there is no Triton for this system")
+def test_triton_kernels_read_and_write_vectors(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", VECTORS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Memory:
+    """What a launch asks of a tensor on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, count: int, dtype: torch.dtype, address: int = 512):
+        self.count, self.dtype, self.address = count, dtype, address
+        self.device = torch.device("cuda", 0)
+
+    def numel(self) -> int:
+        return self.count
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@pytest.mark.skipif(not LINUX, reason="there is no Triton for this system")
+def test_triton_looks_for_a_kernel_once_where_it_has_one_for_all(monkeypatch):
+    lean_triton = cuda.lean()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(lean_triton, "_compiled", {})
+    seen = []
+
+    class Kernel:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            def launch(*arguments):
+                seen.append((self.name, grid[0], arguments[4:]))
+                return Kernel("found")
+
+            return launch
+
+    def names(source: Memory, codes: int, kernel: Kernel) -> list[str]:
+        seen.clear()
+        target = Memory(source.count, source.dtype)
+        for _ in range(2):
+            lean_triton._launch(kernel, source, target, Memory(codes, torch.uint8), Memory(8, torch.float32))
+        assert seen[0][1:] == seen[1][1:] == (-(-codes // 1024), (codes, source.count // 2, 1024))
+        return [name for name, *_ in seen]
+
+    kernel = Kernel("sought")
+    assert names(Memory(4096, torch.float32), 4096, kernel) == ["sought", "found"]
+    assert names(Memory(1 << 20, torch.float32), 1 << 20, kernel) == ["found", "found"]
+    assert names(Memory(4096, torch.bfloat16), 4096, kernel) == ["sought", "found"]
+    assert names(Memory(4096, torch.float32), 4096, Kernel("sought")) == ["sought", "found"]
+    for unusual in (Memory(4096, torch.float32, 516), Memory(4100, torch.float32), Memory(1 << 31, torch.float32)):
+        assert names(unusual, unusual.count, kernel) == ["sought", "sought"], vars(unusual)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert names(Memory(4096, torch.float32), 4096, kernel) == ["sought", "sought"]

@@ -81,6 +81,26 @@ def test_kernels_do_what_the_operations_do_to_the_bit(save, size, dtype):
     assert code.codes.nbytes == (size if save == "uint8" else (size + 1) // 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("save", CODES)
+@pytest.mark.parametrize("size", [2**24, 2**24 + 2, 2**24 + 129])  # halves that vectors may cross, and an odd number
+def test_what_leaves_the_caches_has_the_same_bits(save, size, dtype):
+    """Large results are stored past the caches, in memory that is asked for chunk by chunk."""
+    x, upstream = torch.randn(2, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    levels = levels_of(get_surrogate("bsilu"), 1.67, save)
+
+    def passes(x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, code = encode(x, save, levels)
+        return y, times_decoded(upstream, code)
+
+    with torch.no_grad():
+        whole = passes(x, upstream)
+        pieces = [passes(*both) for both in zip(x.split(2**20), upstream.split(2**20), strict=True)]
+    assert torch.equal(whole[0], x.relu())
+    for result, parts in zip(whole, zip(*pieces, strict=True), strict=True):
+        assert torch.equal(result, torch.cat(parts))
+
+
 @pytest.mark.parametrize("save", CODES)
 def test_nan_has_a_code_and_only_nan(save):
     x = torch.tensor([torch.nan, -torch.nan, 1.0]).repeat(20)

@@ -193,7 +193,7 @@ def test_test_images_that_are_not_in_memory_are_checked_once(tmp_path, monkeypat
             train(_config(tmp_path / "data", tmp_path / "run", **settings))
     image_folder(tmp_path / "data", 24, ("test",))
     train(_config(tmp_path / "data", tmp_path / "run", **settings))
-    monkeypatch.setattr("timm_sugar.training.images.check_readable", lambda *args: pytest.fail("checked again"))
+    monkeypatch.setattr("timm_sugar.training.images.compute_rows", lambda *args: pytest.fail("checked again"))
     train(_config(tmp_path / "data", tmp_path / "again", **settings))
     assert _weights(tmp_path / "again") == _weights(tmp_path / "run")
     with pytest.raises(pytest.fail.Exception, match="checked again"):

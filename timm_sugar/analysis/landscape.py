@@ -6,9 +6,10 @@ BatchNorm keeps its statistics: the second derivative through SUGAR's surrogate 
 
 import hashlib
 import json
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..convert import NOT_RECORDED, to_relu
 from ..files import write_file
+from .run import finite
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 OnStep = Callable[[int, int], None]
@@ -105,39 +107,29 @@ def sharpness(
             torch._foreach_add_(total, second)
         return total
 
+    def farthest_from(shift: float) -> tuple[float, float, int, bool]:
+        """Return the eigenvalue farthest from `shift`, its residual, the iterations, and whether they were enough."""
+        vector = start
+        for iteration in range(1, max_iterations + 1):
+            vector = list(torch._foreach_div(vector, max(_norm(vector), 1e-30)))
+            image = list(torch._foreach_sub(product(vector), torch._foreach_mul(vector, shift)))
+            value = _dot(image, vector).item()
+            residual = _norm(torch._foreach_sub(image, torch._foreach_mul(vector, value)))
+            if on_step is not None:
+                on_step(iteration, max_iterations)
+            converged = residual <= tolerance * abs(value + shift)
+            if converged or not math.isfinite(residual):
+                break
+            vector = image
+        return value + shift, residual, iteration, converged
+
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
-        first, residual, iterations, converged = _power_iteration(
-            product, start, tolerance, max_iterations, 0.0, on_step
-        )
+        first, residual, iterations, converged = farthest_from(0.0)
         largest = first
         if first < 0:
-            largest, residual, more, also = _power_iteration(product, start, tolerance, max_iterations, first, on_step)
+            largest, residual, more, also = farthest_from(first)
             iterations, converged = iterations + more, converged and also
     return Sharpness(largest, first, residual, tolerance, iterations, converged)
-
-
-def _power_iteration(
-    product: Callable[[list[Tensor]], list[Tensor]],
-    start: list[Tensor],
-    tolerance: float,
-    max_iterations: int,
-    shift: float,
-    on_step: OnStep | None,
-) -> tuple[float, float, int, bool]:
-    """Return the eigenvalue farthest from `shift`, its residual, the iterations, and whether they were enough."""
-    vector = start
-    for iteration in range(1, max_iterations + 1):
-        vector = list(torch._foreach_div(vector, max(_norm(vector), 1e-30)))
-        image = list(torch._foreach_sub(product(vector), torch._foreach_mul(vector, shift)))
-        value = _dot(image, vector).item()
-        residual = _norm(list(torch._foreach_sub(image, torch._foreach_mul(vector, value))))
-        if on_step is not None:
-            on_step(iteration, max_iterations)
-        converged = residual <= tolerance * abs(value + shift)
-        if converged or not residual < float("inf"):
-            break
-        vector = image
-    return value + shift, residual, iteration, converged
 
 
 def random_directions(model: nn.Module, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -244,18 +236,19 @@ def loss_landscape(
         write_file(path, json.dumps(state, allow_nan=False) + "\n")
 
     written = began
-    for point, (row, column, loss, top1) in _points(network, batches, state["axis"], state["done"], seed):
-        state["loss"][row][column], state["top1"][row][column], state["done"] = loss, top1, point + 1
+    for row, column in _move(network, state["axis"], state["done"], seed):
+        state["loss"][row][column], state["top1"][row][column] = _evaluate(network, batches)
+        state["done"] += 1
         if time.monotonic() - written >= _SECONDS_BETWEEN_WRITES:
             write()
             written = time.monotonic()
         if on_point is not None:
-            on_point(point + 1, resolution**2)
+            on_point(state["done"], resolution**2)
     if state["sharpness"] is None:
         write()
         try:
             found = asdict(sharpness(model, batches, on_step=on_iteration))
-            state["sharpness"] = {k: _finite(v) if isinstance(v, float) else v for k, v in found.items()}
+            state["sharpness"] = {k: finite(v) if isinstance(v, float) else v for k, v in found.items()}
         except NotImplementedError as error:
             state["sharpness"] = {"missing": str(error)}
         write()
@@ -278,20 +271,22 @@ def summarise_landscape(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def _points(
-    network: nn.Module, batches: Batches, axis: list[float], done: int, seed: int
-) -> Iterator[tuple[int, tuple[int, int, float | None, float | None]]]:
-    """Yield number, row, column, loss and accuracy of the points from number `done` on."""
-    if done == len(axis) ** 2:
-        return
-    directions = random_directions(network, seed)
-    weights = {name: (p, p.clone()) for name, p in network.named_parameters() if name in directions[0]}
-    for point in range(done, len(axis) ** 2):
+def loss_range(landscapes: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Return the lowest and the highest finite loss of complete landscapes, for a logarithmic axis of six decades."""
+    losses = [loss for found in landscapes for row in found["loss"] for loss in row if loss is not None]
+    high = max(*losses, 1e-6)
+    return min(max(min(losses), high * 1e-6), high / 1.1), high
+
+
+def _move(network: nn.Module, axis: list[float], start: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Move the weights from point to point of the grid, from number `start` on, and yield row and column of each."""
+    first, second = random_directions(network, seed)
+    weights = [(p, p.clone(), first[name], second[name]) for name, p in network.named_parameters() if name in first]
+    for point in range(start, len(axis) ** 2):
         row, column = divmod(point, len(axis))
-        for name, (parameter, centre) in weights.items():
-            parameter.copy_(centre + axis[column] * directions[0][name] + axis[row] * directions[1][name])
-        yield point, (row, column, *_evaluate(network, batches))
+        for parameter, centre, x, y in weights:
+            parameter.copy_(centre + axis[column] * x + axis[row] * y)
+        yield row, column
 
 
 @torch.no_grad()
@@ -303,8 +298,8 @@ def _evaluate(network: nn.Module, batches: Batches) -> tuple[float | None, float
         correct = (logits.argmax(1) == labels).sum().double()
         sums += torch.stack([loss, correct, loss.new_tensor(len(labels))]).cpu()
     loss, correct, images = sums.tolist()
-    finite = _finite(loss / images)
-    return finite, None if finite is None else correct / images
+    mean = finite(loss / images)
+    return mean, None if mean is None else correct / images
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
@@ -343,12 +338,8 @@ def _dot(left: Iterable[Tensor], right: Iterable[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor]) -> float:
     return _dot(tensors, tensors).sqrt().item()
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
 
 
 def _fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -1,4 +1,7 @@
-"""Pictures of what a network does, in a style that survives colour blindness and grey print."""
+"""Pictures of what a network does, in a style that survives colour blindness and grey print.
+
+`styles` are those of the curves, bars or panels; None gives them those of activations that have none of their own.
+"""
 
 import io
 import math
@@ -7,16 +10,29 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from ..files import write_file
 from ..metrics import METRICS, Metric
+from .landscape import loss_range
 from .palette import Style, assign_styles
-from .seeds import band, interval, mean_by_epoch
+from .seeds import band, dead_by_layer, interval, mean_by_epoch
 
 try:
     from matplotlib import rc_context as rc_context
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure as Figure
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("plots need matplotlib: pip install 'timm-sugar[report]'", name="matplotlib") from error
+
+
+ON_DARK: dict[Any, Any] = {  # for a picture on a dark page
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#e6e9ec"),
+    **dict.fromkeys((f"axes3d.{axis}axis.panecolor" for axis in "xyz"), (1.0, 1.0, 1.0, 0.06)),
+    "grid.color": "#4a525b",
+}
 
 
 def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 3.2, **kwargs: Any) -> tuple[Figure, Any]:
@@ -27,6 +43,15 @@ def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 3.2,
         ax.grid(color="0.88", linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _new_panels(count: int, width: float, height: float, margin: float = 0.0, **kwargs: Any) -> tuple[Figure, Any]:
+    """Return a figure with so many panels, three in a row; width and height in inches are those of a panel."""
+    columns = min(3, count)
+    figure, axes = new_figure(math.ceil(count / columns), columns, margin + width * columns, height, **kwargs)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
     return figure, axes
 
 
@@ -43,7 +68,6 @@ def metric_curves(
     metrics: Sequence[Metric] | None = None,
     styles: Sequence[Style] | None = None,
     spread: Callable[[Sequence[float]], float | None] = interval,
-    log_scale: bool = False,
 ) -> Figure:
     """Metrics by epoch, a panel for each metric and a curve for each run, or for the mean of several seeds.
 
@@ -51,21 +75,16 @@ def metric_curves(
         runs: Name of each curve -> for each seed, the lines of its metrics.jsonl. Epochs that not all seeds have are
             left out.
         metrics: What is shown; None for those that have a chart and that some run has measured.
-        styles: Of the curves; None for those of activations that have none of their own.
         spread: Half the width of the band around a mean, from the values of the seeds: `interval`, or `stdev`.
-        log_scale: Draw losses on a logarithmic axis.
     """
     lines = [line for seeds in runs.values() for run in seeds for line in run]
     measured = {key for line in lines for key, value in line.items() if value is not None}
     shown = [m for m in METRICS if m.chart and m.key in measured] if metrics is None else metrics
     styles = styles or assign_styles([""] * len(runs))
-    columns = min(3, len(shown))
-    figure, axes = new_figure(math.ceil(len(shown) / columns), columns, 11 / 3 * columns, 3)
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
+    figure, axes = _new_panels(len(shown), 11 / 3, 3)
     for ax, metric in zip(axes.flat, shown, strict=False):
         for style, (name, seeds) in zip(styles, runs.items(), strict=True):
-            points = mean_by_epoch(seeds, metric.key, metric.scale, spread)
+            points = mean_by_epoch(seeds, metric, spread)
             if not points:
                 continue
             epochs, means, _ = zip(*points, strict=True)
@@ -74,8 +93,6 @@ def metric_curves(
             marks = {"marker": style.marker, "markersize": 4, "markevery": math.ceil(len(epochs) / 40)}
             ax.plot(epochs, means, color=style.colour, linestyle=style.dashes, label=name, **marks)
         ax.set(title=metric.axis, xlabel="epoch")
-        if log_scale and metric.unit == "nats":
-            ax.set_yscale("log")
         _whole_numbers(ax)
     if len(runs) > 1:
         handles: dict[str, Any] = {}
@@ -101,27 +118,21 @@ def activation_ridges(profiles: Mapping[str, Mapping[str, Any]], styles: Sequenc
 
     Args:
         profiles: Label of each panel -> content of a profile.json, or `Profile.to_dict()`.
-        styles: Of the panels; None for those of activations that have none of their own.
     """
     styles = styles or assign_styles([""] * len(profiles))
     rows = max(len(found["layers"]) for found in profiles.values())
     first = [layer["name"] for layer in next(iter(profiles.values()))["layers"]]
-    columns = min(3, len(profiles))
-    height = max(2.6, 0.9 + 0.3 * rows)
-    figure, axes = new_figure(math.ceil(len(profiles) / columns), columns, width=1.4 + 4.2 * columns, height=height)
-    for ax in axes.flat[len(profiles) :]:
-        ax.set_visible(False)
+    figure, axes = _new_panels(len(profiles), 4.2, max(2.6, 0.9 + 0.3 * rows), margin=1.4)
     for ax, (colour, *_), (name, found) in zip(axes.flat, styles, profiles.items(), strict=False):
         layers = found["layers"]
         ax.grid(False)
         for row, layer in enumerate(layers):
             counts, bins = layer["histogram"], len(layer["histogram"])
             edges = [100 * i / bins for i in range(bins + 1)]
-            heights = [row - 2 * math.sqrt(count / sum(counts)) for count in counts]
-            style = {"step": "post", "zorder": row}
-            ax.fill_between(edges, row, [*heights, heights[-1]], facecolor="white", **style)
-            ax.fill_between(edges, row, [*heights, heights[-1]], facecolor=colour, alpha=0.35, **style)
-            ax.step(edges, [*heights, heights[-1]], where="post", color=colour, linewidth=0.9, zorder=row)
+            heights = [row - 2 * math.sqrt(count / sum(counts)) for count in [*counts, counts[-1]]]
+            for face in ("white", (colour, 0.35)):
+                ax.fill_between(edges, row, heights, facecolor=face, step="post", zorder=row)
+            ax.step(edges, heights, where="post", color=colour, linewidth=0.9, zorder=row)
             ax.text(102, row, f"{100 * layer['dead'] / layer['units']:.0f}%", va="bottom", fontsize=7)
         ax.text(102, -1.9, "dead", fontsize=8, va="bottom")
         ax.set(title=name, xlim=(0, 100), ylim=(len(layers) - 0.9, -1.9))
@@ -143,7 +154,6 @@ def dead_units_by_layer(
     Args:
         profiles: Label of each bar -> for each seed, the content of a profile.json; layers are matched by their place
             in the forward pass.
-        styles: Of the bars; None for those of activations that have none of their own.
     """
     styles = styles or assign_styles([""] * len(profiles))
     layers = [layer["name"] for layer in next(iter(profiles.values()))[0]["layers"]]
@@ -153,16 +163,13 @@ def dead_units_by_layer(
     ax = axes[0, 0]
     width = 0.8 / len(profiles)
     for place, (style, (name, seeds)) in enumerate(zip(styles, profiles.items(), strict=True)):
-        columns = zip(*(found["layers"] for found in seeds), strict=True)
-        shares = [[100 * layer["dead"] / layer["units"] for layer in column] for column in columns]
-        x = [row + 1 + (place - (len(profiles) - 1) / 2) * width for row in range(len(shares))]
+        means, reach = dead_by_layer(seeds)
+        x = [row + 1 + (place - (len(profiles) - 1) / 2) * width for row in range(len(means))]
         label = f"{name}: {100 * fmean(found['dead_units'] for found in seeds):.1f}% of all"
         drawn = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.5, "label": label}
-        if len(seeds) > 1:
-            ends = band([(0, fmean(column), interval(column)) for column in shares], (0, 100))
-            errors = [(fmean(c) - low, high - fmean(c)) for c, (_, low, high) in zip(shares, ends, strict=True)]
-            drawn |= {"yerr": [*zip(*errors, strict=True)], "error_kw": {"linewidth": 1}, "capsize": 2}
-        ax.bar(x, [fmean(column) for column in shares], width, **drawn)
+        if reach:
+            drawn |= {"yerr": reach, "error_kw": {"linewidth": 1}, "capsize": 2}
+        ax.bar(x, means, width, **drawn)
     if not any(layer["dead"] for seeds in profiles.values() for found in seeds for layer in found["layers"]):
         ax.text(0.5, 0.5, "no unit is dead in any layer", transform=ax.transAxes, ha="center", color="0.3")
     ax.set(xlabel="layer, in the order of the forward pass", ylabel="dead units (%)", xlim=(0.4, rows + 0.6))
@@ -198,3 +205,63 @@ def _layer_ticks(ax: Any, names: Sequence[str]) -> None:
     upright = max(map(len, names)) > 3
     ax.set_xticks([place + 1 for place in shown], [names[place] for place in shown], fontsize=8)
     ax.tick_params(axis="x", rotation=90 if upright else 0)
+
+
+def landscape_contours(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
+    """Contours of the loss as in figure 5, one panel a model, all with the same logarithmic levels and axes.
+
+    Args:
+        landscapes: Name of the model -> what `timm_sugar.analysis.loss_landscape` returned, complete.
+    """
+    levels = np.geomspace(*loss_range(landscapes.values()), 12).tolist()
+    figure, axes = _new_panels(len(landscapes), 3.4, 3.5, margin=1.4, sharex=True, sharey=True)
+    norm = LogNorm(levels[0], levels[-1])
+    for ax, (name, found) in zip(axes.flat, landscapes.items(), strict=False):
+        loss = np.ma.masked_invalid(_loss(found))
+        axis = found["axis"]
+        shade = ax.contourf(axis, axis, loss, levels, norm=norm, cmap="viridis_r", extend="both")
+        lines = ax.contour(axis, axis, loss, levels, colors="white", linewidths=0.5)
+        outline = [withStroke(linewidth=2, foreground="white")]
+        for text in ax.clabel(lines, fmt=_number, fontsize=7, colors="black"):
+            text.set_path_effects(outline)
+        ax.plot(0, 0, "+", color="black", markersize=9, markeredgewidth=1.6, path_effects=outline)
+        ax.set(title=name, aspect="equal")
+        ax.grid(visible=False)
+    bar = figure.colorbar(shade, ax=axes, label="cross-entropy (nats)", shrink=0.9, format=FuncFormatter(_number))
+    bar.ax.yaxis.set_major_locator(FixedLocator(levels))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("step along the first direction", fontsize="medium")
+    figure.supylabel("step along the second direction", fontsize="medium")
+    return figure
+
+
+def landscape_surfaces(landscapes: Mapping[str, dict[str, Any]], highest: float | None = None) -> Figure:
+    """The loss as a surface, one panel a model, all with the same axes.
+
+    Args:
+        landscapes: As for `landscape_contours`.
+        highest: Where the axis of the loss ends; None for the highest loss of all.
+    """
+    highest = highest or loss_range(landscapes.values())[1]
+    rows, columns = math.ceil(len(landscapes) / 3), min(len(landscapes), 3)
+    figure = Figure(figsize=(3.9 * columns + 0.4, 3.7 * rows), layout="constrained")
+    for place, (name, found) in enumerate(landscapes.items(), 1):
+        ax = figure.add_subplot(rows, columns, place, projection="3d")
+        x, y = np.meshgrid(found["axis"], found["axis"])
+        style = {"cmap": "viridis_r", "vmin": 0, "vmax": highest, "linewidth": 0.15, "edgecolor": "white"}
+        ax.plot_surface(x, y, _loss(found), rstride=1, cstride=1, **style)
+        ax.set(title=name, xlabel="first direction", ylabel="second direction", zlim=(0, highest))
+        ax.set_zlabel("cross-entropy (nats)")
+        ax.view_init(elev=28, azim=-55)
+        ax.set_box_aspect(None, zoom=0.86)
+        ax.locator_params(axis="x", nbins=5)
+        ax.locator_params(axis="y", nbins=5)
+    return figure
+
+
+def _loss(found: dict[str, Any]) -> np.ndarray:
+    return np.array(found["loss"], dtype=float)  # null becomes NaN
+
+
+def _number(value: float, _: Any = None) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"

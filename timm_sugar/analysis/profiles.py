@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..activations import called_activations, calls_summary
 from ..convert import convert, to_relu
 from ..layers import Sugar
-from .units import LayerCounts, UnitCounts, count_units
+from .units import LayerCounts, count_units
 
 BINS = 50  # of the activation-count histograms
 
@@ -124,7 +124,17 @@ def profile(model: nn.Module, batches: Iterable[Any], shared: bool = True) -> Pr
         raise ValueError(f"{type(model).__name__} has no activation module or attribute to profile{why}")
     if unseen:
         warnings.warn(f"the profile leaves out {calls_summary(model, unseen)}", stacklevel=2)
-    return _summarise(counts, images, unseen)
+    layers = [_layer(name, layer) for name, layer in counts.layers.items()]
+    always_active = sum(layer.always_active for layer in layers) / sum(layer.units for layer in layers)
+    return Profile(
+        images=images,
+        dead_units=counts.dead_units,
+        always_active=always_active,
+        dead_elements=counts.dead_elements,
+        sparsity=counts.sparsity,
+        layers=layers,
+        unseen=unseen,
+    )
 
 
 def gradient_norms(
@@ -166,17 +176,11 @@ def gradient_norms(
 
 
 def _weight_gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, float]:
-    weights = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-    }
-    for weight in weights.values():
-        weight.requires_grad_()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    weights = [layer.weight.requires_grad_() for layer in layers.values()]
     loss = F.cross_entropy(model(inputs).float(), labels)
-    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    norms = {name: gradient for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    return {name: gradient.norm().item() for name, gradient in norms.items()}
+    gradients = zip(layers, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
+    return {name: gradient.norm().item() for name, gradient in gradients if gradient is not None}
 
 
 def _run(model: nn.Module, batch: Any, device: torch.device) -> int:
@@ -189,20 +193,6 @@ def _run(model: nn.Module, batch: Any, device: torch.device) -> int:
     if len(inputs):  # a process's share of the last images may be none
         model(inputs.to(device))
     return len(inputs)
-
-
-def _summarise(counts: UnitCounts, images: int, unseen: dict[str, list[str]]) -> Profile:
-    layers = [_layer(name, layer) for name, layer in counts.layers.items()]
-    units = sum(layer.units for layer in layers)
-    return Profile(
-        images=images,
-        dead_units=counts.dead_units,
-        always_active=sum(layer.always_active for layer in layers) / units,
-        dead_elements=counts.dead_elements,
-        sparsity=counts.sparsity,
-        layers=layers,
-        unseen=unseen,
-    )
 
 
 def _layer(name: str, counts: LayerCounts) -> LayerProfile:
@@ -243,14 +233,6 @@ def revived_units(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[d
     rows = []
     for old, new in zip(before["layers"], after["layers"], strict=True):
         pairs = [(was == 0, now == 0) for was, now in zip(old["probability"], new["probability"], strict=True)]
-        rows.append(
-            {
-                "name": old["name"],
-                "units": old["units"],
-                "dead_before": old["dead"],
-                "dead_after": new["dead"],
-                "revived": pairs.count((True, False)),
-                "died": pairs.count((False, True)),
-            }
-        )
+        row = dict(name=old["name"], units=old["units"], dead_before=old["dead"], dead_after=new["dead"])
+        rows.append(row | dict(revived=pairs.count((True, False)), died=pairs.count((False, True))))
     return rows

@@ -1,8 +1,10 @@
-"""The report: one run, or several compared, on a self-contained HTML page."""
+"""The report: one run, or several compared, on a self-contained HTML page, with pictures beside it for print."""
 
 import importlib.util
+import io
 import re
 import shlex
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,15 +20,27 @@ from ..metrics import METRICS, Metric, find_metric
 from ..settings import names_of, to_flags
 from . import report_charts as charts
 from .comparison import read_comparison, remarks, result_tables
-from .landscape import summarise_landscape
-from .palette import assign_styles
-from .report_pictures import draw_pictures, surface_images
+from .landscape import loss_range, summarise_landscape
+from .palette import Style, assign_styles
+from .plots import (
+    ON_DARK,
+    Figure,
+    activation_ridges,
+    dead_units_by_layer,
+    landscape_contours,
+    landscape_surfaces,
+    metric_curves,
+    rc_context,
+    save,
+)
 from .run import RunRecord, finite, read_run, unique_names
 from .seeds import counted, group_by_seed, interval
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
 _NOTHING = "–"  # noqa: RUF001
+Groups = Mapping[str, Sequence[RunRecord]]  # name of each curve -> its run, or runs that differ in their seed alone
+Table = tuple[list[str], list[list[str]]]
 
 
 def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
@@ -61,60 +75,90 @@ def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
     records = [read_run(folder, name) for folder, name in zip(runs, unique_names(runs), strict=True)]
     groups = group_by_seed(records)
     output.parent.mkdir(parents=True, exist_ok=True)
-    pictures = draw_pictures(groups, output.with_suffix(""))
-    write_file(output, render(groups, [compared for _, compared in found if compared is not None]))
+    pictures = _draw_pictures(groups, output.with_suffix(""))
+    write_file(output, _render(groups, [compared for _, compared in found if compared is not None]))
     return [output, *pictures]
 
 
-def render(groups: Mapping[str, Sequence[RunRecord]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Return the page about runs, gathered by `group_by_seed`, in the order in which they are given.
+def _styles(groups: Groups) -> dict[str, Style]:
+    return dict(zip(groups, assign_styles([group[0].look for group in groups.values()]), strict=True))
 
-    Args:
-        groups: Name of each group -> its runs.
-        compared: What the comparisons say that they are from.
-    """
+
+def _metrics(groups: Groups) -> dict[str, list[list[dict[str, Any]]]]:
+    return {name: [run.metrics for run in counted(group) if run.metrics] for name, group in groups.items()}
+
+
+def _profiles(groups: Groups) -> dict[str, list[dict[str, Any]]]:
+    return {name: [run.profile for run in group if run.profile] for name, group in groups.items()}
+
+
+def _landscapes(groups: Groups) -> dict[str, dict[str, Any]]:
+    return {run.name: run.landscape for group in groups.values() for run in group if run.landscape}
+
+
+def _draw_pictures(groups: Groups, path: Path) -> list[Path]:
+    """Draw what the runs have as PNG and PDF, whose names begin with `path`, and return the PNG files."""
+    figures: dict[str, Figure] = {}
+    styles = _styles(groups)
+    if begun := {name: runs for name, runs in _metrics(groups).items() if runs}:
+        figures["curves"] = metric_curves(begun, styles=[styles[name] for name in begun])
+    if profiles := {name: found for name, found in _profiles(groups).items() if found}:
+        figures["dead_units"] = dead_units_by_layer(profiles, [styles[name] for name in profiles])
+        each = {run.name: run.profile for group in groups.values() for run in group if run.profile}
+        looks = [styles[name] for name, of_seeds in profiles.items() for _ in of_seeds]
+        figures["activation_profile"] = activation_ridges(each, looks)
+    if landscapes := _landscapes(groups):
+        figures["landscape_contours"] = landscape_contours(landscapes)
+        figures["landscape_surface"] = landscape_surfaces(landscapes)
+    bases = {path.with_name(f"{path.name}_{name}"): figure for name, figure in figures.items()}
+    for base, figure in bases.items():
+        save(figure, base)
+    return [base.with_name(base.name + ".png") for base in bases]
+
+
+def _surface(found: dict[str, Any], highest: float, look: dict[Any, Any]) -> str:
+    """Return a landscape as a surface: a PNG in base64."""
+    content = io.BytesIO()
+    with rc_context(look):
+        landscape_surfaces({"": found}, highest).savefig(content, format="png", dpi=110, transparent=True)
+    return b64encode(content.getvalue()).decode()
+
+
+def _render(groups: Groups, compared: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page about runs, and what comparisons that they are from say."""
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     records = [record for group in groups.values() for record in group]
-    alone = {record.name: [record] for record in records}
     curve_of = {record.name: i for i, group in enumerate(groups.values()) for record in group}
-    profiled = {r.name: r.profile for r in records if r.profile is not None}
-    profiles = {
-        i: (name, found)
-        for i, (name, group) in enumerate(groups.items())
-        if (found := [profiled[r.name] for r in group if r.name in profiled])
-    }
-    landscapes = {r.name: r.landscape for r in records if r.landscape is not None and r.landscape_is_complete}
-    dead = charts.dead_unit_chart(profiles) if profiles else None
+    profiled = {record.name: record.profile for record in records if record.profile}
+    profiles, landscapes = _profiles(groups), _landscapes(groups)
+    highest = loss_range(landscapes.values())[1] if landscapes else 0.0
     sections = {
-        "curves": charts.curve_charts(
-            {name: [r.metrics for r in counted(group) if r.metrics] for name, group in groups.items()}
-        ),
-        "dead": [dead] if dead else [],
-        "gradients": list(filter(None, [charts.gradient_chart(profiles)])) if profiles else [],
-        "activation": [
-            charts.activation_chart(place, curve_of[name], name, found)
-            for place, (name, found) in enumerate(profiled.items())
-        ],
-        "landscape": _landscape_charts(landscapes, curve_of),
+        "curves": charts.curve_charts(_metrics(groups)),
+        "dead": charts.dead_unit_charts(profiles),
+        "gradients": charts.gradient_charts(profiles),
+        "activation": charts.activation_charts(profiled, curve_of),
+        "landscape": charts.landscape_charts(landscapes, curve_of),
     }
     differing, common = compare_settings(groups)
     return template.render(
         title=f"Run {records[0].name}" if len(records) == 1 else f"{len(records)} runs compared",
         groups=groups,
         runs=records,
-        styles=assign_styles([group[0].look for group in groups.values()]),
+        styles=[*_styles(groups).values()],
         summary=summary_table(groups),
-        each=summary_table(alone) if len(groups) < len(records) else None,
+        each=summary_table({record.name: [record] for record in records}) if len(groups) < len(records) else None,
         compared=[(result_tables(found), remarks(found)) for found in compared],
         sections=sections,
         charts=[chart for section in sections.values() for chart in section],
         profiled=profiled,
         dead_totals=charts.dead_unit_totals(profiles),
         landscapes={name: summarise_landscape(found) for name, found in landscapes.items()},
-        surfaces=surface_images(landscapes),
+        surfaces={
+            name: [_surface(found, highest, look) for look in ({}, ON_DARK)] for name, found in landscapes.items()
+        },
         words=_WORDS,
         epochs={r.name: epoch_table(r.metrics) for r in records if r.metrics},
         classes={r.name: class_tables(r.summary) for r in records if r.summary and r.summary.get("test_class_top1")},
@@ -127,11 +171,7 @@ def render(groups: Mapping[str, Sequence[RunRecord]], compared: Sequence[Mapping
     )
 
 
-Cell = tuple[str, bool]
-Table = tuple[list[str], list[list[str]]]
-
-
-def summary_table(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[list[str], dict[str, list[Cell]]]:
+def summary_table(groups: Groups) -> tuple[list[str], dict[str, list[tuple[str, bool]]]]:
     """Return the heads of the columns that any run has values for, and for each group of runs its cells.
 
     Of several runs, which differ in their seed alone, a cell is the mean with its 95% t-interval, of the finished ones
@@ -141,37 +181,38 @@ def summary_table(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[list[str],
     """
     records = [record for group in groups.values() for record in group]
     same_data = len({tuple(r.settings.get(name) for name in names_of("data")) for r in records}) == 1
-    shown = [metric for metric in METRICS if metric.column]
-    measured = {name: {m.label: _values(group, m.key) for m in shown} for name, group in groups.items()}
-    others = {name: _facts(group) for name, group in groups.items()}
-    metrics = {m.label: m for m in shown if any(row[m.label] for row in measured.values())}
+    heads: list[str] = []
+    cells: dict[str, list[tuple[str, bool]]] = {name: [] for name in groups}
+    for metric in (metric for metric in METRICS if metric.column):
+        values = {name: _values(group, metric.key) for name, group in groups.items()}
+        if not any(values.values()):
+            continue
+        heads.append(metric.label)
+        finished = {n: fmean(values[n]) for n, group in groups.items() if values[n] and any(r.summary for r in group)}
+        best = None
+        if metric.better and len({*finished.values()}) > 1 and (same_data or metric.split == "train"):
+            best = (max if metric.better == "higher" else min)(finished.values())
+        for name, cell in cells.items():
+            cell.append((_text(metric, values[name]), best is not None and finished.get(name) == best))
     hidden = {"state"} if all(record.summary for record in records) else set()
     hidden |= {"seeds"} if len(groups) == len(records) else set()
-    rest = [head for head in next(iter(others.values())) if any(row[head] is not None for row in others.values())]
-    rest = [head for head in rest if head not in hidden]
-    cells: dict[str, list[Cell]] = {name: [] for name in groups}
-    for head, metric in metrics.items():
-        means = {name: fmean(row[head]) for name, row in measured.items() if row[head]}
-        known = {means[name] for name, group in groups.items() if name in means and any(r.summary for r in group)}
-        comparable = metric.better is not None and len(known) > 1 and (same_data or metric.split == "train")
-        best = (max if metric.better == "higher" else min)(known) if comparable else None
-        for name, cell in cells.items():
-            is_best = best is not None and means.get(name) == best and any(r.summary for r in groups[name])
-            cell.append((_text(metric, measured[name][head]), is_best))
-    for name, cell in cells.items():
-        cell.extend((others[name][head] or _NOTHING, False) for head in rest)
-    return [*metrics, *rest], cells
+    facts = {name: _facts(group) for name, group in groups.items()}
+    for head in next(iter(facts.values())):
+        if head not in hidden and any(row[head] is not None for row in facts.values()):
+            heads.append(head)
+            for name, cell in cells.items():
+                cell.append((facts[name][head] or _NOTHING, False))
+    return heads, cells
 
 
 def _values(group: Sequence[RunRecord], key: str) -> list[float]:
-    return [value for record in counted(group) if (value := _value(record, key)) is not None]
-
-
-def _value(record: RunRecord, key: str) -> float | None:
-    """Return a metric of the epoch that counts, or of the whole run where it is finished."""
-    if key == "seconds" and not record.summary:
-        return sum(finite(line.get(key)) or 0 for line in record.metrics) or None
-    return finite({**record.best_line, **(record.summary or {})}.get(key))
+    """Return a metric of each run that counts: of its best epoch, or of the whole run where it is finished."""
+    shown = counted(group)
+    if key == "seconds" and not shown[0].summary:  # then none is finished
+        values = [sum(finite(line.get(key)) or 0 for line in record.metrics) or None for record in shown]
+    else:
+        values = [finite({**record.best_line, **(record.summary or {})}.get(key)) for record in shown]
+    return [value for value in values if value is not None]
 
 
 def _facts(group: Sequence[RunRecord]) -> dict[str, str | None]:
@@ -199,41 +240,48 @@ def _inline_script(code: str) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", code)
 
 
-def compare_settings(groups: Mapping[str, Sequence[RunRecord]]) -> tuple[dict[str, list[str]], dict[str, str]]:
+def compare_settings(groups: Groups) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the settings that differ, by name with those of each group of runs, and those that all have in common."""
-    flat = [
-        [_flatten({k: v for k, v in r.settings.items() if k not in ("output", "left_open")}) for r in group]
-        for group in groups.values()
-    ]
-    names = list(dict.fromkeys(name for group in flat for settings in group for name in settings))
-
-    def of_group(group: list[dict[str, Any]], name: str) -> str:
-        return ", ".join(dict.fromkeys(_setting_text(settings.get(name)) for settings in group))
-
-    values = {name: [of_group(group, name) for group in flat] for name in names}
+    flat = [[_texts(run.settings) for run in group] for group in groups.values()]
+    names = dict.fromkeys(name for group in flat for texts in group for name in texts)
+    values = {
+        name: [", ".join(dict.fromkeys(texts.get(name, "") for texts in group)) for group in flat]
+        for name in names
+        if name not in ("output", "left_open")
+    }
     differing = {name: row for name, row in values.items() if len(set(row)) > 1}
     return differing, {name: row[0] for name, row in values.items() if name not in differing}
 
 
+def _texts(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return settings as text, nested ones by names with dots."""
+    texts: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            texts |= _texts(value, f"{prefix}{name}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            texts[prefix + name] = "" if value is None else shown
+    return texts
+
+
 def reproduce_commands(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Return, for each run, its name and the shell commands that train and measure it again."""
-    return [(record.name, _commands(record)) for record in records]
-
-
-def _commands(record: RunRecord) -> str:
-    settings = record.settings
-    names = names_of("data", "result", "free")
-    recipe = {name: settings[name] for name in names if settings.get(name) not in (None, [], {})}
-    name = record.name.replace("/", "-")
-    file, folder = f"{name}.yaml", f"output/{name}"
-    processes = settings.get("processes", 1)
-    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    train = ["accelerate", "launch", *several, "-m", "timm_sugar.training", "--recipe", file, "--output", folder]
-    given = ("data", "label_column", "image_column")
-    data = to_flags({name: settings[name] for name in given if settings.get(name)})
-    commands = [train, *(["timm-sugar", command, folder, *data] for command in ("verify", "profile", "landscape"))]
-    written = [f"cat > {shlex.quote(file)} <<'END_OF_RECIPE'", to_yaml(recipe) + "END_OF_RECIPE"]
-    return "\n".join([*written, *map(shlex.join, commands)])
+    found = []
+    for record in records:
+        settings, name = record.settings, record.name.replace("/", "-")
+        names = names_of("data", "result", "free")
+        recipe = {name: settings[name] for name in names if settings.get(name) not in (None, [], {})}
+        file, folder = f"{name}.yaml", f"output/{name}"
+        processes = settings.get("processes", 1)
+        several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+        train = ["accelerate", "launch", *several, "-m", "timm_sugar.training", "--recipe", file, "--output", folder]
+        given = ("data", "label_column", "image_column")
+        data = to_flags({name: settings[name] for name in given if settings.get(name)})
+        commands = [train, *(["timm-sugar", command, folder, *data] for command in ("verify", "profile", "landscape"))]
+        written = [f"cat > {shlex.quote(file)} <<'END_OF_RECIPE'", to_yaml(recipe) + "END_OF_RECIPE"]
+        found.append((record.name, "\n".join([*written, *map(shlex.join, commands)])))
+    return found
 
 
 def class_tables(summary: Mapping[str, Any]) -> tuple[Table, Table | None]:
@@ -268,29 +316,3 @@ def _text(metric: Metric, values: Sequence[float]) -> str:
         return _NOTHING
     half = interval(values)
     return metric.text(fmean(values)) + ("" if half is None else f" ± {metric.text(half)}")
-
-
-def _landscape_charts(found: dict[str, dict[str, Any]], curve_of: dict[str, int]) -> list[charts.Chart]:
-    losses = [loss for f in found.values() for row in f["loss"] for loss in row if loss is not None]
-    if not losses:
-        return []
-    high = max(max(losses), 1e-6)
-    low = min(max(min(losses), high * 1e-6), high / 1.1)
-    each = enumerate(found.items())
-    return [charts.landscape_chart(place, curve_of[name], name, f, low, high) for place, (name, f) in each]
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _setting_text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)

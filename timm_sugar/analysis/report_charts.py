@@ -1,4 +1,7 @@
-"""The interactive charts of the report, as plotly.js takes them. Colours, which depend on the theme, are set there."""
+"""What the interactive charts of the report show, as plotly.js takes it. How they look is said in report.html.
+
+A chart has an `id`, `title`, `description`, `data` and `layout`; each of its traces the number of its curve in `meta`.
+"""
 
 import html
 import math
@@ -7,11 +10,12 @@ from statistics import fmean
 from typing import Any
 
 from ..metrics import METRICS, with_unit
+from .landscape import loss_range, summarise_landscape
 from .run import finite
-from .seeds import band, interval, mean_by_epoch
+from .seeds import band, dead_by_layer, interval, mean_by_epoch
 
 Chart = dict[str, Any]
-Profiles = Mapping[int, tuple[str, Sequence[dict[str, Any]]]]
+Profiles = Mapping[str, Sequence[dict[str, Any]]]  # name of each curve -> the profile.json of each seed that has one
 _MOST_TICKS = 24  # of layers, by name
 
 
@@ -20,10 +24,6 @@ def curve_charts(metrics: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> l
 
     Args:
         metrics: Name of each curve -> for each seed, the lines of its metrics.jsonl.
-
-    Returns:
-        Charts that have anything to show, each with `id`, `title`, `description`, `data` and `layout`. Traces carry the
-        number of their curve in `meta`.
     """
     charts = []
     for title in dict.fromkeys(metric.chart for metric in METRICS if metric.chart):
@@ -31,7 +31,7 @@ def curve_charts(metrics: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> l
         traces, last = [], []
         for run, (name, seeds) in enumerate(metrics.items()):
             for metric in shown:
-                points = mean_by_epoch(seeds, metric.key, metric.scale)
+                points = mean_by_epoch(seeds, metric)
                 if points:
                     part = metric.label if len(shown) > 1 else ""
                     dash = "dot" if part and metric.split == "train" else "solid"
@@ -52,102 +52,81 @@ def curve_charts(metrics: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> l
 def dead_unit_totals(profiles: Profiles) -> list[str]:
     """Say of each profile how many units are dead."""
     return [
-        f"{name}: {_mean_text([sum(layer['dead'] for layer in found['layers']) for found in of_seeds])} of "
-        f"{sum(layer['units'] for layer in of_seeds[0]['layers']):,} units"
-        for name, of_seeds in profiles.values()
+        f"{name}: {_mean_text([sum(layer['dead'] for layer in found['layers']) for found in seeds])} of "
+        f"{sum(layer['units'] for layer in seeds[0]['layers']):,} units"
+        for name, seeds in profiles.items()
+        if seeds
     ]
 
 
-def dead_unit_chart(profiles: Profiles) -> Chart | None:
-    """Dead units of each layer, a bar for each run, or for the mean of several seeds.
-
-    Args:
-        profiles: Number of a curve -> its name and, for each seed, the content of its profile.json.
-
-    Returns:
-        None where no unit is dead.
-    """
+def dead_unit_charts(profiles: Profiles) -> list[Chart]:
+    """Dead units of each layer, a bar for each run, or for the mean of several seeds; none where no unit is dead."""
     traces = []
-    for run, (name, of_seeds) in profiles.items():
-        layers = of_seeds[0]["layers"]
-        dead = [[found["layers"][place]["dead"] for found in of_seeds] for place in range(len(layers))]
-        shares = [
-            [100 * count / layer["units"] for count in counts] for counts, layer in zip(dead, layers, strict=True)
-        ]
-        texts = [
-            f"{html.escape(layer['name'])}: {_mean_text(counts)} of {layer['units']}"
-            for counts, layer in zip(dead, layers, strict=True)
-        ]
+    for run, (name, seeds) in enumerate(profiles.items()):
+        if not seeds:
+            continue
+        means, reach = dead_by_layer(seeds)
+        columns = zip(*(found["layers"] for found in seeds), strict=True)
         trace: Chart = {
             "type": "bar",
             "meta": run,
             "name": html.escape(name),
-            "x": [*range(1, len(layers) + 1)],
-            "y": [*map(fmean, shares)],
-            "text": texts,
-            "textposition": "none",
-            "hovertemplate": "%{text} dead (%{y:.1f}%)",
+            "x": [*range(1, len(means) + 1)],
+            "y": means,
+            "text": [
+                f"{html.escape(layers[0]['name'])}: {_mean_text([x['dead'] for x in layers])} of {layers[0]['units']}"
+                for layers in columns
+            ],
         }
-        if len(of_seeds) > 1:
-            ends = band([(0, y, interval(share)) for y, share in zip(trace["y"], shares, strict=True)], (0, 100))
-            down, up = zip(
-                *((y - low, high - y) for (_, low, high), y in zip(ends, trace["y"], strict=True)), strict=True
-            )
-            trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+        if reach:
+            down, up = reach
+            trace["error_y"] = {"array": up, "arrayminus": down}
         traces.append(trace)
     if not any(share for trace in traces for share in trace["y"]):
-        return None
-    layout = _axes("layer, in the order of the forward pass", "dead units (%)") | {"barmode": "group", "height": 380}
+        return []
+    layout = _axes("layer, in the order of the forward pass", "dead units (%)", height=380) | {"barmode": "group"}
     layout["yaxis"] |= {"rangemode": "tozero"}
-    layout["xaxis"] |= _layer_ticks([layers_of(found) for _, of_seeds in profiles.values() for found in of_seeds])
+    layout["xaxis"] |= _layer_ticks([found["layers"] for seeds in profiles.values() for found in seeds])
     description = f"Bar chart of dead units by layer. {'; '.join(dead_unit_totals(profiles))}."
-    return _chart("dead-by-layer", "Dead units by layer", description, traces, layout)
+    return [_chart("dead-by-layer", "Dead units by layer", description, traces, layout)]
 
 
-def gradient_chart(profiles: Profiles) -> Chart | None:
+def gradient_charts(profiles: Profiles) -> list[Chart]:
     """Norm of the gradient of each layer's weights with SUGAR and, on the same weights and images, with ReLU.
 
-    Args:
-        profiles: As for `dead_unit_chart`; of several seeds the mean is shown.
-
-    Returns:
-        None where no profile has gradients.
+    Of several seeds the mean is shown; there is no chart where no profile has gradients.
     """
-    traces, names = [], []
-    for run, (name, of_seeds) in profiles.items():
-        measured = [found["gradients"] for found in of_seeds if found.get("gradients")]
-        names += [[row["name"] for row in rows] for rows in measured]
+    traces, layers = [], []
+    for run, (name, seeds) in enumerate(profiles.items()):
+        measured = [found["gradients"] for found in seeds if found.get("gradients")]
+        layers += measured
         for kind, label, dash in (("sugar", "SUGAR", "solid"), ("relu", "ReLU", "dot")):
-            columns = [[finite(row[kind]) for row in rows] for rows in zip(*measured, strict=True)]
-            means = [fmean(known) if len(known := [v for v in c if v is not None]) == len(c) else None for c in columns]
+            columns: list[Any] = [[finite(row[kind]) for row in rows] for rows in zip(*measured, strict=True)]
+            means = [None if None in column else fmean(column) for column in columns]
             points = [(place, norm or None, None) for place, norm in enumerate(means, 1)]  # no logarithm of 0
             if any(means):
                 traces.append(_line(run, name, label, dash, points))
     if not traces:
-        return None
-    layout = _axes("layer with weights, from the input", "norm of the gradient") | {"height": 380}
+        return []
+    layout = _axes("layer with weights, from the input", "norm of the gradient", height=380)
     layout["yaxis"] |= {"type": "log", "tickformat": "~g"}
-    layout["xaxis"] |= _layer_ticks(names)
+    layout["xaxis"] |= _layer_ticks(layers)
     description = "Line chart of the gradient's norm by layer, with SUGAR (solid) and with ReLU (dotted)."
-    return _chart("gradients", "Gradient by layer: SUGAR solid, ReLU dotted", description, traces, layout)
+    return [_chart("gradients", "Gradient by layer: SUGAR solid, ReLU dotted", description, traces, layout)]
 
 
-def layers_of(profile: Mapping[str, Any]) -> list[str]:
-    """Names of the layers of a profile."""
-    return [layer["name"] for layer in profile["layers"]]
-
-
-def _layer_ticks(names: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _layer_ticks(networks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Ticks of an axis of layers: their names, where all networks have the same, else whole numbers."""
-    count = max(map(len, names))
-    if any(each != names[0] for each in names):
+    names, *others = [[layer["name"] for layer in layers] for layers in networks]
+    count = max(map(len, networks))
+    if any(other != names for other in others):
         return {"tickformat": "d"} | ({"dtick": 1} if count <= 10 else {})
     places = range(0, count, math.ceil(count / _MOST_TICKS))
-    ticks = {
+    return {
         "tickvals": [place + 1 for place in places],
-        "ticktext": [html.escape(names[0][place]) for place in places],
+        "ticktext": [html.escape(names[place]) for place in places],
+        "autotickangles": [0, -90],
     }
-    return ticks | {"autotickangles": [0, -90]}
 
 
 def _mean_text(counts: Sequence[int]) -> str:
@@ -156,99 +135,76 @@ def _mean_text(counts: Sequence[int]) -> str:
     return f"{counts[0]:,}" if spread is None else f"{fmean(counts):,.1f} ± {spread:,.1f}"
 
 
-def activation_chart(place: int, run: int, name: str, found: dict[str, Any]) -> Chart:
+def activation_charts(profiles: Mapping[str, dict[str, Any]], curve_of: Mapping[str, int]) -> list[Chart]:
     """How often the elements of each layer are active: the histograms of figures 4 and 10 as rows of a heat map.
 
     Args:
-        place: Number of the chart.
-        run: Number of the curve that the run belongs to.
-        name: Name of the run.
-        found: The content of its profile.json.
+        profiles: Name of each run -> the content of its profile.json.
+        curve_of: Name of each run -> the number of the curve that it belongs to.
     """
-    layers = found["layers"]
-    shares = [[count / max(1, sum(layer["histogram"])) for count in layer["histogram"]] for layer in layers]
-    bins = len(shares[0])
-    trace = {
-        "type": "heatmap",
-        "meta": run,
-        "x": [round(100 * (i + 0.5) / bins, 2) for i in range(bins)],
-        "y": list(range(1, len(layers) + 1)),
-        "z": [[round(math.sqrt(share), 4) for share in row] for row in shares],  # else a full bin hides all others
-        "customdata": [[[html.escape(layer["name"]), round(100 * share, 2)] for share in row]
-                       for layer, row in zip(layers, shares, strict=True)],
-        "hovertemplate": "%{customdata[0]}: active for about %{x}% of the images:"
-        " %{customdata[1]}% of the elements<extra></extra>",
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": "Cividis",
-        "colorbar": {
-            "title": {"text": "% of elements", "side": "right"},
-            "tickvals": [math.sqrt(share) for share in (0, 0.05, 0.2, 0.5, 1)],
-            "ticktext": ["0", "5", "20", "50", "100"],
-            "thickness": 12,
-        },
-    }  # fmt: skip
-    layout = _axes("active for this share of the images (%)", "layer") | {"height": min(620, 190 + 20 * len(layers))}
-    layout["yaxis"] |= {"autorange": "reversed"} | _layer_ticks([layers_of(found)])
-    description = (
-        f"Heat map: for each of {len(layers)} layers of {name}, which share of its elements is active for which share "
-        f"of the images. {100 * found['dead_elements']:.1f}% of all elements are never active."
-    )
-    return _chart(f"activation-{place}", name, description, [trace], layout)
+    charts = []
+    for place, (name, found) in enumerate(profiles.items()):
+        layers = found["layers"]
+        shares = [[count / max(1, sum(layer["histogram"])) for count in layer["histogram"]] for layer in layers]
+        bins = len(shares[0])
+        trace = {
+            "type": "heatmap",
+            "meta": curve_of[name],
+            "x": [round(100 * (i + 0.5) / bins, 2) for i in range(bins)],
+            "y": list(range(1, len(layers) + 1)),
+            "z": [[round(math.sqrt(share), 4) for share in row] for row in shares],  # else a full bin hides all others
+            "customdata": [
+                [[html.escape(layer["name"]), round(100 * share, 2)] for share in row]
+                for layer, row in zip(layers, shares, strict=True)
+            ],
+        }
+        layout = _axes("active for this share of the images (%)", "layer", min(620, 190 + 20 * len(layers)))
+        layout["yaxis"] |= {"autorange": "reversed"} | _layer_ticks([layers])
+        description = (
+            f"Heat map: for each of {len(layers)} layers of {name}, which share of its elements is active for which "
+            f"share of the images. {100 * found['dead_elements']:.1f}% of all elements are never active."
+        )
+        charts.append(_chart(f"activation-{place}", name, description, [trace], layout))
+    return charts
 
 
-def landscape_chart(place: int, run: int, name: str, found: dict[str, Any], low: float, high: float) -> Chart:
-    """Contours of the loss around a model.
+def landscape_charts(landscapes: Mapping[str, dict[str, Any]], curve_of: Mapping[str, int]) -> list[Chart]:
+    """Contours of the loss around each model, all in the same colours.
 
     Args:
-        place: Number of the chart.
-        run: Number of the curve that the run belongs to.
-        name: Name of the run.
-        found: The content of its landscape.json.
-        low: Loss at which the colours begin, the same for all runs.
-        high: Loss at which they end.
+        landscapes: Name of each run -> the content of its landscape.json, complete.
+        curve_of: As for `activation_charts`.
     """
-    first, last = math.log10(low), math.log10(high)
-    ticks = [first + (last - first) * i / 6 for i in range(7)]
-    trace = {
-        "type": "contour",
-        "meta": run,
-        "x": found["axis"],
-        "y": found["axis"],
-        "z": [[None if v is None else round(math.log10(max(v, low)), 5) for v in row] for row in found["loss"]],
-        "customdata": [
-            [[loss, None if top1 is None else 100 * top1] for loss, top1 in zip(*rows, strict=True)]
-            for rows in zip(found["loss"], found["top1"], strict=True)
-        ],
-        "hovertemplate": "step %{x}, %{y}<br>loss %{customdata[0]:.4g}<br>accuracy %{customdata[1]:.1f}%"
-        "<extra></extra>",
-        "zmin": first,
-        "zmax": last,
-        "autocontour": False,
-        "contours": {"start": first, "end": last, "size": (last - first) / 12},
-        "line": {"width": 0.5},
-        "colorscale": "Viridis",
-        "reversescale": True,
-        "colorbar": {
-            "title": {"text": "cross-entropy (nats)", "side": "bottom"},
-            "tickvals": ticks,
-            "ticktext": [f"{10**tick:.2g}" for tick in ticks],
-            "thickness": 12,
-            "orientation": "h",
-            "y": -0.2,
-            "yanchor": "top",
-        },
-    }
-    centre = found["loss"][len(found["loss"]) // 2][len(found["loss"]) // 2]
-    values = [v for row in found["loss"] for v in row if v is not None]
-    description = (
-        f"Contour plot of the loss around {name}: {number(centre)} nats in the middle, from {number(min(values))} to "
-        f"{number(max(values))} on the grid."
-    )
-    layout = _axes("first direction", "second direction") | {"height": 430}
-    layout["xaxis"] |= {"constrain": "domain"}
-    layout["yaxis"] |= {"constrain": "domain", "scaleanchor": "x"}
-    return _chart(f"landscape-{place}", name, description, [trace], layout)
+    charts = []
+    for place, (name, found) in enumerate(landscapes.items()):
+        low, high = loss_range(landscapes.values())
+        first, last = math.log10(low), math.log10(high)
+        ticks = [first + (last - first) * i / 6 for i in range(7)]
+        trace = {
+            "type": "contour",
+            "meta": curve_of[name],
+            "x": found["axis"],
+            "y": found["axis"],
+            "z": [[None if v is None else round(math.log10(max(v, low)), 5) for v in row] for row in found["loss"]],
+            "customdata": [
+                [[loss, None if top1 is None else 100 * top1] for loss, top1 in zip(*rows, strict=True)]
+                for rows in zip(found["loss"], found["top1"], strict=True)
+            ],
+            "zmin": first,
+            "zmax": last,
+            "contours": {"start": first, "end": last, "size": (last - first) / 12},
+            "colorbar": {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]},
+        }
+        values = [v for row in found["loss"] for v in row if v is not None]
+        description = (
+            f"Contour plot of the loss around {name}: {number(summarise_landscape(found)['centre_loss'])} nats in the "
+            f"middle, from {number(min(values))} to {number(max(values))} on the grid."
+        )
+        layout = _axes("first direction", "second direction", height=430)
+        layout["xaxis"] |= {"constrain": "domain"}
+        layout["yaxis"] |= {"constrain": "domain", "scaleanchor": "x"}
+        charts.append(_chart(f"landscape-{place}", name, description, [trace], layout))
+    return charts
 
 
 def number(value: float | None) -> str:
@@ -263,41 +219,26 @@ def _line(run: int, name: str, part: str, dash: str, points: Sequence[Point]) ->
     label = html.escape(f"{name}, {part}" if part else name)
     return {
         "type": "scatter",
-        "mode": "lines+markers",
         "meta": run,
         "name": label,
         "x": [x for x, _, _ in points],
         "y": [y for _, y, _ in points],
         "customdata": ["" if half is None else f" ± {half:.3g}" for _, _, half in points],
-        "line": {"dash": dash, "width": 2},
-        "marker": {"size": 7, "maxdisplayed": 20},
-        "hovertemplate": "%{y:.5g}%{customdata}",
+        "line": {"dash": dash},
     }
 
 
 def _band(run: int, ends: Sequence[tuple[float, float, float]]) -> list[dict[str, Any]]:
     """The area of the intervals around a line, where there are any."""
+    if not ends:
+        return []
     outline = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]
-    trace = {
-        "type": "scatter",
-        "mode": "lines",
-        "meta": run,
-        "fill": "toself",
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-    }
-    return [trace | {"x": [x for x, _ in outline], "y": [y for _, y in outline]}] if ends else []
+    x, y = zip(*outline, strict=True)
+    return [{"type": "scatter", "fill": "toself", "meta": run, "x": x, "y": y}]
 
 
-def _axes(x: str, y: str) -> dict[str, Any]:
-    return {
-        "xaxis": {"title": {"text": x}, "automargin": True},
-        "yaxis": {"title": {"text": y}, "automargin": True},
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 48},
-        "height": 320,
-        "showlegend": False,
-        "hovermode": "closest",
-    }
+def _axes(x: str, y: str, height: int = 320) -> dict[str, Any]:
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, "height": height}
 
 
 def _chart(chart_id: str, title: str, description: str, data: list[dict[str, Any]], layout: dict[str, Any]) -> Chart:

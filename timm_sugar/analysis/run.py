@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -24,16 +24,14 @@ class RunRecord:
 
     Attributes:
         name: Name of the run on the page.
-        folder: Where it is.
         settings: config.yaml.
         metrics: The lines of metrics.jsonl; none before the first epoch has ended.
         summary: summary.json; None where the run is not finished.
         profile: profile.json, None where there is none.
-        landscape: landscape.json, None where there is none.
+        landscape: landscape.json; None where there is none, or not one with all its points and a finite loss.
     """
 
     name: str
-    folder: Path
     settings: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None
@@ -51,25 +49,19 @@ class RunRecord:
     @property
     def activation(self) -> str:
         """The activation as text, such as "SUGAR bsilu 1.67"."""
-        line = self.summary or (self.metrics[-1] if self.metrics else self.settings)
-        if line.get("surrogate"):
-            alpha = line.get("alpha")
-            return f"SUGAR {line['surrogate']}{'' if alpha is None else f' {alpha:g}'}"
+        if surrogate := self._latest.get("surrogate"):
+            alpha = self._latest.get("alpha")
+            return f"SUGAR {surrogate}{'' if alpha is None else f' {alpha:g}'}"
         return self.settings.get("act_layer") or "the model's own"
 
     @property
     def look(self) -> str:
         """The activation as `assign_styles` takes it."""
-        line = self.summary or (self.metrics[-1] if self.metrics else self.settings)
-        return line.get("surrogate") or self.settings.get("act_layer") or ""
+        return self._latest.get("surrogate") or self.settings.get("act_layer") or ""
 
     @property
-    def landscape_is_complete(self) -> bool:
-        """Whether there is a landscape with all its points, and finite losses among them."""
-        found = self.landscape
-        if found is None or found["done"] < len(found["axis"]) ** 2 or found["sharpness"] is None:
-            return False
-        return any(loss is not None for row in found["loss"] for loss in row)
+    def _latest(self) -> dict[str, Any]:
+        return self.summary or (self.metrics[-1] if self.metrics else self.settings)
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
@@ -82,37 +74,43 @@ def read_run(folder: Path, name: str) -> RunRecord:
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} is no run's folder: it has no config.yaml")
 
-    def read(file: str, parse: Callable[[str], Any], kind: type) -> Any:
-        path = folder / file
-        if not path.is_file():
-            return None
-        try:
-            content = parse(path.read_text(encoding="utf-8"))
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(content, kind):
-            raise ValueError(f"{path} cannot be read: it is no {kind.__name__}")
-        lines: Any = content if kind is list else [content]
-        missing = [key for line in lines for key in _KEYS[file] if key not in line]
-        if missing:
-            raise ValueError(f"{path} cannot be read: it has no {missing[0]}")
-        return content
+    def read(file: str) -> Any:
+        return next(iter(_read(folder / file)), None)
 
-    def parse_lines(text: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in text.splitlines()]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line of it is no dict")
-        return lines
-
+    landscape = read("landscape.json")
     return RunRecord(
         name=name,
-        folder=folder,
-        settings=read("config.yaml", yaml.safe_load, dict),
-        metrics=read("metrics.jsonl", parse_lines, list) or [],
-        summary=read("summary.json", json.loads, dict),
-        profile=read("profile.json", json.loads, dict),
-        landscape=read("landscape.json", json.loads, dict),
+        settings=read("config.yaml"),
+        metrics=_read(folder / "metrics.jsonl"),
+        summary=read("summary.json"),
+        profile=read("profile.json"),
+        landscape=landscape if landscape and _is_complete(landscape) else None,
     )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return what a file holds, where there is one: a mapping, or, by its suffix, one a line."""
+    if not path.is_file():
+        return []
+    parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
+    by_line = path.suffix == ".jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = [parse(part) for part in (text.splitlines() if by_line else [text])]
+        for content in found:
+            if not isinstance(content, dict):
+                raise ValueError(f"{'a line of it' if by_line else 'it'} is no dict")
+            if missing := [key for key in _KEYS[path.name] if key not in content]:
+                raise ValueError(f"it has no {missing[0]}")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    return found
+
+
+def _is_complete(landscape: dict[str, Any]) -> bool:
+    if landscape["done"] < len(landscape["axis"]) ** 2 or landscape["sharpness"] is None:
+        return False
+    return any(loss is not None for row in landscape["loss"] for loss in row)
 
 
 def unique_names(paths: Sequence[str | PurePath]) -> list[str]:

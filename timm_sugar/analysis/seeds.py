@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from ..metrics import Metric
 from ..settings import names_of
 from .run import RunRecord, finite
+
+Point = tuple[float, float, float | None]  # x, mean, and half the width of its interval, where it has one
 
 
 def group_by_seed(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -56,45 +59,50 @@ def interval(values: Sequence[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
-    """Return the mean and its interval as text; the mean alone where there is no interval.
-
-    Examples:
-        >>> with_interval([1.0, 2.0, 3.0], "+", 1)
-        '+2.0 ± 2.5'
-    """
-    half = interval(values)
-    return f"{fmean(values):{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
 def mean_by_epoch(
     runs: Sequence[Sequence[Mapping[str, Any]]],
-    key: str,
-    scale: float = 1,
+    metric: Metric,
     spread: Callable[[Sequence[float]], float | None] = interval,
-) -> list[tuple[float, float, float | None]]:
-    """Return epoch, mean over the runs, and their spread, of a metric, for the epochs in which all runs have it.
+) -> list[Point]:
+    """Return the mean of a metric by epoch, in its unit, for the epochs in which all runs have it.
 
     Args:
         runs: The lines of each run's metrics.jsonl.
-        key: The metric.
-        scale: What the values are multiplied by.
-        spread: What takes the values of several runs and returns their spread; that of one run is None.
+        metric: Which.
+        spread: What takes the values of several runs and returns half the width of the interval.
     """
-    found = [{line["epoch"]: scale * value for line in lines if (value := finite(line.get(key))) is not None}
-             for lines in runs]  # fmt: skip
+    found = [
+        {line["epoch"]: metric.scale * value for line in run if (value := finite(line.get(metric.key))) is not None}
+        for run in runs
+    ]
     epochs = sorted(set.intersection(*map(set, found))) if found else []
     columns = [[values[epoch] for values in found] for epoch in epochs]
     spreads = [spread(column) if len(column) > 1 else None for column in columns]
     return [*zip(epochs, map(fmean, columns), spreads, strict=True)]
 
 
-def band(
-    points: Sequence[tuple[float, float, float | None]], limits: tuple[float, float] = (-math.inf, math.inf)
-) -> list[tuple[float, float, float]]:
-    """Return x, lower and upper end of the intervals of what `mean_by_epoch` returns, cut off at `limits`."""
+def band(points: Sequence[Point], limits: tuple[float, float]) -> list[tuple[float, float, float]]:
+    """Return x, lower and upper end of the intervals of those that have one, cut off at `limits`."""
     low, high = limits
     return [(x, max(mean - half, low), min(mean + half, high)) for x, mean, half in points if half is not None]
+
+
+def dead_by_layer(seeds: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[tuple[float, ...]]]:
+    """Return the percentage of dead units of each layer.
+
+    Args:
+        seeds: For each seed, the content of a profile.json.
+
+    Returns:
+        The means, and how far their intervals reach down and up, two lists; none for one seed.
+    """
+    columns = zip(*(found["layers"] for found in seeds), strict=True)
+    shares = [[100 * layer["dead"] / layer["units"] for layer in column] for column in columns]
+    means = [*map(fmean, shares)]
+    if len(seeds) < 2:
+        return means, []
+    ends = band([(mean, mean, interval(share)) for mean, share in zip(means, shares, strict=True)], (0, 100))
+    return means, [*zip(*((mean - low, high - mean) for mean, low, high in ends), strict=True)]
 
 
 def _common_name(names: Sequence[str]) -> str:

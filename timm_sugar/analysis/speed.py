@@ -175,20 +175,3 @@ def _step(
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     return time.perf_counter() - start
-
-
-def time_on_gpu(work: Callable[[], Any], repeats: int = 10) -> float:
-    """Return the seconds that a GPU takes for `work`, by its own events, without the time of the host.
-
-    The GPU is kept busy until the host has submitted everything, so that it never waits for it.
-    """
-    work()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(50_000_000)  # cycles
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    end.synchronize()
-    seconds: float = start.elapsed_time(end) / 1e3 / repeats
-    return seconds

@@ -2,11 +2,11 @@
 
 from .cache import ArrayCache
 from .crops import CropFlip
-from .evaluation import Evaluation, NormalizedBatches, evaluate, evaluate_batches
+from .evaluation import Evaluation, NormalizedBatches, evaluate_batches
 from .folders import files_below, is_image_name, listed
 from .images import BadImageError, LabelledImages, available_cpus, to_rgb, why_unreadable
-from .loading import Split, content_key, decode, decode_kept, decoded_size, fingerprint, seed_everything, with_digests
-from .parallel import check_readable, compute_rows, readable
+from .loading import Split, content_key, decode, decode_kept, fingerprint, seed_everything, with_digests
+from .parallel import compute_rows, readable
 from .sources import Source, load_source, split_validation, stratified_sample
 from .transforms import EVALUATION, channel_counts, channel_statistics, eval_transform, normalize, train_transform
 
@@ -23,14 +23,11 @@ __all__ = [
     "available_cpus",
     "channel_counts",
     "channel_statistics",
-    "check_readable",
     "compute_rows",
     "content_key",
     "decode",
     "decode_kept",
-    "decoded_size",
     "eval_transform",
-    "evaluate",
     "evaluate_batches",
     "files_below",
     "fingerprint",

@@ -67,8 +67,6 @@ class ArrayCache:
         """Return the array in a file, None where it is not there or not whole."""
         import fcntl  # Unix only
 
-        if not self._limit:
-            return None
         size = math.prod(shape)
         try:
             with path.open("rb") as file:
@@ -92,6 +90,7 @@ class ArrayCache:
     def _alone(self, path: Path) -> Iterator[BinaryIO | None]:
         """Open a file for one process at a time, None where that fails; removed at the end if it is still there."""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = self._lock(path)
         except OSError as error:
             self._give_up(error.strerror)
@@ -106,30 +105,17 @@ class ArrayCache:
                         path.unlink()
 
     def _lock(self, path: Path) -> BinaryIO:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
         told = False
         while True:
+            # Opened anew each time: whoever has the lock renames the file and keeps it mapped, and so locked.
             file = path.open("ab", buffering=0)
-            try:
-                # Whoever has the lock renames the file and then keeps it mapped: waited for would be for ever.
-                while os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                    with suppress(BlockingIOError):
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                            return file
-                        break
-                    if not told:
-                        self._say("waiting for another process that decodes the same images")
-                        told = True
-                    time.sleep(0.05)
-            except FileNotFoundError:  # it was renamed or removed
-                pass
-            except BaseException:
-                file.close()
-                raise
+            if _locked(file, path):
+                return file
             file.close()
+            if not told:
+                self._say("waiting for another process that decodes the same images")
+                told = True
+            time.sleep(0.05)
 
     def _write(self, array: np.ndarray, part: BinaryIO, path: Path) -> None:
         """Write an array to its temporary file and rename that to `path`, where there is room."""
@@ -147,8 +133,6 @@ class ArrayCache:
             self._give_up(error.strerror)
 
     def _make_room(self, size: int, besides: Path) -> bool:
-        import fcntl
-
         if size > self._limit:
             return False
         files = []
@@ -159,15 +143,25 @@ class ArrayCache:
         for _, used, path in sorted(files):
             if room < 0 and path != besides:
                 with suppress(OSError), path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where it is in use
-                    path.unlink()
-                    room += used
+                    if _locked(file, path):
+                        path.unlink()
+                        room += used
         return room >= 0
 
     def _give_up(self, reason: str | None) -> None:
         if self._limit:
             self._say(f"decoded images are not kept for the next start: {reason}")
         self._limit = 0
+
+
+def _locked(file: BinaryIO, path: Path) -> bool:
+    """Lock a file that was opened by its path, unless another process has locked, renamed or removed it."""
+    import fcntl
+
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
 
 
 def _checksum(array: np.ndarray) -> bytes:

@@ -54,37 +54,6 @@ class NormalizedBatches:
             yield normalize(pixels, self.mean, self.std), labels
 
 
-def evaluate(
-    model: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch_size: int = 256,
-) -> Evaluation:
-    """Evaluate `model` on images in memory; see `evaluate_batches`.
-
-    Args:
-        model: Classifier, normalised images (N, 3, H, W) -> logits (N, classes).
-        pixels: uint8, (N, 3, H, W), on the CPU.
-        labels: int64, (N,).
-        mean: Of each channel, of pixels in [0, 1].
-        std: Likewise.
-        batch_size: Images in a batch.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2), nn.ReLU())
-        >>> pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-        >>> found = evaluate(model, pixels, torch.tensor([0, 1, 0, 1]), mean=(0.5,) * 3, std=(0.5,) * 3)
-        >>> found.top1  # all images are the same
-        0.5
-    """
-    return evaluate_batches(
-        model, zip(pixels.split(batch_size), labels.split(batch_size), strict=True), mean, std, shared=False
-    )
-
-
-@torch.inference_mode()
 def evaluate_batches(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -104,6 +73,12 @@ def evaluate_batches(
         shared: In a process group each process gives its own images, and the result is that of all of them.
         after_batch: Called after each batch.
         classes: Number of classes, for accuracy by class; 0 for none.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2), nn.ReLU())
+        >>> batch = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+        >>> evaluate_batches(model, [batch], mean=(0.5,) * 3, std=(0.5,) * 3).top1  # all images are the same
+        0.5
     """
     device = next(model.parameters()).device
     was_training = model.training

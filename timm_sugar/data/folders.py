@@ -63,11 +63,7 @@ def split_of(name: str) -> str | None:
 
 
 def split_folders(folder: Path) -> dict[str, str]:
-    """Return the folders of the first level that hold a split, by split.
-
-    Raises:
-        ValueError: two of them name the same split.
-    """
+    """Return the folders of the first level that hold a split, by split; refuse two that name the same one."""
     found: dict[str, str] = {}
     for entry in sorted(_visible(folder), key=lambda entry: entry.name):
         split = split_of(entry.name)
@@ -79,17 +75,8 @@ def split_folders(folder: Path) -> dict[str, str]:
     return found
 
 
-def has_metadata(folder: str) -> bool:
-    """Whether a folder of images has its labels in a metadata file for `datasets`."""
-    return any(os.path.exists(os.path.join(folder, f"metadata.{kind}")) for kind in ("csv", "jsonl", "parquet"))
-
-
 def images_by_class(folder: str, files: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Return the path and class of each image in the folder of a split; class None if it is in no class folder.
-
-    Args:
-        folder: Folder of the split, whose subfolders are the classes, whatever their names.
-        files: Paths; those not below `folder` are ignored.
+    """Return path and class of those of `files` that are images in the folder of a split; None outside of all classes.
 
     A warning names files that are not images, which are left out, and class folders without images.
     """
@@ -98,15 +85,14 @@ def images_by_class(folder: str, files: Sequence[str]) -> list[tuple[str, str | 
     empty = {entry.name for entry in _visible(folder) if entry.is_dir()}
     above = f"{folder}{os.sep}"
     for path in files:
-        if not path.startswith(above):
-            continue
-        first, _, rest = path[len(above) :].partition(os.sep)
-        if not is_image_name(path):
-            others.append(path)
-        else:
-            # macOS may decompose accented letters.
-            found.append((path, unicodedata.normalize("NFC", first) if rest else None))
-            empty.discard(first)
+        if path.startswith(above):
+            first, _, rest = path.removeprefix(above).partition(os.sep)
+            if is_image_name(path):
+                # macOS may decompose accented letters.
+                found.append((path, unicodedata.normalize("NFC", first) if rest else None))
+                empty.discard(first)
+            else:
+                others.append(path)
     if others:
         warnings.warn(f"{folder} has files that are not images and are left out: {listed(others, 1)}", stacklevel=2)
     if empty:

@@ -22,7 +22,6 @@ _TURNS = {
 # TIFF tags: SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue.
 _RANGE_TAGS = ((340, 341), (280, 281))
 
-
 _T = TypeVar("_T")
 
 
@@ -138,11 +137,6 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if not (largest > least and np.isfinite(pixels).all()):
         raise ValueError(f"its pixels are not all finite, or their range, {least:g} to {largest:g}, is empty")
     return Image.fromarray(np.clip(np.round((pixels - least) * (255 / (largest - least))), 0, 255).astype(np.uint8))
-
-
-def chunks(count: int, size: int = 256) -> list[range]:
-    """Split range(count) into ranges of `size` indices, for threads."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def available_cpus() -> int:

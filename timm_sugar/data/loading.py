@@ -6,7 +6,6 @@ import platform
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import ArrayCache
-from .images import BadImageError, LabelledImages, available_cpus, chunks
+from .images import BadImageError, LabelledImages, available_cpus
 from .parallel import compute_rows
 from .sources import Source
 from .transforms import EVALUATION, ImageTransform, eval_transform
@@ -68,10 +67,6 @@ def content_key(images: LabelledImages, *what: object) -> str | None:
     """Return a key of what is computed from images: their content in order, the code and libraries that decode, `what`.
 
     It is None where their `digests` are not known, or they are not encoded.
-
-    Args:
-        images: At least one.
-        what: Everything else that the result depends on.
     """
     if images.stored is None or images.digests is None:
         return None
@@ -86,7 +81,7 @@ def _decoder() -> tuple[str, ...]:
     return hashlib.sha256(code).hexdigest(), platform.machine(), *(str(m.__version__) for m in modules), repr(codecs)
 
 
-def with_digests(source: Source, threads: int = 2) -> Source:
+def with_digests(source: Source) -> Source:
     """Return a source whose images carry their digests, by which `fingerprint` and `decode_kept` tell their content.
 
     Images are hashed by content rather than by size and modification time, because a run may resume on another machine
@@ -96,15 +91,13 @@ def with_digests(source: Source, threads: int = 2) -> Source:
         BadImageError: an image cannot be read.
     """
 
-    def digest(images: LabelledImages, chunk: range) -> bytes:
-        return b"".join(hashlib.sha256(images.content(index)).digest() for index in chunk)
-
     def hashed(images: LabelledImages) -> LabelledImages:
-        found = b"".join(pool.map(partial(digest, images), chunks(len(images))))
-        return replace(images, digests=np.frombuffer(found, np.uint8).reshape(-1, 32))
+        def digest(index: int) -> np.ndarray:
+            return np.frombuffer(hashlib.sha256(images.content(index)).digest(), np.uint8)
 
-    with ThreadPoolExecutor(threads) as pool:
-        return replace(source, train=hashed(source.train), test=hashed(source.test))
+        return replace(images, digests=compute_rows(digest, (len(images), 32)))
+
+    return replace(source, train=hashed(source.train), test=hashed(source.test))
 
 
 def fingerprint(source: Source) -> dict[str, int | str]:
@@ -178,11 +171,11 @@ class Split:
                 yield self.pixels[indices], self.labels[indices]
             return
         loader: DataLoader[Any] = DataLoader(
-            _Images(self, seed),
-            batch_sampler=[[int(index) for index in indices] for indices in order],
+            _Batches(self, seed),
+            batch_size=None,  # an item of the data set is a batch
+            sampler=[[int(index) for index in indices] for indices in order],
             num_workers=min(workers, available_cpus()),
             multiprocessing_context="fork" if workers else None,  # what reads an image cannot be pickled
-            collate_fn=_collate,
             worker_init_fn=partial(_begin_worker, os.getpid()),
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else it draws from the global one
@@ -190,26 +183,29 @@ class Split:
         for batch in loader:
             if isinstance(batch, BadImageError):
                 raise batch
-            yield batch
+            pixels, labels = batch
+            yield pixels, labels
 
 
-class _Images(Dataset[Any]):
-    """What DataLoader's workers read: the transformed image and label of an index, or the error that it gave."""
+@dataclass
+class _Batches(Dataset[Any]):
+    """What DataLoader's workers read: the batch of given indices, or the error that an image of it gave."""
 
-    def __init__(self, split: Split, seed: Callable[[int], int] | None):
-        self._split, self._seed = split, seed
+    split: Split
+    seed: Callable[[int], int] | None
 
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | BadImageError:
-        if self._seed is not None:
-            seed_everything(self._seed(int(index)))
-        try:
-            transformed = self._split.transform(self._split.images[index])
-        except BadImageError as error:
-            return error  # a worker's exceptions arrive as text with a traceback in it
-        return torch.as_tensor(transformed), self._split.labels[index]
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | BadImageError:
+        images = []
+        for index in indices:
+            if self.seed is not None:
+                seed_everything(self.seed(index))
+            try:
+                images.append(torch.as_tensor(self.split.transform(self.split.images[index])))
+            except BadImageError as error:
+                return error  # a worker's exceptions arrive as text with a traceback in it
+        # A process's share of the last images may be none.
+        pixels = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+        return pixels, self.split.labels[indices]
 
 
 def seed_everything(seed: int) -> None:
@@ -219,16 +215,6 @@ def seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def _collate(items: list[tuple[Tensor, Tensor] | BadImageError]) -> tuple[Tensor, Tensor] | BadImageError:
-    bad = next((item for item in items if isinstance(item, BadImageError)), None)
-    if bad is not None:
-        return bad
-    if not items:  # a process's share of the last images may be none
-        return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    inputs, labels = zip(*items, strict=True)
-    return torch.stack(inputs), torch.stack(labels)
-
-
 def _begin_worker(parent: int, worker: int) -> None:
     # Killed before its worker began, the training process leaves an orphan, whose new parent torch would watch instead.
     if os.getppid() != parent:
@@ -236,8 +222,3 @@ def _begin_worker(parent: int, worker: int) -> None:
     # Ctrl-C and a batch system's SIGTERM reach the workers too; the training process saves first, then ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def decoded_size(images: LabelledImages, data_config: dict[str, Any]) -> int:
-    """Return the bytes that `decode` takes for images of the data config's input_size."""
-    return len(images) * int(np.prod(data_config["input_size"]))

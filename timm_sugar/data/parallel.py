@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -22,7 +22,6 @@ from .images import BadImageError, LabelledImages, available_cpus, is_system_err
 _FIRST, _PART = 16, 64  # rows that are computed here, and by a process at a time
 _WORTH_PROCESSES = 0.5  # seconds; starting them takes a tenth of that
 _SAY_EVERY = 10.0  # seconds between lines where there is no terminal
-_NONE = 2**62  # no row failed
 
 
 def compute_rows(
@@ -31,7 +30,8 @@ def compute_rows(
     """Return the uint8 array of this shape whose entry i is ``row(i)``.
 
     Where that takes long, processes forked from this one do it, which need no pickling and no imports, under a progress
-    bar on standard error.
+    bar on standard error. They share nothing but memory: no queue or lock, with which a fork could be caught in a wrong
+    moment.
 
     Args:
         row: Returns an array or tensor of ``shape[1:]``.
@@ -45,24 +45,50 @@ def compute_rows(
     """
     count = shape[0]
     rows = _shared(shape, np.uint8)
+
+    def fill(part: range) -> None:
+        for index in part:
+            rows[index] = row(index)
+
     head = min(_FIRST, count)
-    _fill(row, rows, range(min(1, head)))  # loads what the first image needs
+    fill(range(min(1, head)))  # loads what the first image needs
     began = time.perf_counter()
-    _fill(row, rows, range(1, head))
-    seconds = (time.perf_counter() - began) / _FIRST * count
+    fill(range(1, head))
+    short = (time.perf_counter() - began) / _FIRST * count < _WORTH_PROCESSES
     parts = [range(start, min(start + _PART, count)) for start in range(head, count, _PART)]
+    done = _shared((len(parts),), np.bool_)
     processes = min(available_cpus() if processes is None else processes, len(parts))
-    short = seconds < _WORTH_PROCESSES
+    if short or processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        processes = 0
+
+    def work(first: int) -> None:
+        for number in range(first, len(parts), processes):
+            fill(parts[number])
+            done[number] = True
+
     with ExitStack() as held:
-        if short or processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
-            done = _in_turn(row, rows, parts)
-        else:
-            done = _by_processes(row, rows, parts, processes, held)
+        running = [held.enter_context(_forked(work, first)) for first in range(processes)]
         # After the forks, since its thread writes to standard error.
         bars = held.enter_context(progress_bars(*([] if short or title is None else [title]), every=_SAY_EVERY))
-        for number in done:
+
+        def show() -> None:
             for bar in bars:
-                bar(head + number, count)
+                bar(min(head + _PART * int(done.sum()), count), count)
+
+        failed = False
+        while running and not failed:
+            wait([process.sentinel for process in running], timeout=0.1)
+            status = [process.exitcode for process in running]
+            if min(code or 0 for code in status) < 0:
+                raise OSError("a process that decodes images was killed; is there enough memory?")
+            failed = any(status)
+            running = [process for process, code in zip(running, status, strict=True) if code is None]
+            show()
+        # Without processes everything; after an error what is not done, which raises the first error in order.
+        for number in np.flatnonzero(~done):
+            fill(parts[number])
+            done[number] = True
+            show()
     return rows
 
 
@@ -72,79 +98,38 @@ def _shared(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(1, size * np.dtype(dtype).itemsize)), dtype, size).reshape(shape)
 
 
-def _in_turn(row: Callable[[int], Any], rows: np.ndarray, parts: list[range]) -> Iterator[int]:
-    for part in parts:
-        _fill(row, rows, part)
-        yield part.stop - parts[0].start
-
-
-def _by_processes(
-    row: Callable[[int], Any], rows: np.ndarray, parts: list[range], processes: int, held: ExitStack
-) -> Iterator[int]:
-    """Start processes, of n each with every n-th part, and return what yields how many rows are done.
-
-    They share nothing but memory: no queue, lock or thread, with which a fork could be caught in a wrong moment.
-    """
-    done = _shared((processes,), np.int64)
-    failed = _shared((processes,), np.int64)
-    failed[:] = _NONE
-    fork = multiprocessing.get_context("fork")
-    workers = [
-        fork.Process(target=_work, args=(row, rows, parts[k::processes], done, failed, k, os.getpid()), daemon=True)
-        for k in range(processes)
-    ]
+@contextmanager
+def _forked(work: Callable[[int], None], number: int) -> Iterator[Any]:
+    """Fork a process that calls ``work(number)`` and ends with status 1 if that raises; end it if it is still there."""
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(work, number, os.getpid()), daemon=True)
     with warnings.catch_warnings():
         # Python 3.12 warns where there are threads; DataLoader's workers are forked beside them too.
         warnings.simplefilter("ignore", DeprecationWarning)
-        for worker in workers:
-            worker.start()
-            held.callback(_end, worker)
-
-    def watch() -> Iterator[int]:
-        running = {worker.sentinel: worker for worker in workers}
-        while running:
-            for sentinel in wait([*running], timeout=0.1):
-                worker = running.pop(sentinel)  # type: ignore[arg-type]
-                worker.join()  # its status is there a moment later
-                if worker.exitcode:
-                    raise OSError("a process that decodes images was killed; is there enough memory?")
-            yield int(done.sum())
-        first = int(failed.min())
-        if first != _NONE:
-            _fill(row, rows, range(first, first + 1))  # raises here what it raised there
-            raise OSError(f"image {first} could not be decoded, and then could; is there enough memory?")
-
-    return watch()
+        process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
-def _end(worker: Any) -> None:
-    worker.kill()
-    worker.join()
-    worker.close()
-
-
-def _work(
-    row: Callable[[int], Any], rows: np.ndarray, parts: list[range], done: np.ndarray, failed: np.ndarray, k: int,
-    parent: int,
-) -> None:  # fmt: skip
+def _run(work: Callable[[int], None], number: int, parent: int) -> None:
     torch.set_num_threads(1)
     # The parent ends the others; where it is killed, they would go on for nothing.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    for part in parts:
-        if part.start > failed.min():  # the first error in order is the one that counts
-            break
-        for index in part:
-            try:
-                rows[index] = row(index)
-            except Exception:
-                failed[k] = index
-                break
-        if failed[k] != _NONE:
-            break
-        done[k] += len(part)
+    try:
+        work(number)
+    except Exception:
+        os._exit(1)
     os._exit(0)  # without what the parent has left to do at its end
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def readable(images: LabelledImages, title: str | None = None) -> np.ndarray:
@@ -154,35 +139,13 @@ def readable(images: LabelledImages, title: str | None = None) -> np.ndarray:
         BadImageError: a file cannot be read because of the file system or memory.
     """
 
-    def check(index: int) -> int:
+    def check(index: int) -> bool:
         try:
             images[index]
         except BadImageError as error:
             if is_system_error(error.__cause__):
                 raise
-            return 0
-        return 1
+            return False
+        return True
 
     return np.flatnonzero(compute_rows(check, (len(images),), title))
-
-
-def check_readable(images: LabelledImages, title: str | None = None) -> None:
-    """Decode every image.
-
-    Raises:
-        BadImageError: one cannot be decoded; the message names its file or row.
-    """
-    bad = np.setdiff1d(np.arange(len(images)), readable(images, title))
-    if len(bad):
-        images[int(bad[0])]
-
-
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _fill(row: Callable[[int], Any], rows: np.ndarray, part: range) -> None:
-    for index in part:
-        rows[index] = row(index)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from ..surrogates import unknown_name
 from .folders import (
     HELD_OUT,
     files_below,
-    has_metadata,
     images_by_class,
     is_image_name,
     listed,
@@ -178,13 +178,11 @@ def _load_tiny_imagenet(folder: Path) -> Source:
         for path in files_below(folder / "train")
         if is_image_name(path) and Path(path).parts[-2] == "images"
     ]
-    test = []
-    for number, line in enumerate((folder / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines(), 1):
+    test, annotations = [], folder / "val" / "val_annotations.txt"
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
         file, _, rest = line.partition("\t")
         if not rest:
-            raise ValueError(
-                f"{folder / 'val' / 'val_annotations.txt'}, line {number}: expected a file and a class, got {line!r}"
-            )
+            raise ValueError(f"{annotations}, line {number}: expected a file and a class, got {line!r}")
         test.append((str(folder / "val" / "images" / file), rest.split("\t")[0]))
     if not train or not test:
         raise FileNotFoundError(f"data folder {str(folder)!r} has no images in train/WNID/images or val/images")
@@ -202,11 +200,13 @@ def _load_folder(folder: Path, label_column: str | None, image_column: str | Non
     if parquet:
         return _load_parquet(data, parquet, label_column, image_column, streaming)
     splits = split_folders(folder)
+    has_images = any(map(is_image_name, files))
     if "train" not in splits:
-        if any(is_image_name(path) for path in files):
+        if has_images:
             raise FileNotFoundError(f"data folder {data!r} has images but no folder train; they belong in train/CLASS")
         return _load_columns(data, label_column, image_column, streaming, path=data)
-    if not has_metadata(splits["train"]) and any(map(is_image_name, files)):
+    metadata = {os.path.join(splits["train"], f"metadata.{kind}") for kind in ("csv", "jsonl", "parquet")}
+    if has_images and metadata.isdisjoint(files):  # else labels are in that file
         return _load_images(data, {name: images_by_class(path, files) for name, path in splits.items()})
     # Without patterns, datasets infers splits from every name in a path, class names included.
     patterns = {name: f"{glob.escape(path)}/**" for name, path in splits.items()}
@@ -227,30 +227,26 @@ def _load_images(data: str, splits: dict[str, list[tuple[str, str | None]]]) -> 
 
 
 @dataclass(frozen=True)
-class _Numbered:
-    """Labels of one file, numbered by that file.
+class _Labels:
+    """Labels of one file.
 
     Attributes:
-        numbers: Indices into `names`, int64, (N,); negative if there is no label.
-        names: Class names; for a column of text or numbers, the values that occur in it.
+        classes: Name of the class of each image; None if there is no label.
+        names: All names that the file gives to classes, in its order.
         kind: "names" if the file defines the order of the classes; "text" or "numbers" if they are sorted as such.
     """
 
-    numbers: np.ndarray
+    classes: Sequence[str | None]
     names: Sequence[str]
     kind: str
 
 
 @dataclass(frozen=True)
 class _Split:
-    """Images of one split whose classes are not matched by name yet; `images.labels` is a placeholder."""
+    """Images of one split whose classes are not numbered yet; `images.labels` is a placeholder."""
 
     images: LabelledImages
-    labels: list[_Numbered]
-
-    @property
-    def labelled(self) -> bool:
-        return any((part.numbers >= 0).any() for part in self.labels)
+    labels: list[_Labels]
 
 
 def _join(data: str, train: _Split, test: _Split) -> Source:
@@ -261,10 +257,16 @@ def _join(data: str, train: _Split, test: _Split) -> Source:
             f"data set {data!r}: some files have class names and others have numbers without names, which cannot be "
             "matched; store the labels of all files in one way"
         )
-    for split in (train, test):
-        bad = np.flatnonzero(np.concatenate([part.numbers for part in split.labels]) < 0)
-        if len(bad):
-            raise ValueError(f"data set {data!r}: the image {split.images.place(int(bad[0]))} has no label")
+
+    def classes_of(split: _Split) -> list[str]:
+        found = [name for part in split.labels for name in part.classes]
+        known = [name for name in found if name is not None]
+        if len(known) < len(found):
+            place = split.images.place(found.index(None))
+            raise ValueError(f"data set {data!r}: the image {place} has no label")
+        return known
+
+    train_classes, test_classes = classes_of(train), classes_of(test)
     names = list(dict.fromkeys(name for part in train.labels for name in part.names))
     if kinds == {"numbers"}:
         names.sort(key=int)
@@ -278,43 +280,30 @@ def _join(data: str, train: _Split, test: _Split) -> Source:
     if len(names) < 2:
         found = f"one class, {names[0]!r}" if names else "no images to train on"
         raise ValueError(f"data set {data!r} has {found}; a classifier needs two classes or more")
-    number_of = {name: number for number, name in enumerate(names)}
-    used = [{part.names[n] for part in split.labels for n in np.unique(part.numbers)} for split in (train, test)]
-    if not used[0] & used[1]:
+    in_train, in_test = set(train_classes), set(test_classes)
+    if not in_train & in_test:
         raise ValueError(
             f"data set {data!r}: training and test images have no class in common; "
-            f"training has {listed(sorted(used[0]))}, test has {listed(sorted(used[1]))}"
+            f"training has {listed(sorted(in_train))}, test has {listed(sorted(in_test))}"
         )
-    unknown = sorted(used[1].difference(names))
+    unknown = in_test.difference(names)
     if unknown:
-        raise ValueError(f"data set {data!r}: test images have classes that training lacks: {listed(unknown)}")
-    for what, missing in (("training", set(names) - used[0]), ("test", used[0] - used[1])):
+        raise ValueError(f"data set {data!r}: test images have classes that training lacks: {listed(sorted(unknown))}")
+    for what, missing in (("training", set(names) - in_train), ("test", in_train - in_test)):
         if missing:
             warnings.warn(f"data set {data!r} has no {what} image of {listed(sorted(missing))}", stacklevel=4)
-    images = [
-        replace(
-            split.images,
-            labels=np.concatenate(
-                [np.array([number_of.get(n, -1) for n in part.names], np.int64)[part.numbers] for part in split.labels]
-            ),
-        )
-        for split in (train, test)
-    ]
-    return Source(data, images[0], images[1], tuple(names))
+    number_of = {name: number for number, name in enumerate(names)}
+    train_images, test_images = (
+        replace(split.images, labels=np.array([number_of[name] for name in classes], np.int64))
+        for split, classes in ((train, train_classes), (test, test_classes))
+    )
+    return Source(data, train_images, test_images, tuple(names))
 
 
 def _from_files(files: Sequence[tuple[str, str]]) -> _Split:
-    paths = [path for path, _ in files]
-    names = sorted({name for _, name in files})
-    number_of = {name: number for number, name in enumerate(names)}
-    numbers = np.array([number_of[name] for _, name in files], np.int64)
-    images = _encoded(len(paths), lambda row: Path(paths[row]).read_bytes(), paths.__getitem__)
-    return _Split(images, [_Numbered(numbers, names, "text")])
-
-
-def _encoded(count: int, stored: Callable[[int], bytes], place: Callable[[int], str]) -> LabelledImages:
-    rows = np.arange(count)
-    return LabelledImages(lambda row: to_rgb(stored(row)), rows, rows, place, stored)
+    paths, classes = [path for path, _ in files], [name for _, name in files]
+    images = _stored_images(len(files), lambda row: Path(paths[row]), paths.__getitem__)
+    return _Split(images, [_Labels(classes, sorted(set(classes)), "text")])
 
 
 def _load_parquet(
@@ -334,28 +323,24 @@ def _load_parquet(
     features = {
         path: datasets.Features.from_arrow_schema(read(path, None)) for paths in files.values() for path in paths
     }
-    first = features[files["train"][0]]
-    label_column = _find_label_column(data, first, label_column)
-    image_column = _find_image_column(data, first, image_column)
+    first = files["train"][0]
+    label_column, image_column = _find_columns(data, features[first], label_column, image_column)
     for path, others in features.items():
         for column in (label_column, image_column):
             if column not in others:
-                raise ValueError(
-                    f"{path} has no column {column!r}, unlike {files['train'][0]}; it has {', '.join(others)}"
-                )
+                raise ValueError(f"{path} has no column {column!r}, unlike {first}; it has {', '.join(others)}")
 
-    def labels_of(split: str) -> list[_Numbered]:
-        return [
-            _numbered(read(path, [label_column])[label_column], features[path][label_column], path, label_column)
-            for path in files[split]
+    def read_split(split: str) -> _Split:
+        paths = files[split]
+        labels = [
+            _labels(read(path, [label_column])[label_column], features[path][label_column], path, label_column)
+            for path in paths
         ]
-
-    def images_of(split: str, labels: list[_Numbered]) -> _Split:
-        paths, ends = files[split], np.cumsum([len(part.numbers) for part in labels])
+        starts = np.cumsum([0, *(len(part.classes) for part in labels)])
 
         def locate(row: int) -> tuple[int, int]:
-            file = bisect.bisect_right(ends, row)
-            return file, row - (int(ends[file - 1]) if file else 0)
+            file = bisect.bisect_right(starts, row) - 1
+            return file, row - int(starts[file])
 
         def item(row: int) -> Any:
             file, row_of_file = locate(row)
@@ -367,7 +352,7 @@ def _load_parquet(
 
         if streaming:
             columns = [read(path, [image_column])[image_column] for path in paths]
-        elif filled := [path for path, part in zip(paths, labels, strict=True) if len(part.numbers)]:
+        elif filled := [path for path, part in zip(paths, labels, strict=True) if part.classes]:
             loaded = _load_dataset(
                 data,
                 "parquet",
@@ -378,16 +363,18 @@ def _load_parquet(
                 features=datasets.Features({image_column: datasets.Image()}),
             )
             columns = [loaded[split].with_format("arrow")[:][image_column]]
-        return _Split(_from_items(int(ends[-1]), item, place), labels)
+        return _Split(_stored_images(int(starts[-1]), item, place), labels)
 
-    return _choose_test(data, files, lambda split: images_of(split, labels_of(split)))
+    return _choose_test(data, files, read_split)
 
 
 def _choose_test(data: str, splits: Collection[str], read: Callable[[str], _Split]) -> Source:
     """Join the training split and the first labelled held-out split."""
     for name in HELD_OUT:
-        if name in splits and (test := read(name)).labelled:
-            return _join(data, read("train"), test)
+        if name in splits:
+            test = read(name)
+            if any(name is not None for part in test.labels for name in part.classes):
+                return _join(data, read("train"), test)
     raise ValueError(
         f"data set {data!r} has no labelled split named {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}; "
         f"it has {', '.join(splits)}"
@@ -398,32 +385,23 @@ def _load_columns(
     data: str, label_column: str | None, image_column: str | None, streaming: bool, **arguments: Any
 ) -> Source:
     _require("datasets")
+    import pyarrow
+
     splits = _load_dataset(data, streaming=streaming, **arguments)
     if "train" not in splits:
         raise ValueError(f"data set {data!r} has no split named train; it has {', '.join(splits)}")
     features = splits["train"].features or splits["train"]._resolve_features().features
-    label_column = _find_label_column(data, features, label_column)
-    image_column = _find_image_column(data, features, image_column)
+    label_column, image_column = _find_columns(data, features, label_column, image_column)
 
     def read(name: str) -> _Split:
-        import datasets
-        import pyarrow
-
-        if streaming:
-            split = splits[name]
-            if isinstance(features[image_column], datasets.Image):
-                split = split.cast_column(image_column, datasets.Image(decode=False))
-            rows = [(row[image_column], row[label_column]) for row in split]
-            items, labels = [item for item, _ in rows], pyarrow.array([label for _, label in rows])
-        else:
-            table = splits[name].with_format("arrow")[:]  # other formats would decode every image
-            items, labels = table[image_column], table[label_column]
-        images = _from_items(
-            len(items),
-            items.__getitem__ if streaming else lambda row: items[row].as_py(),
-            lambda row: f"in row {row} of {name} of {data}",
+        split = splits[name].with_format("arrow")  # other formats would decode every image
+        parts = chain([features.arrow_schema.empty_table()], split.iter(1000)) if streaming else [split[:]]
+        table = pyarrow.concat_tables([part.select([image_column, label_column]) for part in parts])
+        column = table[image_column]
+        images = _stored_images(
+            len(table), lambda row: column[row].as_py(), lambda row: f"in row {row} of {name} of {data}"
         )
-        return _Split(images, [_numbered(labels, features[label_column], data, label_column)])
+        return _Split(images, [_labels(table[label_column], features[label_column], data, label_column)])
 
     return _choose_test(data, splits, read)
 
@@ -435,26 +413,24 @@ def _load_dataset(data: str, path: str, streaming: bool = False, **arguments: An
         datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(path, **arguments)
-        if builder.name == "imagefolder" and not Path(data).is_dir():
-            _check_layout(data, builder)
-        if streaming:
-            return builder.as_streaming_dataset()
-        builder.download_and_prepare()
-        return builder.as_dataset()
-    except _LayoutError:
-        raise
+        misplaced = None if Path(data).is_dir() or builder.name != "imagefolder" else _misplaced(builder)
+        if misplaced is None:
+            if streaming:
+                return builder.as_streaming_dataset()
+            builder.download_and_prepare()
+            return builder.as_dataset()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "folder" if Path(data).is_dir() else "Hub data set"
         cause = f": {_first_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
         raise FileNotFoundError(f"cannot load {kind} {data!r}: {_first_line(error)}{cause}") from error
+    raise ValueError(
+        f"Hub data set {data!r}: {misplaced} is not SPLIT/CLASS/FILE, or its class is named like a split; "
+        f"download it with `hf download --repo-type dataset {data} --local-dir DIR` and give --data DIR"
+    )
 
 
-class _LayoutError(ValueError):
-    pass
-
-
-def _check_layout(data: str, builder: Any) -> None:
-    """Refuse image files on the Hub for which `datasets` infers another split or class than SPLIT/CLASS/FILE."""
+def _misplaced(builder: Any) -> str | None:
+    """Return an image file, if any, for which `datasets` infers another split or class than SPLIT/CLASS/FILE."""
     for split, files in builder.config.data_files.items():
         places = [str(file).removeprefix(f"{builder.base_path}/") for file in files]
         if any(os.path.basename(place).startswith("metadata.") for place in places):
@@ -462,30 +438,28 @@ def _check_layout(data: str, builder: Any) -> None:
         for place in filter(is_image_name, places):
             folders = place.split("/")[:-1]
             if len(folders) < 2 or split_of(folders[-2]) != split:
-                raise _LayoutError(
-                    f"Hub data set {data!r}: {place} is not SPLIT/CLASS/FILE, or its class is named like a split; "
-                    f"download it with `hf download --repo-type dataset {data} --local-dir DIR` and give --data DIR"
-                )
+                return place
+    return None
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
+def _labels(column: Any, feature: Any, file: str, name: str) -> _Labels:
     """Read a label column; null and negative numbers mean no label."""
     import datasets
 
+    values = column.to_pylist()
     if isinstance(feature, datasets.ClassLabel):
-        numbers = column.fill_null(-1).to_numpy().astype(np.int64)
-        if len(numbers) and numbers.max() >= len(feature.names):
-            row = int(numbers.argmax())
+        numbers = [-1 if value is None else value for value in values]
+        if max(numbers, default=-1) >= len(feature.names):
+            row = numbers.index(max(numbers))
             raise ValueError(
                 f"{file}: label {numbers[row]} in row {row} has no class name; "
                 f"column {name!r} names the labels 0 to {len(feature.names) - 1}"
             )
-        return _Numbered(numbers, feature.names, "names")
-    values = column.to_pylist()
+        return _Labels([feature.names[n] if n >= 0 else None for n in numbers], feature.names, "names")
     kinds = {type(value) for value in values if value is not None}
     if not kinds <= {int} and not kinds <= {str}:
         kind = getattr(feature, "dtype", None) or type(feature).__name__
@@ -495,42 +469,33 @@ def _numbered(column: Any, feature: Any, file: str, name: str) -> _Numbered:
     if kinds == {int}:
         values = [value if value is not None and value >= 0 else None for value in values]
     found = sorted({value for value in values if value is not None})
-    number_of = {None: -1} | {value: number for number, value in enumerate(found)}
-    numbers = np.array([number_of[value] for value in values], np.int64)
-    return _Numbered(numbers, [str(value) for value in found], "text" if kinds == {str} else "numbers")
+    classes = [None if value is None else str(value) for value in values]
+    return _Labels(classes, [str(value) for value in found], "text" if kinds == {str} else "numbers")
 
 
-def _find_label_column(data: str, columns: Collection[str], wanted: str | None) -> str:
-    if wanted is not None:
-        if wanted in columns:
-            return wanted
-        raise ValueError(f"data set {data!r}: " + unknown_name("label column", wanted, list(columns)))
-    for name in _LABEL_COLUMNS:
-        if name in columns:
-            return name
-    raise ValueError(
-        f"data set {data!r} has no column {', '.join(_LABEL_COLUMNS[:-1])} or {_LABEL_COLUMNS[-1]}; "
-        f"name its label column with --label-column, one of {', '.join(columns)}"
-    )
-
-
-def _find_image_column(data: str, features: Mapping[str, Any], wanted: str | None) -> str:
+def _find_columns(data: str, features: Mapping[str, Any], label: str | None, image: str | None) -> tuple[str, str]:
+    """Return the columns of labels and images: those that are named, else those of the usual names."""
+    for kind, wanted in (("label", label), ("image", image)):
+        if wanted is not None and wanted not in features:
+            raise ValueError(f"data set {data!r}: " + unknown_name(f"{kind} column", wanted, list(features)))
+    label = label or next((name for name in _LABEL_COLUMNS if name in features), None)
+    if label is None:
+        raise ValueError(
+            f"data set {data!r} has no column {', '.join(_LABEL_COLUMNS[:-1])} or {_LABEL_COLUMNS[-1]}; "
+            f"name its label column with --label-column, one of {', '.join(features)}"
+        )
     found = [name for name, feature in features.items() if _holds_images(feature)]
-    if wanted is not None:
-        if wanted in found:
-            return wanted
-        if wanted in features:
-            raise ValueError(f"data set {data!r}: column {wanted!r} holds {features[wanted]}, not images")
-        raise ValueError(f"data set {data!r}: " + unknown_name("image column", wanted, list(features)))
-    for name in _IMAGE_COLUMNS if len(found) > 1 else found:
-        if name in found:
-            return name
-    if found:
+    if image and image not in found:
+        raise ValueError(f"data set {data!r}: column {image!r} holds {features[image]}, not images")
+    if not found:
+        shown = ", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items())
+        raise ValueError(f"data set {data!r} has no column of images, or of bytes of image files; it has {shown}")
+    usual = found if len(found) == 1 else [name for name in _IMAGE_COLUMNS if name in found]
+    if not image and not usual:
         raise ValueError(
             f"data set {data!r} has several image columns; name one with --image-column: {', '.join(found)}"
         )
-    shown = ", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items())
-    raise ValueError(f"data set {data!r} has no column of images, or of bytes of image files; it has {shown}")
+    return label, image or usual[0]
 
 
 def _holds_images(feature: Any) -> bool:
@@ -542,8 +507,8 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _from_items(count: int, item: Callable[[int], Any], place: Callable[[int], str]) -> LabelledImages:
-    """Return images stored as bytes, or as `datasets` stores them, in a dict with bytes or a path."""
+def _stored_images(count: int, item: Callable[[int], Any], place: Callable[[int], str]) -> LabelledImages:
+    """Return images stored as bytes, in files, or as `datasets` stores them, in a dict with bytes or a path."""
 
     def stored(row: int) -> bytes:
         found = item(row)
@@ -554,7 +519,8 @@ def _from_items(count: int, item: Callable[[int], Any], place: Callable[[int], s
         content: bytes = found.read_bytes() if isinstance(found, Path) else found
         return content
 
-    return _encoded(count, stored, place)
+    rows = np.arange(count)
+    return LabelledImages(lambda row: to_rgb(stored(row)), rows, rows, place, stored)
 
 
 def _require(module: str, package: str | None = None) -> None:

@@ -1,12 +1,11 @@
 """Hub-ready folders, their cards, publishing and verifying."""
 
 from .card import dataset_of, read_facts
-from .client import check_destination
 from .float16 import to_float16
 from .loading import NamedModel, find_model, image_batches, sample_batches
 from .packaging import write_model_folder
 from .predict import Prediction, image_files, predict, summary_line
-from .publish import Published, check_weights, publish, published_files, write_folder
+from .publish import Published, check_destination, check_weights, publish, published_files, write_folder
 from .verify import Verification, verify
 
 __all__ = [

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import is_model
 
 from ..data.sources import NAMES
+from ..files import to_yaml
 from ..metrics import METRICS
 from ..settings import defaults, names_of
 from ..surrogates import unknown_name
@@ -70,8 +71,7 @@ def model_card(
         eval_results=[result],
     )
     columns, rows = _results(run, facts)
-    public = told_settings(public_settings(settings, dataset_id))
-    shown = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
+    shown = to_yaml(told_settings(public_settings(settings, dataset_id)))
     card = ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),

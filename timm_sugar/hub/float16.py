@@ -45,9 +45,9 @@ def to_float16(output: Path, folder: Path, data: str | None = None) -> Path:
     images = read_test_images(output, data)
     model.mkdir(parents=True)
     for path in (*(output / name for name in RUN_FILES), *output.glob("*.png")):
-        shutil.copy(path, folder / path.name)
+        shutil.copy(path, folder)
     for name in MODEL_FILES:
-        shutil.copy(source / name, model / name)
+        shutil.copy(source / name, model)
     save_file(_to_float16(load_file(source / WEIGHTS)), model / WEIGHTS, metadata={"format": "pt"})
 
     summary = read_mapping(folder / "summary.json")
@@ -80,10 +80,8 @@ def _top1_in_transformers(folder: Path, images: LabelledImages) -> float:
     processor = AutoImageProcessor.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: nn.Module = AutoModelForImageClassification.from_pretrained(folder).eval().to(device)
-    correct = 0
-    for start in range(0, len(images), _BATCH):
-        rows = range(start, min(start + _BATCH, len(images)))
-        inputs: Any = processor(images=[images[row] for row in rows], return_tensors="pt").to(device)
-        predicted = model(**inputs).logits.argmax(1).cpu()
-        correct += (predicted == torch.from_numpy(images.labels[rows.start : rows.stop])).sum().item()
+    labels, correct = torch.from_numpy(images.labels), 0
+    for rows in torch.arange(len(images)).split(_BATCH):
+        inputs: Any = processor(images=[images[row] for row in rows.tolist()], return_tensors="pt").to(device)
+        correct += (model(**inputs).logits.argmax(1).cpu() == labels[rows]).sum().item()
     return correct / len(images)

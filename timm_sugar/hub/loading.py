@@ -1,7 +1,7 @@
 """Models and data as a command line names them: a run's folder, a published folder, or a repository on the Hub."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from timm.models import is_model, parse_model_name
 from torch import Tensor, nn
 
@@ -28,7 +29,6 @@ from ..data import (
 from ..files import read_mapping
 from ..models import create_model
 from ..models._download import download
-from .client import check_repo_id
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,6 @@ class NamedModel:
         """Build the network, with the surrogate that it was trained with, and load its weights."""
         return create_model(self.source, pretrained=True)
 
-    def folder(self, network: nn.Module) -> Path:
-        """Return where the files are from which `load` made the network."""
-        kind, _, place = self.source.partition(":")
-        if kind == "local-dir":
-            return Path(place)
-        cfg: Any = network.pretrained_cfg
-        repo_id, _, commit = cfg["hf_hub_id"].partition("@")
-        return download(repo_id, "config.json", commit).parent
-
     def claim(self) -> EvalResult | None:
         """Return the accuracy that the card claims, with the data that it was measured on; None if it claims none.
 
@@ -70,24 +61,13 @@ class NamedModel:
             results: list[EvalResult] = ModelCard.load(self.card).data.eval_results or []
         except ValueError as error:
             raise ValueError(f"the card of {self.name} cannot be read: {' '.join(str(error).split())}") from error
-        for result in results:
-            if result.metric_type == "accuracy" and isinstance(result.metric_value, float | int):
-                return result
-        return None
+        numbers = [result for result in results if isinstance(result.metric_value, float | int)]
+        return next((result for result in numbers if result.metric_type == "accuracy"), None)
 
     def load_data(
         self, network: nn.Module, data: str, label_column: str | None = None, image_column: str | None = None
     ) -> Source:
-        """Load the data for the network, split as in its training where the card tells how.
-
-        Args:
-            network: The model, loaded.
-            data: As `timm_sugar.data.load_source` takes it.
-            label_column, image_column: Likewise; None for the one that the card names.
-
-        Raises:
-            ValueError: the data has other classes.
-        """
+        """Load the data for the network as `load_any_data` does; raise ValueError where it has other classes."""
         images = self.load_any_data(data, label_column, image_column)
         cfg: Any = network.pretrained_cfg
         names = list(cfg.get("label_names") or [])
@@ -103,20 +83,16 @@ class NamedModel:
         return images
 
     def load_any_data(self, data: str, label_column: str | None = None, image_column: str | None = None) -> Source:
-        """Load data that may have other classes, split as in the network's training where the card tells how."""
+        """Load data that may have other classes, split as in the network's training where the card tells how.
+
+        Args:
+            data: As `timm_sugar.data.load_source` takes it.
+            label_column, image_column: Likewise; None for the one that the card names.
+        """
         claim = self.claim()
-        arguments: dict[str, Any] = (claim and claim.dataset_args) or {}
-        limit, seed = arguments.get("limit_test"), arguments.get("split_seed") or 0
-        source = load_source(
-            data,
-            label_column or arguments.get("label_column"),
-            seed,
-            image_column=image_column or arguments.get("image_column"),
-            skip_bad_images=bool(arguments.get("skip_bad_images")),
-        )
-        if limit is None:
-            return source
-        return replace(source, test=source.test.subset(stratified_sample(source.test.labels, limit, seed)))
+        told: dict[str, Any] = (claim and claim.dataset_args) or {}
+        given = dict(label_column=label_column, image_column=image_column)
+        return load_as_in_training(data, told | {name: column for name, column in given.items() if column})
 
     def settings(self) -> dict[str, Any]:
         """Return the training settings of a run's folder, else those that its card shows, else {}."""
@@ -136,12 +112,24 @@ class NamedModel:
         settings = self.settings()
         if not settings.get("val_fraction"):
             return "test", source.test
-        seed, limit = settings["split_seed"], settings.get("limit_val")
+        seed = settings["split_seed"]
         _, images = split_validation(source.train, settings["val_fraction"], seed)
-        return "val", images if limit is None else images.subset(stratified_sample(images.labels, limit, seed))
+        return "val", _limited(images, settings.get("limit_val"), seed)
 
 
-def image_batches(network: nn.Module, images: LabelledImages, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+def load_as_in_training(data: str, settings: Mapping[str, Any]) -> Source:
+    """Load data by the settings of a run, as many of them as are known: its columns, split and test images."""
+    seed, columns = settings.get("split_seed") or 0, (settings.get("label_column"), settings.get("image_column"))
+    skip_bad_images = bool(settings.get("skip_bad_images"))
+    source = load_source(data, columns[0], seed, image_column=columns[1], skip_bad_images=skip_bad_images)
+    return replace(source, test=_limited(source.test, settings.get("limit_test"), seed))
+
+
+def _limited(images: LabelledImages, limit: int | None, seed: int) -> LabelledImages:
+    return images if limit is None else images.subset(stratified_sample(images.labels, limit, seed))
+
+
+def image_batches(network: nn.Module, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
     """Decode images as they are needed; yield them as the network was evaluated on them in training, and their labels.
 
     Returns:
@@ -150,18 +138,23 @@ def image_batches(network: nn.Module, images: LabelledImages, size: int = 64) ->
     cfg: Any = network.pretrained_cfg
     device = next(network.parameters()).device
     split = Split(torch.from_numpy(images.labels), None, images, eval_transform(cfg))
-    order = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
-    for pixels, labels in split.batches(order):
+    for pixels, labels in split.batches(torch.arange(len(images)).split(64)):
         yield normalize(pixels.to(device), cfg["mean"], cfg["std"]), labels.to(device)
 
 
-def sample_batches(network: nn.Module, images: LabelledImages, limit: int | None, seed: int = 0) -> NormalizedBatches:
-    """Decode images, or a stratified sample of `limit` of them, as the network was evaluated on them in training."""
-    if limit is not None and limit < len(images):
-        images = images.subset(stratified_sample(images.labels, limit, seed))
+def sample_batches(network: nn.Module, images: LabelledImages, limit: int, seed: int) -> NormalizedBatches:
+    """Decode a stratified sample of `limit` images as the network was evaluated on them in training."""
+    images = _limited(images, limit, seed)
     cfg: Any = network.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
     return NormalizedBatches(pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError, in one line, where `repo_id` is not a legal ORG/NAME."""
+    validate_repo_id(repo_id)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"a repository is named ORG/NAME, got {repo_id!r}")
 
 
 def find_model(model: str, revision: str | None = None) -> NamedModel:
@@ -183,10 +176,10 @@ def find_model(model: str, revision: str | None = None) -> NamedModel:
         revision = revision or given or None
     folder = Path(place)
     if folder.is_dir() and kind != "hf-hub":
-        published = (folder / "config.json").is_file()
-        if (folder / "config.yaml").is_file() and not published and not (folder / "model").is_dir():
+        if (folder / "model").is_dir():
+            folder = folder / "model"
+        elif (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{model} holds a run without a model: it is not finished")
-        folder = folder / "model" if (folder / "model").is_dir() else folder
         readme = folder / "README.md"
         return NamedModel(place, f"local-dir:{folder}", readme if readme.is_file() else None)
     if kind is None and is_model(model.partition(".")[0]):

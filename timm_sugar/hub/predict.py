@@ -65,9 +65,10 @@ def class_names(network: nn.Module) -> list[str]:
     if names is None and (subset := infer_imagenet_subset(network)):
         info = ImageNetInfo(subset)
         names = [info.index_to_description(index) for index in range(count)]
-    if names is not None and len(names) != count:
+    names = range(count) if names is None else names
+    if len(names) != count:
         raise ValueError(f"the network has {count} classes, and its config.json names {len(names)}")
-    return [str(index) for index in range(count)] if names is None else [str(name) for name in names]
+    return [str(name) for name in names]
 
 
 def summary_line(network: nn.Module) -> str:
@@ -121,10 +122,9 @@ def predict(network: nn.Module, files: Sequence[str], top: int = 5, batch_size: 
             for file, image in zip(part, read_images, strict=True):
                 if isinstance(image, str):
                     yield Prediction(file, error=image)
-                    continue
-                probabilities, numbers = next(rows).topk(min(top, len(names)))
-                if probabilities.isnan().any():
+                elif (probabilities := next(rows)).isnan().any():
                     yield Prediction(file, error="cannot be classified: the network's logits are not finite")
-                    continue
-                shown = zip(numbers.tolist(), probabilities.tolist(), strict=True)
-                yield Prediction(file, tuple((number, names[number], value) for number, value in shown))
+                else:
+                    best = probabilities.topk(min(top, len(names)))
+                    shown = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                    yield Prediction(file, tuple((number, names[number], value) for number, value in shown))

@@ -5,27 +5,27 @@ import io
 import json
 import math
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx
+from huggingface_hub.utils.sha import git_hash
 from torch import nn
 
-from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate, load_source, stratified_sample
+from ..data import Evaluation, LabelledImages, decode, eval_transform, evaluate_batches, stratified_sample
 from ..files import read_lines, read_mapping, to_json, to_yaml, write_file
 from ..metrics import METRICS
 from ..models import create_model
-from ..models._download import file_hash, retry
+from ..models._download import check_token, retry
 from ..models._weights import WEIGHTS
 from .card import dataset_of, model_card, public_data, public_settings, read_facts
-from .client import check_destination, check_repo_id, head_of
+from .loading import check_repo_id, load_as_in_training
 from .reload import check_reload
 
 # What timm and transformers look for beside model.safetensors, or in its place.
@@ -83,7 +83,7 @@ def published_files(output: Path, repo_id: str, facts: dict[str, Any] | None = N
     public = public_settings(settings, facts["dataset"])
     run = summary | {
         "data": public_data(summary["data"], facts["dataset"]),
-        "settings": {k: v for k, v in public.items() if k != "versions"},
+        "settings": public,
     }
     drawn = _training_curves(metrics, summary.get("surrogate") or settings.get("act_layer") or "")
     files: dict[str, bytes | Path] = {path.name: path for path in sorted(output.glob("*.png"))}
@@ -106,8 +106,8 @@ def _training_curves(lines: list[dict[str, Any]], activation: str) -> bytes | No
     from ..analysis.palette import assign_styles
     from ..analysis.plots import metric_curves
 
-    shown = [metric for metric in METRICS if metric.chart in ("Loss", "Accuracy")]
-    shown = [metric for metric in shown if any(line.get(metric.key) is not None for line in lines)]
+    measured = {key for line in lines for key, value in line.items() if value is not None}
+    shown = [metric for metric in METRICS if metric.chart in ("Loss", "Accuracy") and metric.key in measured]
     content = io.BytesIO()
     figure = metric_curves({"": [lines]}, shown, assign_styles([activation]))
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
@@ -119,15 +119,8 @@ def write_folder(
 ) -> dict[str, bytes | Path]:
     """Write what would be published into a folder, with the summary, from which it can be published later.
 
-    Args:
-        output, repo_id, facts: As for `published_files`.
-        folder: Where to; other files in it stay, facts.yaml among them.
-
-    Returns:
-        The files, as `published_files` does.
-
-    Raises:
-        FileNotFoundError, ValueError: as `published_files`.
+    Other files in the folder stay, a facts.yaml that says the same as `facts` among them. The arguments besides, what
+    is returned and what is raised are those of `published_files`.
     """
     files = published_files(output, repo_id, facts)
     summary = read_mapping(output / "summary.json")
@@ -136,7 +129,11 @@ def write_folder(
     files["summary.json"] = (to_json(summary) + "\n").encode()
     there = folder / "facts.yaml"
     if facts and not (there.is_file() and read_facts(there) == facts):
-        files |= _facts_files(facts)
+        if "baseline" in facts:
+            baseline = facts["baseline"] | {"data": public_data(facts["baseline"]["data"], facts.get("dataset"))}
+            files["baseline.json"] = (json.dumps(baseline, indent=2) + "\n").encode()
+            facts = facts | {"baseline": "baseline.json"}
+        files["facts.yaml"] = to_yaml(facts).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_file(folder / name, _content(content))
@@ -147,24 +144,8 @@ def _content(file: bytes | Path) -> bytes:
     return file.read_bytes() if isinstance(file, Path) else file
 
 
-def _facts_files(facts: dict[str, Any]) -> dict[str, bytes | Path]:
-    """Return facts as the files that `read_facts` reads."""
-    baseline = facts.get("baseline")
-    if baseline is None:
-        return {"facts.yaml": to_yaml(facts).encode()}
-    shown = baseline | {"data": public_data(baseline["data"], facts.get("dataset"))}
-    return {
-        "facts.yaml": to_yaml(facts | {"baseline": "baseline.json"}).encode(),
-        "baseline.json": (json.dumps(shown, indent=2) + "\n").encode(),
-    }
-
-
 def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
-    """Return the images that a run was tested on.
-
-    Args:
-        output: Its folder.
-        data: Where they are now; None for where they were, which is not downloaded for it.
+    """Return the images that a run was tested on, from `data` or from where they were, which is not downloaded for it.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: they are not at hand.
@@ -175,8 +156,7 @@ def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
         dataset_id = dataset_of(data)[0]
         if dataset_id and not Path(constants.HF_HUB_CACHE, f"datasets--{dataset_id.replace('/', '--')}").is_dir():
             raise FileNotFoundError(f"{data} is not here, --data may say where it is")
-    names = ("label_column", "image_column", "split_seed", "skip_bad_images")
-    return load_source(data, **{name: settings[name] for name in names if name in settings}).test
+    return load_as_in_training(data, settings).test
 
 
 def check_weights(output: Path, data: str | None = None) -> str:
@@ -186,10 +166,11 @@ def check_weights(output: Path, data: str | None = None) -> str:
     within four standard deviations of what such a sample scatters.
 
     Args:
-        output, data: As for `read_test_images`.
+        output: Folder of the run.
+        data: Where the test images are now; None for where they were, which is not downloaded for it.
 
     Returns:
-        What was found, for a person to read. Data that is not at hand is not downloaded for it, unless it is `data`.
+        What was found, for a person to read.
 
     Raises:
         ValueError, OSError, RuntimeError: the weights do not load, here or where the card says that they do, give no
@@ -207,22 +188,15 @@ def check_weights(output: Path, data: str | None = None) -> str:
         if data is not None:
             raise
         return f"accuracy not checked: {error}"
-    top1, images = sample_accuracy(model, test, _SAMPLE)
-    recorded = summary["test_top1"]
-    tolerance = 0.5 / images
-    if images < len(test):
-        tolerance += 4 * math.sqrt(recorded * (1 - recorded) / images)
-    found = f"accuracy on {images} of {len(test)} test images: {100 * top1:.2f}%, recorded {100 * recorded:.2f}%"
+    sample = test.subset(stratified_sample(test.labels, _SAMPLE, 0))
+    top1, recorded = evaluate_images(model, sample).top1, summary["test_top1"]
+    tolerance = 0.5 / len(sample)
+    if len(sample) < len(test):
+        tolerance += 4 * math.sqrt(recorded * (1 - recorded) / len(sample))
+    found = f"accuracy on {len(sample)} of {len(test)} test images: {100 * top1:.2f}%, recorded {100 * recorded:.2f}%"
     if abs(top1 - recorded) > tolerance:
         raise ValueError(f"the weights are not those of the run: {found}")
     return found
-
-
-def sample_accuracy(model: nn.Module, images: LabelledImages, limit: int | None = None) -> tuple[float, int]:
-    """Return top-1 accuracy on images, or on a stratified sample of `limit` of them, and the number of images."""
-    if limit is not None and limit < len(images):
-        images = images.subset(stratified_sample(images.labels, limit, 0))
-    return evaluate_images(model, images).top1, len(images)
 
 
 def evaluate_images(model: nn.Module, images: LabelledImages) -> Evaluation:
@@ -230,7 +204,52 @@ def evaluate_images(model: nn.Module, images: LabelledImages) -> Evaluation:
     cfg: Any = model.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate(model, pixels, torch.from_numpy(images.labels), cfg["mean"], cfg["std"])
+    batches = zip(pixels.split(256), torch.from_numpy(images.labels).split(256), strict=True)
+    return evaluate_batches(model, batches, cfg["mean"], cfg["std"], shared=False)
+
+
+def check_destination(repo_id: str, create_pr: bool = False) -> None:
+    """Check that the token may write to a repository, which need not exist yet.
+
+    Args:
+        repo_id: ORG/NAME.
+        create_pr: Only a pull request is opened; any token that can write may do that.
+
+    Raises:
+        ValueError: the name is not legal.
+        PermissionError: there is no token, the Hub does not accept it, or it may not write there.
+        FileNotFoundError: a pull request needs a repository that exists.
+        ConnectionError: the Hub cannot be reached.
+        HfHubHTTPError: it refuses for another reason, or stays busy.
+    """
+    check_repo_id(repo_id)
+    if get_token() is None:
+        raise PermissionError("no token for the Hub: set HF_TOKEN or run `hf auth login`")
+    try:
+        me = retry(HfApi().whoami)
+    except HfHubHTTPError as error:
+        check_token(error)
+        raise
+    except httpx.TransportError as error:
+        raise ConnectionError(f"the Hub at {constants.ENDPOINT} cannot be reached: {error}") from error
+    token = me.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise PermissionError(f"the token of {me['name']} can only read; make one that can write")
+    if create_pr:
+        if not retry(HfApi().repo_exists, repo_id):
+            raise FileNotFoundError(f"there is no repository {repo_id} to open a pull request for")
+        return
+    owner = repo_id.partition("/")[0]
+    roles = {me["name"]: "admin"} | {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
+    if owner not in roles:
+        raise PermissionError(f"{me['name']} may not write to {repo_id}; only to {', '.join(roles)}")
+    scoped = token.get("fineGrained", {}).get("scoped")
+    writable = scoped is None or any(
+        "repo.write" in scope.get("permissions", ()) and scope.get("entity", {}).get("name") in (owner, repo_id)
+        for scope in scoped
+    )
+    if roles[owner] == "read" or not writable:
+        raise PermissionError(f"the token of {me['name']} may read {repo_id}, but not write to it")
 
 
 def publish(
@@ -268,8 +287,8 @@ def publish(
             raise FileExistsError(f"{repo_id} exists already, and is public")
         if revision:
             retry(api.create_branch, repo_id, branch=revision, exist_ok=True)
-    parent = head_of(repo_id, revision)
-    there = _files_of(api, repo_id, parent)
+    parent = retry(api.model_info, repo_id, revision=revision).sha
+    there = _stored_files(api, repo_id, parent)
     replaced = [name for name in sorted(files) if name in there and not _is_same(there[name], files[name])]
     stale = [name for name in sorted(there) if name not in files and _OTHER_WEIGHTS.fullmatch(name)]
     for what, names in (("replaces in", replaced), ("removes other weights from", stale)):
@@ -300,33 +319,19 @@ def publish(
     except (httpx.TransportError, RuntimeError) as error:
         reason = error.__cause__ or error
         raise ConnectionError(f"the upload to {repo_id} broke off ({reason}); publish again to go on") from error
-    _check_stored(api, files, repo_id, info.oid)
+    stored = _stored_files(api, repo_id, info.oid)
+    wrong = [name for name in sorted(files) if name not in stored or not _is_same(stored[name], files[name])]
+    if wrong:
+        raise OSError(f"{repo_id} does not hold {', '.join(wrong)} as sent")
     return Published(info.pr_url or f"{api.endpoint}/{repo_id}", info.oid, info.oid != parent)
 
 
-def _files_of(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
-    if commit is None:
-        return {}
+def _stored_files(api: HfApi, repo_id: str, commit: str | None) -> dict[str, RepoFile]:
     entries = retry(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def _is_same(there: RepoFile, content: bytes | Path) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        path = content if isinstance(content, Path) else Path(folder, "content")
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        known = there.blob_id if there.lfs is None else there.lfs.sha256
-        return file_hash(path, git=there.lfs is None) == known
-
-
-def _check_stored(api: HfApi, files: dict[str, bytes | Path], repo_id: str, commit: str) -> None:
-    """Raise OSError where a file of the repository has another hash than that which was sent, or is not there."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            path = Path(folder, name)
-            path.symlink_to(content.resolve()) if isinstance(content, Path) else path.write_bytes(content)
-        found = retry(api.verify_repo_checksums, repo_id, revision=commit, local_dir=folder)
-    wrong = [*found.extra_paths, *(mismatch["path"] for mismatch in found.mismatches)]
-    if wrong:
-        raise OSError(f"{repo_id} does not hold {', '.join(wrong)} as sent")
+    if there.lfs is None:
+        return git_hash(_content(content)) == there.blob_id
+    return CommitOperationAdd(there.path, content).upload_info.sha256.hex() == there.lfs.sha256

@@ -1,13 +1,13 @@
 """Verifying a published model: every number that its card claims, measured again."""
 
-import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard
-from torch import nn
+from torch import Tensor, nn
 
 from ..analysis.units import count_units
 from ..data import LabelledImages, decode, eval_transform, evaluate_batches
@@ -32,21 +32,23 @@ class Claim:
         label: What it is, such as "test top-1 accuracy".
         place: "model-index" or "table".
         claimed: A fraction of 1; None for what is no number.
-        measured: The same as measured; None where it is not measured, such as for another data set.
+        key: Of the metric that it is a value of; None for what is not measured, such as on another data set.
+        measured: The same as measured, if it was.
     """
 
     label: str
     place: str
     claimed: float | None
-    measured: float | None
-    tolerance: float
+    key: str | None
+    measured: float | None = None
 
     @property
     def holds(self) -> bool:
         """Whether the two agree but for rounding."""
-        if self.claimed is None or self.measured is None:
+        if self.key is None or self.claimed is None or self.measured is None:
             return False
-        return abs(self.claimed - self.measured) <= self.tolerance
+        of_file = find_metric(self.key).split == "test"
+        return abs(self.claimed - self.measured) <= (TOLERANCE if of_file else _BEFORE_STORING)
 
 
 @dataclass(frozen=True)
@@ -92,26 +94,22 @@ def verify(
     claims = [*_of_model_index(card.data.eval_results or [], data), *_of_table(card.text)]
     network = found.load()
     with progress_bars(*["loading it as its card says"] * show_progress):
-        check_reload(found.folder(network), network)
+        check_reload(found.card.parent, network)
     source = found.load_data(network, data, label_column, image_column)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     measured = _measure(network, source.test, "test", show_progress)
-    if any(key and find_metric(key).split == "val" for _, _, _, key in claims):
+    keys = {claim.key for claim in claims if claim.key}
+    if any(find_metric(key).split == "val" for key in keys):
         split, images = found.validation_images(source)
         if split == "val":
             measured |= _measure(network, images, "val", show_progress)
-        elif any(key == "val_top1" for _, _, _, key in claims):  # on images that nobody can tell any more
+        elif "val_top1" in keys:  # on images that nobody can tell any more
             measured = {key: value for key, value in measured.items() if key.startswith("test")}
-    return Verification([_judge(*claim, measured) for claim in claims], len(source.test))
+    return Verification([replace(claim, measured=measured.get(claim.key or "")) for claim in claims], len(source.test))
 
 
-def _judge(label: str, place: str, claimed: float | None, key: str | None, measured: dict[str, float]) -> Claim:
-    of_file = key is not None and find_metric(key).split == "test"
-    return Claim(label, place, claimed, measured.get(key or ""), TOLERANCE if of_file else _BEFORE_STORING)
-
-
-def _of_model_index(results: list[EvalResult], data: str) -> list[tuple[str, str, float | None, str | None]]:
-    """Return label, place, value and metric of each entry; no metric where it is of other data or is not measured."""
+def _of_model_index(results: list[EvalResult], data: str) -> list[Claim]:
+    """Return the claim of each entry."""
 
     def data_of(result: EvalResult) -> tuple[Any, ...]:
         return result.dataset_type, result.dataset_name, result.dataset_config, result.dataset_split
@@ -126,15 +124,14 @@ def _of_model_index(results: list[EvalResult], data: str) -> list[tuple[str, str
         if data_of(result) != data_of(mine):
             name, key = f"{name} on {result.dataset_name}", None
         value = result.metric_value if isinstance(result.metric_value, int | float) else None
-        claims.append((name, "model-index", value, key))
+        claims.append(Claim(name, "model-index", value, key))
     return claims
 
 
-def _of_table(text: str) -> list[tuple[str, str, float | None, str | None]]:
-    """Return the same of each row of the card's tables that have a column "this model"."""
+def _of_table(text: str) -> list[Claim]:
+    """Return the claim of each row of the card's tables that have a column "this model"."""
     keys = {metric.label: metric.key for metric in METRICS if metric.card}
-    claims: list[tuple[str, str, float | None, str | None]] = []
-    inside = False
+    claims, inside = [], False
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
         if cells[1:2] == ["this model"]:
@@ -143,7 +140,8 @@ def _of_table(text: str) -> list[tuple[str, str, float | None, str | None]]:
             inside = False
         elif inside and not set("".join(cells)) <= set("-: "):
             percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", cells[1]) if len(cells) > 1 else None
-            claims.append((cells[0], "table", float(percent[1]) / 100 if percent else None, keys.get(cells[0])))
+            value = float(percent[1]) / 100 if percent else None
+            claims.append(Claim(cells[0], "table", value, keys.get(cells[0])))
     return claims
 
 
@@ -152,15 +150,15 @@ def _measure(network: nn.Module, images: LabelledImages, split: str, show_progre
     cfg: Any = network.pretrained_cfg
     title = f"{dict(test='test', val='validation')[split]} images"
     pixels = decode(images, eval_transform(cfg), title=f"decoding {title}" if show_progress else None)
-    batches = zip(pixels.split(_BATCH), torch.from_numpy(images.labels).split(_BATCH), strict=True)
-    done = itertools.count(_BATCH, _BATCH)
+    labels = torch.from_numpy(images.labels)
     with progress_bars(*[title] * show_progress, every=10) as bars, count_units(network) as units:
 
-        def after_batch() -> None:
-            so_far = min(next(done), len(images))
-            for bar in bars:
-                bar(so_far, len(images))
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for start in range(0, len(labels), _BATCH):
+                yield pixels[start : start + _BATCH], labels[start : start + _BATCH]
+                for bar in bars:
+                    bar(min(start + _BATCH, len(labels)), len(labels))
 
-        result = evaluate_batches(network, batches, cfg["mean"], cfg["std"], False, after_batch)
+        result = evaluate_batches(network, batches(), cfg["mean"], cfg["std"], shared=False)
     found = {f"{split}_loss": result.loss, f"{split}_top1": result.top1, f"{split}_top5": result.top5}
     return found | {"dead_units": units.dead_units, "activation_sparsity": units.sparsity}

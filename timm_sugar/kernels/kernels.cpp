@@ -10,17 +10,87 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
-constexpr int64_t BLOCK = 16384;     // elements that a thread takes at once
 constexpr int64_t PARALLEL = 32768;  // elements from which on threads are worth their start
+constexpr int64_t CHUNK = 1 << 18;   // elements whose pages are mapped at once
+constexpr int64_t STRIP = 64;        // elements that are computed before they are stored
+constexpr int64_t LARGE = 1 << 25;   // bytes from which a tensor is evicted from the caches before it is used
 
 template <typename To, typename From> To as(From bits) {
   static_assert(sizeof(To) == sizeof(From));
   To value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// Calls pass(start, count) for every chunk. Threads get equal parts, in whole strips.
+template <typename Pass> void in_parallel(int64_t count, int threads, Pass pass) {
+  const int64_t parts = count < PARALLEL ? 1 : std::max(threads, 1);
+  const int64_t strips = (count + STRIP - 1) / STRIP, size = (strips + parts - 1) / parts * STRIP;
+#pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)
+  for (int64_t part = 0; part < count; part += size) {
+    const int64_t end = std::min(part + size, count);
+    for (int64_t start = part; start < end; start += CHUNK) pass(start, std::min(CHUNK, end - start));
+  }
+}
+
+// A pass goes by strips. In each, one loop leaves what is no byte yet, or no byte any more, to the next: with numbers
+// and bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap
+// and the memory of one is waited for while another computes.
+template <typename Pass> void by_strips(int64_t count, Pass pass) {
+  int64_t i = 0;
+  for (; i + STRIP <= count; i += STRIP) pass(i, STRIP);
+  if (i < count) pass(i, count - i);
+}
+
+// Whether a result bypasses the caches. A store into a cache first reads the memory that it overwrites.
+template <typename T> bool bypasses_caches(const T* out, int64_t count) {
+#ifdef __AVX2__
+  return count * static_cast<int64_t>(sizeof(T)) >= LARGE && reinterpret_cast<uintptr_t>(out) % sizeof(__m256i) == 0;
+#else
+  return false;
+#endif
+}
+
+// Maps the pages of fresh memory in one call. Otherwise each page faults at its first use, and the faults take longer than
+// the pass. Does nothing where the last page is mapped already or the kernel does not know how.
+template <typename T> void map_pages(T* out, int64_t count) {
+#ifdef __linux__
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
+  const auto first = reinterpret_cast<uintptr_t>(out) / page * page;
+  const auto last = reinterpret_cast<uintptr_t>(out + count - 1) / page * page;
+  unsigned char present = 0;
+  if (mincore(reinterpret_cast<void*>(last), page, &present) == 0 && !(present & 1))
+    madvise(reinterpret_cast<void*>(first), last + page - first, 23);  // MADV_POPULATE_WRITE, since Linux 5.14
+#endif
+}
+
+// Calls write(out), or writes a buffer and stores that with non-temporal stores.
+template <bool PAST, typename T, typename Write> void store_strip(T* out, int64_t count, Write write) {
+#ifdef __AVX2__
+  if (PAST && count == STRIP) {
+    alignas(64) T strip[STRIP];
+    write(strip);
+    constexpr int64_t vectors = sizeof(T) * STRIP / sizeof(__m256i);
+    for (int64_t i = 0; i < vectors; i++)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out) + i, reinterpret_cast<const __m256i*>(strip)[i]);
+    return;
+  }
+#endif
+  write(out);
+}
+
+// Makes non-temporal stores visible to other threads.
+inline void fence(bool past) {
+#ifdef __AVX2__
+  if (past) _mm_sfence();
+#endif
 }
 
 // How a dtype is stored and computed in; relu takes a value both ways.
@@ -170,15 +240,21 @@ inline double derivative(double x, double alpha) {
   return as<double>(as<uint64_t>(formula(x, alpha)) | nan);
 }
 
-template <typename D, typename T = typename D::stored>
+template <typename D, bool PAST, typename T = typename D::stored>
 void multiply(const T* grad, const T* x, T* out, int64_t count, double alpha, int threads) {
   const typename D::computed a = alpha;
-#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL)
-  for (int64_t start = 0; start < count; start += BLOCK) {
-    const int64_t end = std::min(start + BLOCK, count);
+  in_parallel(count, threads, [=](int64_t first, int64_t many) {
+    if (PAST) map_pages(out + first, many);
+    by_strips(many, [=](int64_t offset, int64_t n) {
+      const int64_t start = first + offset;
+      store_strip<PAST>(out + start, n, [=](T* to) {
 #pragma omp simd
-    for (int64_t i = start; i < end; i++) out[i] = D::store(D::load(grad[i]) * derivative(D::load(x[i]), a));
-  }
+        for (int64_t i = 0; i < n; i++)
+          to[i] = D::store(D::load(grad[start + i]) * derivative(D::load(x[start + i]), a));
+      });
+    });
+    fence(PAST);
+  });
 }
 
 }  // namespace
@@ -186,7 +262,8 @@ void multiply(const T* grad, const T* x, T* out, int64_t count, double alpha, in
 #define EXPORT(dtype, D)                                                                                           \
   extern "C" void multiply_##dtype(const D::stored* grad, const D::stored* x, D::stored* out, int64_t count,       \
                                    double alpha, int threads) {                                                    \
-    multiply<D>(grad, x, out, count, alpha, threads);                                                              \
+    const auto pass = bypasses_caches(out, count) ? multiply<D, true> : multiply<D, false>;                        \
+    pass(grad, x, out, count, alpha, threads);                                                                     \
   }
 
 EXPORT(float16, Float16)
@@ -215,17 +292,6 @@ template <typename Op> struct Encoder {
     return code & -static_cast<int32_t>(x == x);
   }
 };
-
-// A pass goes by strips. In each, one loop leaves what is no byte yet, or no byte any more, to the next: with numbers
-// and bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap
-// and the memory of one is waited for while another computes.
-constexpr int64_t STRIP = 64;
-
-template <typename Pass> void by_strips(int64_t count, Pass pass) {
-  int64_t i = 0;
-  for (; i + STRIP <= count; i += STRIP) pass(i, STRIP);
-  if (i < count) pass(i, count - i);
-}
 
 template <typename D, typename T = typename D::stored>
 void encode(const T* x, T* y, int32_t* numbers, int64_t count, const Encoder<typename D::computed>& encoder) {
@@ -281,62 +347,70 @@ void look_up_halves(const float* table, const uint8_t* codes, float* low, float*
 }
 #endif
 
-// What a thread does with a block. `levels` is Levels.encoder or Levels.table of lean.py.
+// What a thread does with its part. `levels` is Levels.encoder or Levels.table of lean.py.
 
-template <typename D, typename T = typename D::stored>
+template <typename D, bool PAST, typename T = typename D::stored>
 void encode_uint8(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels) {
   const Encoder<typename D::computed> encoder(levels);
   by_strips(count, [=](int64_t start, int64_t n) {
     int32_t numbers[STRIP];
-    encode<D>(x + start, y + start, numbers, n, encoder);
+    store_strip<PAST>(y + start, n, [=, at = &numbers[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(numbers[i]);
   });
 }
 
-template <typename D, typename T = typename D::stored>
+template <typename D, bool PAST, typename T = typename D::stored>
 void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels) {
   typename D::computed table[256];
   std::copy(levels, levels + 256, table);
   by_strips(count, [=, &table](int64_t start, int64_t n) {
     typename D::computed found[STRIP];
     look_up(table, codes + start, found, n);
-    multiply<D>(grad + start, found, out + start, n);
+    store_strip<PAST>(out + start, n, [=, at = &found[0]](T* to) { multiply<D>(grad + start, at, to, n); });
   });
 }
 
 // Two elements a byte: one of the first half of the tensor, and the one that lies `second` elements after it.
 
-template <typename D, typename T = typename D::stored>
+template <typename D, bool PAST, typename T = typename D::stored>
 void encode_uint4(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
   const Encoder<typename D::computed> encoder(levels);
   by_strips(count, [=](int64_t start, int64_t n) {
     int32_t low[STRIP], high[STRIP];
-    encode<D>(x + start, y + start, low, n, encoder);
-    encode<D>(x + start + second, y + start + second, high, n, encoder);
+    const int64_t also = start + second;
+    store_strip<PAST>(y + start, n, [=, at = &low[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
+    store_strip<PAST>(y + also, n, [=, at = &high[0]](T* to) { encode<D>(x + also, to, at, n, encoder); });
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(low[i] + 16 * high[i]);
   });
 }
 
-template <typename D, typename T = typename D::stored>
+template <typename D, bool PAST, typename T = typename D::stored>
 void decode_uint4(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
   typename D::computed table[16];
   std::copy(levels, levels + 16, table);
   by_strips(count, [=, &table](int64_t start, int64_t n) {
     typename D::computed low[STRIP], high[STRIP];
     look_up_halves(table, codes + start, low, high, n);
-    multiply<D>(grad + start, low, out + start, n);
-    multiply<D>(grad + start + second, high, out + start + second, n);
+    const int64_t also = start + second;
+    store_strip<PAST>(out + start, n, [=, at = &low[0]](T* to) { multiply<D>(grad + start, at, to, n); });
+    store_strip<PAST>(out + also, n, [=, at = &high[0]](T* to) { multiply<D>(grad + also, at, to, n); });
   });
 }
 
 template <typename T, typename Loop, typename... Last>
-void in_blocks(Loop loop, const T* in, T* out, uint8_t* codes, int64_t count, const double* levels, int threads, Last... last) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL)
-  for (int64_t i = 0; i < count; i += BLOCK) {
-    loop(in + i, out + i, codes + i, std::min(BLOCK, count - i), levels, last...);
-  }
+void run(Loop loop, bool past, const T* in, T* out, uint8_t* codes, int64_t count, const double* levels,
+         int threads, Last... second) {
+  in_parallel(count, threads, [=](int64_t start, int64_t n) {
+    if (past) {
+      map_pages(out + start, n);
+      (map_pages(out + start + second, n), ...);
+      map_pages(codes + start, n);
+    }
+    loop(in + start, out + start, codes + start, n, levels, second...);
+    fence(past);
+  });
 }
 
 }  // namespace
@@ -345,11 +419,15 @@ void in_blocks(Loop loop, const T* in, T* out, uint8_t* codes, int64_t count, co
 #define EXPORT(name, dtype, D)                                                                                     \
   extern "C" void name##_uint8_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
                                        const double* levels, int threads) {                                        \
-    in_blocks(name##_uint8<D>, in, out, codes, count, levels, threads);                                                     \
+    const bool past = bypasses_caches(out, count);                                                                 \
+    const auto loop = past ? name##_uint8<D, true> : name##_uint8<D, false>;                                       \
+    run(loop, past, in, out, codes, count, levels, threads);                                                       \
   }                                                                                                                \
   extern "C" void name##_uint4_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
                                        const double* levels, int threads) {                                        \
-    in_blocks(name##_uint4<D>, in, out, codes, (count + 1) / 2, levels, threads, count / 2);                                \
+    const bool past = bypasses_caches(out, count) && bypasses_caches(out + count / 2, count);                      \
+    const auto loop = past ? name##_uint4<D, true> : name##_uint4<D, false>;                                       \
+    run(loop, past, in, out, codes, (count + 1) / 2, levels, threads, count / 2);                                  \
   }
 
 EXPORT(encode, float16, Float16)

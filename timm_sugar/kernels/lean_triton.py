@@ -1,9 +1,12 @@
 """Lean saving on a GPU in Triton: encode and decode, for one byte an element and for half a byte.
 
 lean.py says what codes are. Offsets are 64 bits wide: a tensor may have more than 2^31 elements. `levels` holds
-``Levels.encoder`` or ``Levels.table``, in the dtype that is computed in. `second` is where the second half begins, an
-argument of its own, since Triton reads and writes several elements at once where it finds it to be a multiple of 16.
+``Levels.encoder`` or ``Levels.table``, in the dtype that is computed in. `count`, of bytes, and `second`, where the
+second half begins, are arguments, not computed in a kernel: Triton reads and writes several elements at once only
+where it finds both to be multiples of 16.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -23,13 +26,35 @@ def decode(grad: Tensor, out: Tensor, codes: Tensor, levels: Tensor, save: str) 
     _launch(_decode_uint8 if save == "uint8" else _decode_uint4, grad, out, codes, levels)
 
 
+_compiled: dict[Any, Any] = {}
+
+
 def _launch(kernel: "triton.JITFunction", source: Tensor, target: Tensor, codes: Tensor, levels: Tensor) -> None:
-    count, grid = source.numel(), (triton.cdiv(codes.numel(), _BLOCK),)
+    arguments = (source, target, codes, levels, codes.numel(), source.numel() // 2, _BLOCK)
+    grid = (triton.cdiv(codes.numel(), _BLOCK), 1, 1)
     if source.is_cuda and source.device.index != torch.cuda.current_device():
         with torch.cuda.device_of(source):
-            kernel[grid](source, target, codes, levels, count, count // 2, BLOCK=_BLOCK)
+            kernel[grid](*arguments)
+        return
+    key = kernel, source.dtype, source.device
+    if not _is_usual(*arguments):
+        kernel[grid](*arguments)
+    elif key in _compiled:
+        _compiled[key][grid](*arguments)
     else:
-        kernel[grid](source, target, codes, levels, count, count // 2, BLOCK=_BLOCK)
+        _compiled[key] = kernel[grid](*arguments)
+
+
+def _is_usual(source: Tensor, target: Tensor, codes: Tensor, levels: Tensor, count: int, second: int, _: int) -> bool:
+    """Whether Triton compiles one kernel for all such arguments of a dtype.
+
+    It does for pointers and numbers that are multiples of 16 (and numbers other than 1) and fit into 32 bits. To find
+    its kernel again takes Triton longer than the launch. On ROCm it asks for more.
+    """
+    if not source.is_cuda or torch.version.hip or not 0 < count < 1 << 30 or not second:
+        return False
+    pointers = source.data_ptr() | target.data_ptr() | codes.data_ptr() | levels.data_ptr()
+    return (pointers | count | second) % 16 == 0
 
 
 @triton.jit
@@ -85,7 +110,7 @@ def _decode_uint8(grad_ptr, out_ptr, codes_ptr, levels, count, second, BLOCK: tl
 @triton.jit
 def _encode_uint4(x_ptr, y_ptr, codes_ptr, levels, count, second, BLOCK: tl.constexpr):
     offsets = _offsets(BLOCK)
-    mask = offsets < (count + 1) // 2
+    mask = offsets < count
     low = _encode_part(x_ptr, y_ptr, levels, offsets, mask)
     high = _encode_part(x_ptr, y_ptr, levels, offsets + second, mask)
     tl.store(codes_ptr + offsets, (low + 16 * high).to(tl.uint8), mask=mask)
@@ -94,7 +119,7 @@ def _encode_uint4(x_ptr, y_ptr, codes_ptr, levels, count, second, BLOCK: tl.cons
 @triton.jit
 def _decode_uint4(grad_ptr, out_ptr, codes_ptr, levels, count, second, BLOCK: tl.constexpr):
     offsets = _offsets(BLOCK)
-    mask = offsets < (count + 1) // 2
+    mask = offsets < count
     codes = tl.load(codes_ptr + offsets, mask=mask, other=0).to(tl.int32)
     _decode_part(grad_ptr, out_ptr, levels, codes & 15, offsets, mask)
     _decode_part(grad_ptr, out_ptr, levels, codes >> 4, offsets + second, mask)

@@ -19,14 +19,11 @@ from ..data import (
     LabelledImages,
     Source,
     Split,
-    available_cpus,
     channel_counts,
     channel_statistics,
-    check_readable,
     compute_rows,
     content_key,
     decode_kept,
-    decoded_size,
     eval_transform,
     fingerprint,
     listed,
@@ -72,7 +69,7 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         ValueError: there are too few images for a step or for validation, an image cannot be decoded, or the
             processes do not have the same data.
     """
-    source = with_digests(source, available_cpus())
+    source = with_digests(source)
     found = fingerprint(source)
     first, *others = gather_object([found])
     for process, other in enumerate(others, 1):
@@ -99,7 +96,7 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     pixels: dict[str, Tensor | None] = {}
     for name in ("val", "test", "train"):  # in the order in which they get memory
         part = parts[name]
-        room -= decoded_size(part, data_config)
+        room -= len(part) * 3 * config.img_size**2
         held = room >= 0 and len(part) > 0 and not (name == "train" and by_image)
         title = f"decoding {name} images" if rank == 0 else None
         # A padded crop is one of the whole image.
@@ -182,7 +179,7 @@ def _check_readable(images: LabelledImages, cache: ArrayCache, title: str | None
     """Decode every image, unless that was done before; raise BadImageError where one cannot be."""
 
     def check() -> np.ndarray:
-        check_readable(images, title)
+        compute_rows(lambda index: images[index] is None, (len(images),), title)
         return np.ones(1, np.uint8)
 
     cache.array(content_key(images, "readable"), (1,), check)

@@ -8,8 +8,7 @@ import torch
 from matplotlib.ticker import PercentFormatter
 
 from timm_sugar.analysis.palette import PALETTE
-from timm_sugar.analysis.plots import Figure, new_figure, rc_context
-from timm_sugar.analysis.report_pictures import ON_DARK
+from timm_sugar.analysis.plots import ON_DARK, Figure, new_figure, rc_context
 from timm_sugar.surrogates import get_surrogate, list_surrogates
 
 from .collapse import COLLAPSED, born_dead_bound, learned_below, relative_ranges

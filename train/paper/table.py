@@ -193,6 +193,12 @@ def _measured(cell: dict[str, Any], seeds: int) -> str:
     return f"{shown} ({done} of {seeds} seeds)" if 0 < done < seeds else shown
 
 
+def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
+    """Return the mean and its 95% t-interval as text, "+2.0 ± 2.5"; the mean alone where there is no interval."""
+    half = interval(values)
+    return f"{fmean(values):{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
 def _percent(value: float | None, spread: float | None, sign: str = "") -> str:
     if value is None:
         return ""
