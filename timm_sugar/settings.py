@@ -202,11 +202,7 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """The folder of the run.
-
-        Raises:
-            ValueError: there is none; only the command line has a default.
-        """
+        """The folder of the run, or ValueError without one, for which only the command line has a default."""
         if self.output is None:
             raise ValueError("output must be given: the folder of the run")
         return Path(self.output)
@@ -242,11 +238,7 @@ def setting_types() -> dict[str, Any]:
 
 
 def to_setting(name: str, value: Any) -> Any:
-    """Return the value of a setting, from YAML or the command line, as its type.
-
-    Raises:
-        ValueError: it is of another type, or out of range.
-    """
+    """Return the value of a setting, from YAML or the command line, as its type, or raise ValueError."""
     return _convert(name, value, all_settings()[name], setting_types()[name])
 
 

@@ -99,11 +99,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
 
 
 def summary_of(cell: Cell) -> dict[str, Any] | None:
-    """Return the summary of a finished cell, wherever its data was when it was trained; None if it is unfinished.
-
-    Raises:
-        ValueError: its folder is of a run with other settings.
-    """
+    """Return the summary of a finished cell, wherever its data was when it was trained; None if it is unfinished."""
     record = read_record(cell.config.folder)
     if record is None:
         return None
@@ -111,11 +107,7 @@ def summary_of(cell: Cell) -> dict[str, Any] | None:
 
 
 def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a cell, whose log is locked for as long as its process lives, even if this one is killed.
-
-    Raises:
-        BlockingIOError: another process is training it.
-    """
+    """Start a cell, whose log is locked as long as its process lives; BlockingIOError where another one trains it."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -96,11 +96,7 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and verify its hashes.
-
-    Raises:
-        ValueError: the checkpoint is not complete, a file is not what the manifest says, or a newer version wrote it.
-    """
+    """Read a checkpoint, or raise ValueError where it is not complete, or of a newer version."""
     if not is_complete(path):
         raise ValueError(f"{path} is not a complete checkpoint")
     best = path / "best.safetensors"
@@ -153,11 +149,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether there is a manifest and every file that it lists has the listed hash.
-
-    Raises:
-        ValueError: a newer version wrote it.
-    """
+    """Whether there is a manifest and every file has the hash in it; ValueError where a newer version wrote it."""
     try:
         manifest = read_mapping(path / _MANIFEST)
         written = int(manifest.get("format", 1))

@@ -29,11 +29,7 @@ def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> st
 def check_first_step(
     config: TrainConfig, model: nn.Module, images: Images, accelerator: Accelerator, all_reduce_max: AllReduceMax
 ) -> None:
-    """Compare the gradients of the model that is stepped with those of its surrogate, on the first training batch.
-
-    Raises:
-        ValueError: on every process, where they differ on any.
-    """
+    """Raise ValueError, on every process, where gradients in the first batch are not the surrogate's on any."""
     if not any(isinstance(module, Sugar) for module in model.modules()):
         return
     order = epoch_order(config.seed, 0, len(images.train))[accelerator.process_index :: accelerator.num_processes]

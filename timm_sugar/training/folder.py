@@ -59,16 +59,12 @@ def check_writable(output: Path) -> None:
 
 
 def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the summary of a finished run, in every process; None if it is unfinished or has no model.
-
-    Raises:
-        ValueError: the folder, or the checkpoint that `resume` names, is of a run with other settings.
-    """
+    """Return the summary of a finished run, in every process; None if it is unfinished or has no model."""
     return from_main_process(read_finished, config, process_state().num_processes)
 
 
 def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
-    """The same for a run of `processes` processes, callable from any process."""
+    """As `finished_summary`, in one process; ValueError where a run there, or at `resume`, has other settings."""
     if config.resume == "never":
         return None
     output, settings = config.folder, dataclasses.asdict(config) | {"processes": processes}
@@ -122,13 +118,10 @@ def read_record(output: Path) -> dict[str, Any] | None:
 
 
 def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the settings of a run, and its data where that is known, with those it was started with.
+    """Raise ValueError where a setting of a run, or its data, that changes the result is not as it was started with.
 
     Data whose fingerprint is recorded may have moved: their name is not compared, only their fingerprint, once it is
     known of both.
-
-    Raises:
-        ValueError: one that changes the result differs; the message names it.
     """
     data, found = (record.get("data_fingerprint") or {} for record in (before, now))
     changed = [f"{name}={data[name]}, not {found[name]}" for name in data if data[name] != found.get(name, data[name])]
@@ -185,9 +178,6 @@ def start_or_resume(config: TrainConfig, settings: dict[str, Any], step: Callabl
     """Return the checkpoint that the run goes on from, None where it starts, with what is of another history set aside.
 
     `step` gives the step of a state.
-
-    Raises:
-        ValueError: see `check_unchanged`.
     """
     output, resume = config.folder, config.resume
 

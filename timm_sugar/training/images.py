@@ -63,21 +63,15 @@ def open_source(config: TrainConfig, warn: bool = True) -> Source:
 
 
 def load_images(config: TrainConfig, source: Source, rank: int, processes: int) -> Images:
-    """Split the images, decode those that fit into `memory_limit`, and resolve mean and standard deviation.
-
-    Raises:
-        ValueError: there are too few images for a step or for validation, an image cannot be decoded, or the
-            processes do not have the same data.
-    """
+    """Split the images, decode those that fit into `memory_limit`, and resolve mean and standard deviation."""
     source = with_digests(source)
     found = fingerprint(source)
     first, *others = gather_object([found])
     for process, other in enumerate(others, 1):
         differs = [f"{name}={first[name]} and {other[name]}" for name in first if other[name] != first[name]]
         if differs:
-            raise ValueError(
-                f"processes 0 and {process} do not have the same data {source.name!r}: {'; '.join(differs)}"
-            )
+            what = f"processes 0 and {process} do not have the same data {source.name!r}"
+            raise ValueError(f"{what}: {'; '.join(differs)}")
     parts = _split(config, source, warn=rank == 0)
     _check_sizes(config, len(parts["train"]), processes)
     sizes = {name: len(part) for name, part in parts.items()}

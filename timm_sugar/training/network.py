@@ -38,13 +38,9 @@ def check_names(config: TrainConfig) -> None:
 
 
 def build_network(config: TrainConfig, source: Source, initial: Initial | None = None) -> nn.Module:
-    """Build the network with weights that depend on the seed only, and run one image of zeros through it.
+    """Build the network with weights that depend on the seed only, and try it on one image, and in a training step.
 
     What it starts from decides the activation and arguments that the settings leave open.
-
-    Raises:
-        ValueError: it does not take these arguments, the classes of the data or images of this size, or a step with
-            them does not work.
     """
     torch.manual_seed(config.seed)
     classes = len(source.class_names)
@@ -132,11 +128,7 @@ def _reason(error: Exception) -> str:
 
 
 def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -> torch.optim.Optimizer:
-    """Return timm's optimizer; `lr_scale` multiplies the learning rate.
-
-    Raises:
-        ValueError: a step of it with these settings does not work, or ends in weights that are not finite.
-    """
+    """Return timm's optimizer, or raise ValueError where its steps do not work; `lr_scale` multiplies lr."""
     moments: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
     settings: dict[str, Any] = {name: value for name, value in moments.items() if value is not None}
     settings |= dict(

@@ -56,11 +56,7 @@ _OF_NETWORK = (
 
 
 def find_initial(config: TrainConfig) -> tuple[TrainConfig, Initial | None]:
-    """Return the settings, with what is open as the weights say it, and what the run starts from; None for nothing.
-
-    Raises:
-        ValueError, OSError: there are no such weights, in one line that says what there is.
-    """
+    """Return the settings, with what is open as the weights say it, and what the run starts from; None for nothing."""
     if config.pretrained is None and config.initial_checkpoint is None:
         return config, None
     before = from_main_process(_recorded, config)
@@ -263,8 +259,8 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> str | None:
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             own = list(module.parameters(recurse=False))
-            affine = bool(own) and not any(p.requires_grad for p in own)
-            if affine or (not own and any(_matches(f"{name}.running_mean", pattern) for pattern in patterns)):
+            named = any(_matches(f"{name}.running_mean", pattern) for pattern in patterns)
+            if (own and not any(p.requires_grad for p in own)) or (not own and named):
                 vars(module)["train"] = MethodType(_stay_in_eval, module)  # copies with the network, as a method does
                 module.eval()
                 held += 1

@@ -1,6 +1,7 @@
 """Processes of a run: joining, collective decisions, signals, the lock on the folder."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -177,10 +178,6 @@ def resume_command() -> str:
     arguments = list(sys.argv)
     if Path(arguments[0]).name == "__main__.py":  # started as a module
         arguments[:1] = ["-m", __package__]
-    if "never" in arguments and arguments[arguments.index("never") - 1] == "--resume":
-        index = arguments.index("never")
-        del arguments[index - 1 : index + 1]
-    arguments = [argument for argument in arguments if argument != "--resume=never"]
     environment = os.environ
     if "ACCELERATE_MIXED_PRECISION" in environment:
         launcher = ["accelerate", "launch"]
@@ -190,4 +187,4 @@ def resume_command() -> str:
             launcher += ["--nnodes", environment["GROUP_WORLD_SIZE"], "..."]
     else:
         launcher = [os.path.basename(sys.executable)]
-    return shlex.join([*launcher, *arguments])
+    return re.sub(" --resume[ =]never(?= |$)", "", shlex.join([*launcher, *arguments]))

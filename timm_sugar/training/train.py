@@ -80,11 +80,7 @@ class Run:
 
 
 def build(config: TrainConfig) -> Run:
-    """Build everything that training needs, or raise before anything is trained.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: one line that says what is wrong with the settings or data.
-    """
+    """Build everything that training needs, or raise, with one line on what is wrong, before anything is trained."""
     check_names(config)
     accelerator = make_accelerator(config)
     processes, device = accelerator.num_processes, accelerator.device
