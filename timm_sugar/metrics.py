@@ -7,28 +7,16 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that training measures.
+    """A number that training measures, one of each class, or a count of each pair of class and prediction."""
 
-    Attributes:
-        key: In metrics.jsonl and summary.json.
-        label: For people.
-        unit: "%" (a fraction of 1 in the files), "nats", "images/s", "s", or "" for a bare number.
-        better: Which of two values is the better one; None where neither is.
-        split: Images that it is measured on. Those of "val" and "test" are in summary.json, of the best epoch.
-        chart: Title of the chart by epoch that shows it, alone or with others; None for none.
-        column: Whether it is a column of the report's summary, and in the line that is printed after an epoch.
-        card: Whether the model card states it.
-        shape: A "number"; one of each "class", by its name; or a count of each "pair" of class and prediction.
-    """
-
-    key: str
+    key: str  # in metrics.jsonl and summary.json
     label: str
-    unit: Literal["%", "nats", "images/s", "s", ""]
-    better: Literal["higher", "lower"] | None
-    split: Literal["train", "val", "test"]
-    chart: str | None = None
-    column: bool = False
-    card: bool = False
+    unit: Literal["%", "nats", "images/s", "s", ""]  # "%" is a fraction of 1 in the files
+    better: Literal["higher", "lower"] | None  # None where neither of two values is the better one
+    split: Literal["train", "val", "test"]  # those of val and test are in summary.json, of the best epoch
+    chart: str | None = None  # title of the chart by epoch that shows it, alone or with others
+    column: bool = False  # whether it is one of the report's summary, and in the line that is printed after an epoch
+    card: bool = False  # whether the model card states it
     shape: Literal["number", "class", "pair"] = "number"
 
     @property
@@ -48,9 +36,10 @@ class Metric:
 
     def text(self, value: float) -> str:
         """Return a value for people: 0.98765 as "98.77%", 64.2 s as "64 s"."""
-        if self.unit == "s":
-            return _duration(value)
-        form = {"%": "{:.2f}%", "nats": "{:.4f}", "images/s": "{:,.0f}", "": "{:.4g}"}[self.unit]
+        if self.unit == "s" and value >= 100:
+            minutes = round(value / 60)
+            return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+        form = {"%": "{:.2f}%", "nats": "{:.4f}", "images/s": "{:,.0f}", "s": "{:.0f} s", "": "{:.4g}"}[self.unit]
         return form.format(self.scale * value)
 
 
@@ -88,10 +77,3 @@ def numbers(measured: dict[str, Any]) -> dict[str, float]:
 def with_unit(label: str, unit: str) -> str:
     """Return a label with its unit in brackets, where it has one."""
     return f"{label} ({unit})" if unit else label
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

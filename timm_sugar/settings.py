@@ -21,29 +21,25 @@ from .surrogates import unknown_name
 Kind = Literal["data", "result", "free", "start"]
 
 
+# What a value that is none is told to be.
+_WANTED = {
+    int: "a whole number", float: "a finite number", str: "text that is not empty", bool: "true or false",
+    list: "a list", dict: "KEY=VALUE pairs",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting besides its name, type and default.
-
-    Attributes:
-        help: For --help.
-        group: Heading under which it stands there.
-        kind: What it decides, see `Kind`.
-        range: Where the value lies, or each of a list, as an interval such as "[0, 1)"; None for anywhere.
-        length: Values of a list; None for any number.
-        metavar: What --help shows in place of the value.
-        otherwise: Of a setting that is open by default, since pretrained weights say it: its value without such.
-        bare: What the flag without a value, or true in YAML, stands for; None where it needs a value.
-    """
+    """What is known of a setting besides its name, type and default."""
 
     help: str
-    group: str
+    group: str  # heading under which it stands in --help
     kind: Kind = "result"
-    range: str | None = None
-    length: int | None = None
-    metavar: str | None = None
-    otherwise: Any = None
-    bare: str | None = None
+    range: str | None = None  # where the value lies, or each of a list, as an interval such as "[0, 1)"
+    length: int | None = None  # values of a list; None for any number
+    metavar: str | None = None  # what --help shows in place of the value
+    otherwise: Any = None  # of a setting that is open by default, since pretrained weights say it: its value without
+    bare: str | None = None  # what the flag without a value, or true in YAML, stands for; None where it needs a value
 
 
 def setting(default: Any, help: str, range: str | None = None, **more: Any) -> Any:
@@ -54,80 +50,73 @@ def setting(default: Any, help: str, range: str | None = None, **more: Any) -> A
     return field(default=default, metadata=metadata)
 
 
-_data = partial(setting, group="data")
-_images = partial(setting, group="augmentation")
+_data = partial(setting, group="data", kind="data")
+_load = partial(setting, group="data", kind="free")
+_images = partial(setting, group="data")
+_augment = partial(setting, group="augmentation")
 _network = partial(setting, group="network")
-_optimizer = partial(setting, group="optimization")
+_opt = partial(setting, group="optimization")
 _run = partial(setting, group="run")
+_free = partial(setting, group="run", kind="free")
+_start = partial(setting, group="run", kind="start")
 
 
 @dataclass
 class TrainConfig:
     """Every setting of a run; a recipe may hold any of them, and the command line any of them again."""
 
-    data: str = _data(
-        "digits", "digits, cifar10, cifar100, tiny-imagenet, a Hub data set id, or a local folder", kind="data"
-    )
-    label_column: str | None = _data(
-        None, "column of the class labels, where it is not label, labels or fine_label", kind="data"
-    )
-    image_column: str | None = _data(
-        None, "column of the images, where there are several and none is image or img", kind="data"
-    )
-    img_size: int = _data(None, "side of the square input images, pixels", "[1, 4096]", otherwise=32)
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = _data(
+    data: str = _data("digits", "digits, cifar10, cifar100, tiny-imagenet, a Hub data set id, or a local folder")
+    label_column: str | None = _data(None, "column of the class labels, where it is not label, labels or fine_label")
+    image_column: str | None = _data(None, "column of the images, where there are several and none is image or img")
+    img_size: int = _images(None, "side of the square input images, pixels", "[1, 4096]", otherwise=32)
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = _images(
         None, "how images are resized", otherwise="bicubic"
     )
-    crop_pct: float = _data(
+    crop_pct: float = _images(
         None, "evaluation resizes to img_size / crop_pct and crops the centre", "[0.1, 1]", otherwise=1.0
     )
-    mean: list[float] | None = _data(
+    mean: list[float] | None = _images(
         None,
         "normalisation, of pixels in [0, 1]; default: what pretrained weights were trained with, else of the training "
         "images",
         "[0, 1]",
         length=3,
     )
-    std: list[float] | None = _data(None, "likewise", "[0.001, 1]", length=3)
-    val_fraction: float = _data(
-        0.1, "share of the training images split off for validation; 0 for none", "[0, 1)", kind="data"
-    )
+    std: list[float] | None = _images(None, "likewise", "[0.001, 1]", length=3)
+    val_fraction: float = _data(0.1, "share of the training images split off for validation; 0 for none", "[0, 1)")
     split_seed: int = _data(
         0,
         "seed of that split and of --limit-train, --limit-val and --limit-test, apart from --seed",
         "[0, 4294967295]",
-        kind="data",
     )
-    limit_train: int | None = _data(None, "train on a stratified sample of this many images", "[1, inf)")
-    limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)", kind="data")
-    limit_test: int | None = _data(None, "test on a stratified sample of this many images", "[1, inf)", kind="data")
-    streaming: bool = _data(False, "read the data into memory without a cached copy on disk", kind="free")
-    skip_bad_images: bool = _data(False, "leave out images that cannot be decoded, and count them")
-    memory_limit: float = _data(
-        4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)", kind="free"
+    limit_train: int | None = _images(None, "train on a stratified sample of this many images", "[1, inf)")
+    limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)")
+    limit_test: int | None = _data(None, "test on a stratified sample of this many images", "[1, inf)")
+    streaming: bool = _load(False, "read the data into memory without a cached copy on disk")
+    skip_bad_images: bool = _images(False, "leave out images that cannot be decoded, and count them")
+    memory_limit: float = _load(
+        4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)"
     )
-    cache_limit: float = _data(
-        8.0, "GiB of decoded images to keep on disk for the next start; 0 for none", "[0, inf)", kind="free"
-    )
-    workers: int = _data(2, "loader processes for each training process", "[0, 1024]", kind="free")
+    cache_limit: float = _load(8.0, "GiB of decoded images to keep on disk for the next start; 0 for none", "[0, inf)")
+    workers: int = _load(2, "loader processes for each training process", "[0, 1024]")
 
-    crop: Literal["none", "resized", "padded"] = _images(
+    crop: Literal["none", "resized", "padded"] = _augment(
         "none", "crops in training: none, timm's random resized crop, or random after padding by 4 pixels"
     )
-    hflip: float = _images(0.0, "probability of a horizontal flip", "[0, 1]")
-    color_jitter: float | None = _images(
+    hflip: float = _augment(0.0, "probability of a horizontal flip", "[0, 1]")
+    color_jitter: float | None = _augment(
         None, "strength of colour jitter; as in timm, none beside auto_augment", "[0, 10]"
     )
-    auto_augment: str | None = _images(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
-    re_prob: float = _images(0.0, "probability of random erasing", "[0, 1]")
-    re_mode: Literal["const", "rand", "pixel"] = _images("pixel", "fill of random erasing")
-    re_count: int = _images(1, "areas erased at most", "[1, 1000]")
-    mixup: float = _images(0.0, "alpha of Mixup; 0 for none", "[0, 1000]")
-    cutmix: float = _images(0.0, "alpha of CutMix; 0 for none", "[0, 1000]")
-    mixup_prob: float = _images(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
-    mixup_switch_prob: float = _images(0.5, "probability of CutMix where both are on", "[0, 1]")
-    mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "granularity of mixing")
-    smoothing: float = _images(0.0, "label smoothing", "[0, 1)")
+    auto_augment: str | None = _augment(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
+    re_prob: float = _augment(0.0, "probability of random erasing", "[0, 1]")
+    re_mode: Literal["const", "rand", "pixel"] = _augment("pixel", "fill of random erasing")
+    re_count: int = _augment(1, "areas erased at most", "[1, 1000]")
+    mixup: float = _augment(0.0, "alpha of Mixup; 0 for none", "[0, 1000]")
+    cutmix: float = _augment(0.0, "alpha of CutMix; 0 for none", "[0, 1000]")
+    mixup_prob: float = _augment(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
+    mixup_switch_prob: float = _augment(0.5, "probability of CutMix where both are on", "[0, 1]")
+    mixup_mode: Literal["batch", "pair", "elem"] = _augment("batch", "granularity of mixing")
+    smoothing: float = _augment(0.0, "label smoothing", "[0, 1)")
 
     model: str = _network(
         None,
@@ -165,75 +154,55 @@ class TrainConfig:
     switch_surrogate: str | None = _network(None, "surrogate from that epoch on")
     switch_alpha: float | None = _network(None, "its alpha; default: its own", "[-1e6, 1e6]")
 
-    epochs: int = _optimizer(10, "passes over the training images", "[1, 1000000]")
-    patience: int | None = _optimizer(
+    epochs: int = _opt(10, "passes over the training images", "[1, 1000000]")
+    patience: int | None = _opt(
         None, "stop after this many epochs in a row without a better accuracy on the validation images", "[1, inf)"
     )
-    batch_size: int = _optimizer(128, "images in a forward pass in each process", "[1, 1000000]")
-    grad_accum: int = _optimizer(1, "forward passes in a step of the optimizer", "[1, 1000000]")
-    opt: str = _optimizer("sgd", "optimizer, by timm's name: sgd, adamw, ...")
-    opt_betas: list[float] | None = _optimizer(None, "its betas, where it has them", "[0, 1)", length=2)
-    opt_eps: float | None = _optimizer(None, "its epsilon, where it has one", "(0, 1000]")
-    lr: float = _optimizer(0.001, "learning rate", "[0, 1e30]")
-    lr_base_batch: int | None = _optimizer(
+    batch_size: int = _opt(128, "images in a forward pass in each process", "[1, 1000000]")
+    grad_accum: int = _opt(1, "forward passes in a step of the optimizer", "[1, 1000000]")
+    opt: str = _opt("sgd", "optimizer, by timm's name: sgd, adamw, ...")
+    opt_betas: list[float] | None = _opt(None, "its betas, where it has them", "[0, 1)", length=2)
+    opt_eps: float | None = _opt(None, "its epsilon, where it has one", "(0, 1000]")
+    lr: float = _opt(0.001, "learning rate", "[0, 1e30]")
+    lr_base_batch: int | None = _opt(
         None,
         "batch size that lr, warmup_lr and min_lr are given for; they are scaled linearly to the actual one",
         "[1, 1000000000]",
     )
-    momentum: float = _optimizer(0.9, "momentum of SGD", "[0, 1]")
-    weight_decay: float = _optimizer(0.0, "weight decay; normalisation and biases are left out", "[0, 1e30]")
-    weight_decay_end: float | None = _optimizer(
+    momentum: float = _opt(0.9, "momentum of SGD", "[0, 1]")
+    weight_decay: float = _opt(0.0, "weight decay; normalisation and biases are left out", "[0, 1e30]")
+    weight_decay_end: float | None = _opt(
         None, "weight decay at the end, reached on a cosine; default: constant", "[0, 1e30]"
     )
-    layer_decay: float | None = _optimizer(
+    layer_decay: float | None = _opt(
         None, "factor of the learning rate from each layer to the one before, as in timm", "(0, 1]"
     )
-    clip_grad: float | None = _optimizer(None, "largest norm of the gradients", "(0, inf)")
-    sched: Literal["constant", "multistep", "cosine"] = _optimizer("constant", "learning-rate schedule")
-    milestones: list[int] = _optimizer([], "epochs at which a multistep schedule decays", "[1, 1000000]")
-    decay_rate: float = _optimizer(0.1, "factor of each of those decays", "[0, 1000]")
-    warmup_epochs: float | None = _optimizer(
-        None, "epochs of warm-up; default: none, or 10% for cosine", "[0, 1000000]"
-    )
-    warmup_lr: float = _optimizer(0.0, "learning rate at the start of warm-up", "[0, 1e30]")
-    min_lr: float = _optimizer(0.0, "learning rate at the end of a cosine", "[0, 1e30]")
-    ema_decay: float | None = _optimizer(
-        None, "evaluate and package an exponential moving average of the weights", "[0, 1)"
-    )
-    sync_bn: bool = _optimizer(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
+    clip_grad: float | None = _opt(None, "largest norm of the gradients", "(0, inf)")
+    sched: Literal["constant", "multistep", "cosine"] = _opt("constant", "learning-rate schedule")
+    milestones: list[int] = _opt([], "epochs at which a multistep schedule decays", "[1, 1000000]")
+    decay_rate: float = _opt(0.1, "factor of each of those decays", "[0, 1000]")
+    warmup_epochs: float | None = _opt(None, "epochs of warm-up; default: none, or 10% for cosine", "[0, 1000000]")
+    warmup_lr: float = _opt(0.0, "learning rate at the start of warm-up", "[0, 1e30]")
+    min_lr: float = _opt(0.0, "learning rate at the end of a cosine", "[0, 1e30]")
+    ema_decay: float | None = _opt(None, "evaluate and package an exponential moving average of the weights", "[0, 1)")
+    sync_bn: bool = _opt(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
 
     seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, 4294967295]")
-    output: str | None = _run(None, "folder of the run; default: output/RECIPE-MODEL-SEED", kind="start", metavar="DIR")
-    resume: str = _run(
-        "auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder", kind="start"
-    )
-    checkpoint_minutes: float = _run(10.0, "minutes between checkpoints within an epoch", "[0, inf)", kind="free")
-    checkpoint_steps: int | None = _run(
-        None, "steps between checkpoints within an epoch, besides", "[1, inf)", kind="free"
-    )
+    output: str | None = _start(None, "folder of the run; default: output/RECIPE-MODEL-SEED", metavar="DIR")
+    resume: str = _start("auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder")
+    checkpoint_minutes: float = _free(10.0, "minutes between checkpoints within an epoch", "[0, inf)")
+    checkpoint_steps: int | None = _free(None, "steps between checkpoints within an epoch, besides", "[1, inf)")
     mixed_precision: Literal["no", "bf16", "fp16"] = _run("no", "precision of training; evaluation is float32")
     compile: bool = _run(False, "train through torch.compile, on a GPU as a CUDA graph too")
     channels_last: bool = _run(False, "train with images and weights in channels-last order, often faster")
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _run(
-        "none", "where metrics are sent besides", kind="free"
-    )
-    push_to_hub: str | None = _run(
-        None, "publish the finished run as this repository", kind="start", metavar="ORG/NAME"
-    )
-    eval_only: bool = _run(
-        False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop", kind="start"
-    )
-    dry_run: bool = _run(
-        False, "build everything, run two steps and print an estimate of time, memory and disk", kind="start"
-    )
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _free("none", "where metrics are sent besides")
+    push_to_hub: str | None = _start(None, "publish the finished run as this repository", metavar="ORG/NAME")
+    eval_only: bool = _start(False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop")
+    dry_run: bool = _start(False, "build everything, run two steps and print an estimate of time, memory and disk")
 
     @property
     def folder(self) -> Path:
-        """The folder of the run.
-
-        Raises:
-            ValueError: there is none; only the command line has a default.
-        """
+        """The folder of the run, or ValueError without one, for which only the command line has a default."""
         if self.output is None:
             raise ValueError("output must be given: the folder of the run")
         return Path(self.output)
@@ -269,11 +238,7 @@ def setting_types() -> dict[str, Any]:
 
 
 def to_setting(name: str, value: Any) -> Any:
-    """Return the value of a setting, from YAML or the command line, as its type.
-
-    Raises:
-        ValueError: it is of another type, or out of range.
-    """
+    """Return the value of a setting, from YAML or the command line, as its type, or raise ValueError."""
     return _convert(name, value, all_settings()[name], setting_types()[name])
 
 
@@ -313,51 +278,37 @@ def to_flags(settings: Mapping[str, Any]) -> list[str]:
 
 def without_none(kind: Any) -> Any:
     """Return the type itself of a type that None may stand in for."""
-    if _takes_none(kind):
-        return next(k for k in typing.get_args(kind) if k is not type(None))
-    return kind
+    others = [k for k in typing.get_args(kind) if k is not type(None)]
+    return others[0] if len(others) < len(typing.get_args(kind)) else kind
 
 
-def _takes_none(kind: Any) -> bool:
-    return type(None) in typing.get_args(kind)
-
-
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`, from YAML or from the command line's text."""
-    if value is None or (value in ("none", ["none"]) and _takes_none(kind)):  # on the command line
-        if _takes_none(kind):
-            return None
+def _coerce(name: str, value: Any, optional: Any) -> Any:
+    """Return `value` as a type that may be optional, from YAML or from the command line's text."""
+    kind = without_none(optional)
+    if kind is not optional and value in (None, "none", ["none"]):  # text on the command line
+        return None
+    if value is None:
         raise ValueError(f"{name} must not be empty")
-    kind = without_none(kind)
-    origin = typing.get_origin(kind)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        value = {False: "no"}.get(value, value) if isinstance(value, bool) else value  # YAML reads no as false
-        if value not in typing.get_args(kind):
-            raise ValueError(unknown_name(name, value, list(typing.get_args(kind))))
-        return value
-    if origin is dict and isinstance(value, dict):
+        value = "no" if value is False else value  # as YAML reads no
+        if value not in inner:
+            raise ValueError(unknown_name(name, value, list(inner)))
         return value
     if origin is list and isinstance(value, (list, tuple)):
-        return [_coerce(name, item, typing.get_args(kind)[0]) for item in value]
-    try:
-        if kind is str and isinstance(value, (str, Path)):
-            if not str(value).strip() or "\0" in str(value):
-                raise ValueError
-            return str(value)
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind in (int, float) and not isinstance(value, bool):
+        return [_coerce(name, item, inner[0]) for item in value]
+    if kind is str and isinstance(value, (str, Path)) and str(value).strip() and "\0" not in str(value):
+        return str(value)
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
             number = kind(value)
             if number == float(value) and math.isfinite(number):
                 return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{name} must be {_describe(kind)}, got {value!r:.60}")
-
-
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "text that is not empty", bool: "true or false"}
-    return names.get(kind) or ("a list" if typing.get_origin(kind) is list else "KEY=VALUE pairs")
+        except (TypeError, ValueError, OverflowError):
+            pass
+    if (origin or kind) in (bool, dict) and isinstance(value, origin or kind):
+        return value
+    raise ValueError(f"{name} must be {_WANTED[origin or kind]}, got {value!r:.60}")
 
 
 def _check_value(name: str, value: Any, known: Setting) -> None:

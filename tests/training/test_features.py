@@ -80,7 +80,7 @@ def test_cosine_of_alpha():
     ],
 )
 def test_refused_before_training(settings, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_sugar.training.processes.is_wandb_available", lambda: False)
+    monkeypatch.setattr("timm_sugar.training.processes.get_available_trackers", lambda: [])
     with pytest.raises((ValueError, ModuleNotFoundError), match=message):
         train(_config(tmp_path, **settings))
     assert not (tmp_path / "config.yaml").exists()

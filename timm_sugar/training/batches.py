@@ -17,18 +17,13 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield training batches; where the images are on the device, nothing waits for it after the first.
 
+    What is random is a function of `epoch`, counted from 0, of the seed and of the index of the image.
+
     Args:
-        config: The run's settings.
-        images: Of the run.
-        device: Where the batches are wanted.
-        epoch: Counted from 0; what is random is a function of it, the seed and the index of the image.
         parts: Indices of the images of each batch, int64, (B,), on the CPU.
 
     Yields:
         Images, float32, normalised, (B, 3, H, W), in the memory format that is trained in; labels, int64, (B,).
-
-    Raises:
-        BadImageError: an image that is decoded as it is needed cannot be.
     """
     if images.train.pixels is None:
         seed = partial(mix_seeds, config.seed, epoch)

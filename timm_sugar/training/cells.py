@@ -16,35 +16,32 @@ from pathlib import Path
 from typing import Any
 
 from ..data import available_cpus
-from ..files import read_mapping
 from ..settings import TrainConfig
-from .folder import read_finished
+from .folder import read_finished, read_record
 from .processes import on_cpu, stop_signals
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One run of a grid.
+    """One run of a grid."""
 
-    Attributes:
-        name: What is trained, with any seed.
-        config: All its settings.
-        command: What Python is started with to train it: a script or module and its arguments.
-    """
-
-    name: str
+    name: str  # what is trained, with any seed
     config: TrainConfig
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # what Python is started with to train it: a script or module and its arguments
 
     def __str__(self) -> str:
         return f"seed{self.config.seed}/{self.name}"
+
+    @property
+    def log(self) -> Path:
+        """What its process writes, beside its folder."""
+        return Path(f"{self.config.output}.log")
 
 
 def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.inf) -> dict[Cell, str]:
     """Train the unfinished cells, one process each; a failed cell does not stop the others.
 
     Args:
-        cells: In the order in which they are started.
         jobs: Cells at once, which share the CPU's cores unless OMP_NUM_THREADS says otherwise; None for one a core, or
             one alone where there is a GPU.
         minutes: Return within so many. A minute earlier, or after half of them where that is later, cells that are not
@@ -102,26 +99,17 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
 
 
 def summary_of(cell: Cell) -> dict[str, Any] | None:
-    """Return the summary of a finished cell, wherever its data was when it was trained; None if it is unfinished.
-
-    Raises:
-        ValueError: its folder is of a run with other settings.
-    """
-    path = cell.config.folder / "config.yaml"
-    if not path.is_file():
+    """Return the summary of a finished cell, wherever its data was when it was trained; None if it is unfinished."""
+    record = read_record(cell.config.folder)
+    if record is None:
         return None
-    data = read_mapping(path)["data"]
-    return read_finished(dataclasses.replace(cell.config, data=data, resume="auto"))
+    return read_finished(dataclasses.replace(cell.config, data=record["data"], resume="auto"))
 
 
 def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a cell, whose log is locked for as long as its process lives, even if this one is killed.
-
-    Raises:
-        BlockingIOError: another process is training it.
-    """
-    _log(cell).parent.mkdir(parents=True, exist_ok=True)
-    with _log(cell).open("ab") as log:
+    """Start a cell, whose log is locked as long as its process lives; BlockingIOError where another one trains it."""
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    with cell.log.open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         command = [sys.executable, *cell.command]
         # A session of its own: Ctrl-C would reach it besides the signal from here, and a second one ends it at once.
@@ -142,15 +130,10 @@ def _stop(running: dict[subprocess.Popen[bytes], Cell], until: float) -> None:
         process.wait()
 
 
-def _log(cell: Cell) -> Path:
-    return Path(f"{cell.config.output}.log")
-
-
 def last_line(cell: Cell) -> str:
     """Return the last line that the process of a cell wrote."""
-    path = _log(cell)
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    text = cell.log.read_text(encoding="utf-8", errors="replace") if cell.log.is_file() else ""
+    return text.rstrip().rpartition("\n")[2] or "it said nothing"
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,6 @@
 """Atomic checkpoints: written to a temporary folder with a manifest of hashes, renamed, then pruned."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,29 +47,16 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything needed to resume a run.
-
-    Attributes:
-        weights: The model's state dict.
-        best: State dict of the best epoch so far, None before the first.
-        optimizer: State of optimizer, gradient scaler and moving average, loadable with weights_only.
-        state: Everything else, as JSON.
-    """
+    """Everything needed to resume a run."""
 
     weights: Weights
-    best: Weights | None
-    optimizer: dict[str, Any]
-    state: State
+    best: Weights | None  # of the best epoch so far
+    optimizer: dict[str, Any]  # state of optimizer, gradient scaler and moving average, loadable with weights_only
+    state: State  # everything else, as JSON
 
 
 def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int = KEPT) -> Path:
     """Write ``folder/step-<step>`` and then remove what is older than the newest `keep` complete ones.
-
-    Args:
-        folder: OUTPUT/checkpoints.
-        step: Optimizer steps done.
-        checkpoint: Its content.
-        keep: Number of checkpoints to keep.
 
     Raises:
         OSError: the disk is full or read-only; the last complete checkpoint stays in place, and the message names it.
@@ -94,11 +81,9 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
         _fsync(folder)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if not isinstance(
-            error, (OSError, RuntimeError, SafetensorError)
-        ):  # what torch and safetensors raise for a full disk
-            raise
-        raise OSError(f"checkpoint {final} cannot be written: {error}; {name_latest(folder)}") from error
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # what they raise for a full disk
+            raise OSError(f"checkpoint {final} cannot be written: {error}; {name_latest(folder)}") from error
+        raise
     kept = 1
     for old in reversed([path for path in list_checkpoints(folder) if path.name < final.name]):
         if kept == keep:
@@ -111,11 +96,7 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and verify its hashes.
-
-    Raises:
-        ValueError: the checkpoint is not complete, a file is not what the manifest says, or a newer version wrote it.
-    """
+    """Read a checkpoint, or raise ValueError where it is not complete, or of a newer version."""
     if not is_complete(path):
         raise ValueError(f"{path} is not a complete checkpoint")
     best = path / "best.safetensors"
@@ -132,17 +113,6 @@ def read_state(path: Path) -> State:
     return State(**read_mapping(path / _PROGRESS))
 
 
-def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
-    """Read the checkpoint to resume from, see `checkpoint_to_resume`; None where there is none."""
-    path = checkpoint_to_resume(folder, resume)
-    if path is None:
-        return None
-    checkpoint = read_checkpoint(path)
-    if resume != "auto":
-        checkpoint.state.origin = _origin(resume)
-    return checkpoint
-
-
 def checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
     """Return where a run goes on: None for "never", the newest checkpoint in `folder` for "auto".
 
@@ -151,11 +121,12 @@ def checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
     """
     if resume in ("auto", "never"):
         return latest_checkpoint(folder) if resume == "auto" else None
-    return latest_checkpoint(folder, _origin(resume)) or Path(resume)
+    return latest_checkpoint(folder, origin_of(resume)) or Path(resume)
 
 
-def _origin(path: str) -> str:
-    return str(Path(path).resolve())
+def origin_of(resume: str) -> str | None:
+    """Return what the state of a run records of the checkpoint that it began with, None for none."""
+    return None if resume in ("auto", "never") else str(Path(resume).resolve())
 
 
 def latest_checkpoint(folder: Path, origin: str | None = None) -> Path | None:
@@ -178,11 +149,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether there is a manifest and every file that it lists has the listed hash.
-
-    Raises:
-        ValueError: a newer version wrote it.
-    """
+    """Whether there is a manifest and every file has the hash in it; ValueError where a newer version wrote it."""
     try:
         manifest = read_mapping(path / _MANIFEST)
         written = int(manifest.get("format", 1))
@@ -205,13 +172,9 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:  # Python 3.10
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
+        digest = sha_fileobj(file)
         os.fsync(file.fileno())
-        return digest.hexdigest()
+    return digest.hex()
 
 
 def _fsync(folder: Path) -> None:

@@ -76,9 +76,7 @@ def main(script: str, description: str, recipe: str) -> None:
         description: Its docstring, for --help.
         recipe: Its default recipe.
 
-    Exits with one line on standard error: with status 2 where the settings, the data or the output folder are wrong,
-    with 1 where the loss is not finite or a checkpoint cannot be written, and with 143 or 130 where SIGTERM or Ctrl-C
-    stopped it, after saving.
+    Exits as `one_line_errors` does where it cannot train to the end.
     """
     prog = Path(script).name
     with ExitStack() as held:

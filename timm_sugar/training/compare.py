@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,7 @@ from ..settings import TrainConfig, names_of, to_flags
 from ..surrogates import get_surrogate
 from .cells import Cell, last_line, run, summary_of
 from .config import load_config
+from .folder import read_record
 from .images import open_source
 from .network import build_network, check_names
 from .pretrained import find_initial
@@ -32,29 +33,26 @@ _VARIED = ("seed", "lr", "surrogate", "alpha", "act_layer", "convert")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A grid of runs in a folder: each activation with each learning rate and seed.
+    """A grid of runs in a folder: each activation with each learning rate and seed."""
 
-    Attributes:
-        folder: Holds compare.json and, as seedN/ACTIVATION-lrRATE, the runs.
-        baseline: The network's own activation, by name; "relu" for one that has SUGAR by itself.
-        surrogates: Of the SUGAR networks.
-        rates, seeds: Of each of them.
-        cells: The runs by activation, rate and seed, all of the first seed first.
-        class_names: In the order of the logits.
-    """
-
-    folder: Path
-    baseline: str
+    folder: Path  # holds compare.json and, as seedN/ACTIVATION-lrRATE, the runs
+    baseline: str  # the network's own activation, by name; "relu" for one that has SUGAR by itself
     surrogates: tuple[str, ...]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    cells: dict[tuple[str, float, int], Cell]
+    cells: dict[tuple[str, float, int], Cell]  # by activation, rate and seed, all of the first seed first
     class_names: tuple[str, ...]
 
     @property
     def activations(self) -> list[str]:
         """The names of what is compared, the baseline first."""
         return [self.baseline, *(f"sugar_{name}" for name in self.surrogates)]
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """What compare.json says of it, from which it is extended."""
+        axes = {name: list(getattr(self, name)) for name in ("surrogates", "rates", "seeds")}
+        return {"baseline": self.baseline} | axes
 
     def train(self, jobs: int | None = None, minutes: float = math.inf) -> dict[Cell, str]:
         """Train what is not finished; see `timm_sugar.training.cells.run`. A loss that is not finite is no failure."""
@@ -127,28 +125,15 @@ def plan(
                 settled, argv = config_of(extra | place)
                 cells[activation, rate, seed] = Cell(name, settled, ("-m", "timm_sugar.training", *argv))
     found = Comparison(folder, baseline, tuple(names), tuple(lrs), tuple(range(count)), cells, source.class_names)
-    _check_data(found, fingerprint(source))
+    data = fingerprint(source)
     for cell in cells.values():
+        run_folder = cell.config.folder
+        if (read_record(run_folder) or {}).get("data_fingerprint") not in (None, data):
+            raise ValueError(f"{run_folder} was trained on other data than {config.data} is now; give another --output")
         summary_of(cell)  # raises where its settings were others
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / FILE, json.dumps(before | {"grid": _grid(found)}) + "\n")
+    write_file(folder / FILE, json.dumps(before | {"grid": found.grid}) + "\n")
     return found
-
-
-def _grid(comparison: Comparison) -> dict[str, Any]:
-    axes = {name: list(getattr(comparison, name)) for name in ("surrogates", "rates", "seeds")}
-    return {"baseline": comparison.baseline} | axes
-
-
-def _check_data(comparison: Comparison, now: Mapping[str, Any]) -> None:
-    """Raise ValueError where a run was trained on other data than there is now."""
-    for cell in comparison.cells.values():
-        path = cell.config.folder / "config.yaml"
-        before = read_mapping(path).get("data_fingerprint") if path.is_file() else None
-        if before is not None and before != now:
-            raise ValueError(
-                f"{cell.config.folder} was trained on other data than {cell.config.data} is now; give another --output"
-            )
 
 
 def _diverged(cell: Cell) -> bool:
@@ -204,7 +189,7 @@ def table(comparison: Comparison) -> dict[str, Any]:
             row |= paired([test - other for test, other in zip(tests, base, strict=True)])
         rows.append(row)
     found: dict[str, Any] = dict(
-        grid=_grid(comparison), done=len(done), runs=len(settled), seeds=seeds,
+        grid=comparison.grid, done=len(done), runs=len(settled), seeds=seeds,
         test_images=next((run["test_images"] for run in settled.values() if run), 0),
         classes=list(comparison.class_names), rows=rows,
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """Recipes and the command line: YAML over the defaults, flags over both."""
 
 import argparse
-import dataclasses
 import re
 import typing
 from collections.abc import Hashable, Sequence
@@ -23,8 +22,7 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
 
     Args:
         argv: Arguments after the program's name.
-        prog: The program's name for --help.
-        description: What it trains, for --help.
+        prog, description: The program's name, and what it trains, for --help.
         recipe: The default one.
 
     Raises:
@@ -106,27 +104,26 @@ def _names() -> list[str]:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting, under the heading of its group."""
     kinds, groups = setting_types(), {}
-    for spec in dataclasses.fields(TrainConfig):
-        known = all_settings()[spec.name]
+    for name, known in all_settings().items():
         if known.group not in groups:
             groups[known.group] = parser.add_argument_group(known.group)
-        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-        shown = f" (default {default})" if default not in (None, [], {}) else ""
+        default = getattr(TrainConfig, name, None)  # an empty list or dictionary is no attribute of the class
+        shown = "" if default is None else f" (default {default})"
         if known.otherwise is not None:
             shown = f" (default: of the pretrained weights, else {known.otherwise})"
-        base = without_none(kinds[spec.name])
+        base = without_none(kinds[name])
         options: dict[str, Any] = dict(default=None, help=known.help.replace("%", "%%") + shown)
         if base is bool:
             options |= dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(base) in (list, dict):
-            options |= dict(nargs="*", metavar=known.metavar or spec.name[0].upper())
+            options |= dict(nargs="*", metavar=known.metavar or name[0].upper())
         elif typing.get_origin(base) is Literal:
             options |= dict(metavar="{" + ",".join(typing.get_args(base)) + "}")
         else:
             options |= dict(metavar=known.metavar or base.__name__.upper())
         if known.bare is not None:
             options |= dict(nargs="?", const=known.bare)
-        groups[known.group].add_argument("--" + spec.name.replace("_", "-"), **options)
+        groups[known.group].add_argument("--" + name.replace("_", "-"), **options)
 
 
 def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:

@@ -32,10 +32,7 @@ def place_images(images: Images, device: torch.device) -> None:
 class HostCopy:
     """The value of a tensor on the host as of the last copy that has arrived; nothing waits for the device.
 
-    On the CPU that is the last one made.
-
-    Args:
-        tensor: Of the shape, dtype and device of those to come; the first value.
+    On the CPU that is the last one made. The first tensor has the shape, dtype and device of those to come.
     """
 
     def __init__(self, tensor: Tensor):

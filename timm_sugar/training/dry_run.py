@@ -1,5 +1,6 @@
 """--dry-run and --eval-only: estimate the cost of a run, or evaluate its weights, without training."""
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,12 @@ _BATCH = 64
 
 
 def dry_run(run: Run) -> dict[str, Any]:
-    """Time two training steps and one evaluation batch and extrapolate to the whole run; write nothing.
-
-    Returns:
-        steps_per_epoch, epochs, seconds_per_epoch (training and validation, from the second step), seconds (of all
-        epochs and the test), peak_memory_bytes so far, and disk_bytes at most (checkpoints and the packaged model).
-    """
-    config, steps = run.config, train_steps(run, State())
-    next(steps)
-    _wait(run)
+    """Time two training steps and one evaluation batch, and return what the whole run will take; write nothing."""
+    config = run.config
+    steps = itertools.chain(train_steps(run, State()), train_steps(run, State()))  # an epoch may be a single step
+    next(steps)[0].item()  # waits for the device
     began = time.perf_counter()
-    last = next(steps, None)  # an epoch may be a single step
-    if last is None:
-        began, last = time.perf_counter(), next(train_steps(run, State()))
-    last[0].item()
+    next(steps)[0].item()
     step_seconds = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -40,6 +33,7 @@ def dry_run(run: Run) -> dict[str, Any]:
     evaluate_batches(run.evaluated, run.images.test.batches([list(range(count))]), mean, std, shared=False)
     image_seconds = (time.perf_counter() - began) / count
     share = 1 / run.accelerator.num_processes
+    # Training, from the second step, and validation.
     epoch_seconds = run.steps_per_epoch * step_seconds + image_seconds * share * run.images.sizes["val"]
 
     weights = _bytes(run.evaluated.state_dict().values())
@@ -56,13 +50,8 @@ def dry_run(run: Run) -> dict[str, Any]:
 
 
 def evaluate_only(run: Run) -> dict[str, Any]:
-    """Evaluate the packaged weights in OUTPUT, else the best of the newest checkpoint, or those of --resume.
-
-    Raises:
-        ValueError: there are no weights, or they do not fit the model.
-    """
-    weights = from_main_process(_best_weights(run) if run.accelerator.is_main_process else None)
-    path, tensors = weights
+    """Evaluate the packaged weights in OUTPUT, else the best of the newest checkpoint, or those of --resume."""
+    path, tensors = from_main_process(_best_weights, run)
     try:
         run.evaluated.load_state_dict(tensors)
     except RuntimeError as error:
@@ -86,11 +75,6 @@ def _best_weights(run: Run) -> tuple[Path, dict[str, torch.Tensor]]:
         raise ValueError(f"{run.config.folder} holds neither a packaged model nor a checkpoint to evaluate")
     checkpoint = read_checkpoint(path)
     return path, checkpoint.best or checkpoint.weights
-
-
-def _wait(run: Run) -> None:
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _bytes(tensors: Any) -> int:

@@ -24,18 +24,9 @@ def evaluate_split(
     after_batch: Callable[[], None] | None,
     name: str,
 ) -> dict[str, Any]:
-    """Evaluate a network on a split: loss, accuracy, on "test" by class too, dead units and sparsity.
+    """Return the metrics (see `timm_sugar.metrics`) of "val" or "test" over all processes, of "test" by class too.
 
-    Args:
-        network: In eval mode.
-        images: Each process holds its shard.
-        accelerator: Of the run.
-        workers: Loader processes for images that are not held in memory.
-        after_batch: Called equally often in every process, so it may synchronise.
-        name: "val" or "test".
-
-    Returns:
-        The metrics (see `timm_sugar.metrics`) over all processes.
+    `after_batch` is called equally often in every process, so it may synchronise.
     """
     split: Any = getattr(images, name)
     cuda = accelerator.device.type == "cuda"
@@ -43,17 +34,19 @@ def evaluate_split(
     # The same number of batches in each process; the last may be empty.
     count = math.ceil(math.ceil(images.sizes[name] / accelerator.num_processes) / size)
     indices = torch.arange(len(split), device=split.labels.device)
-    batches = split.batches([indices[i * size : (i + 1) * size] for i in range(count)], workers, pin_memory=cuda)
+    order = [indices[i * size : (i + 1) * size] for i in range(count)]
+    batches = split.batches(order, workers, pin_memory=cuda)
     mean, std = images.data_config["mean"], images.data_config["std"]
     classes = images.class_names if name == "test" else ()
     with count_units(network) as units:
         result = evaluate_batches(network, batches, mean, std, True, after_batch, len(classes))
     if accelerator.num_processes > 1:
         units.add_up_processes(accelerator.device)
-    by_class: dict[str, Any] = {"test_confusion": result.confusion} if classes else {}
+    found: dict[str, Any] = {}
     if classes:
-        by_class["test_class_top1"] = dict(zip(classes, result.class_top1, strict=True))
-    return by_class | {
+        found["test_confusion"] = result.confusion
+        found["test_class_top1"] = dict(zip(classes, result.class_top1, strict=True))
+    return found | {
         f"{name}_loss": result.loss,
         f"{name}_top1": result.top1,
         f"{name}_top5": result.top5,

@@ -27,27 +27,10 @@ def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> st
 
 
 def check_first_step(
-    config: TrainConfig,
-    network: nn.Module,
-    model: nn.Module,
-    images: Images,
-    accelerator: Accelerator,
-    all_reduce_max: AllReduceMax,
+    config: TrainConfig, model: nn.Module, images: Images, accelerator: Accelerator, all_reduce_max: AllReduceMax
 ) -> None:
-    """Compare the gradients of the model that is stepped with those of its surrogate, on a training batch.
-
-    Args:
-        config: The run's settings.
-        network: Holds the weights.
-        model: The same as accelerate and torch.compile wrap it.
-        images: Of the run; the first batch of its first epoch is taken, without Mixup.
-        accelerator: Whose autocast and processes the steps have.
-        all_reduce_max: For the decision that all processes take.
-
-    Raises:
-        ValueError: on every process, where they differ on any.
-    """
-    if not any(isinstance(module, Sugar) for module in network.modules()):
+    """Raise ValueError, on every process, where gradients in the first batch are not the surrogate's on any."""
+    if not any(isinstance(module, Sugar) for module in model.modules()):
         return
     order = epoch_order(config.seed, 0, len(images.train))[accelerator.process_index :: accelerator.num_processes]
     inputs, _ = next(training_batches(config, images, accelerator.device, 0, [order[: config.batch_size]]))

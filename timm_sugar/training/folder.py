@@ -26,10 +26,11 @@ from .checkpoint import (
     Checkpoint,
     State,
     checkpoint_to_resume,
-    find_checkpoint,
     is_complete,
     latest_checkpoint,
     list_checkpoints,
+    origin_of,
+    read_checkpoint,
     read_state,
 )
 from .images import Images
@@ -44,11 +45,7 @@ _DESCRIPTIONS = (  # of a run, by timm-sugar's commands and trackers
 
 
 def check_writable(output: Path) -> None:
-    """Create the run's folder, and remove what killed processes left of their attempts to write its files.
-
-    Raises:
-        ValueError: it cannot be written to.
-    """
+    """Create the run's folder, and remove what killed processes left there; raise ValueError if it is not writable."""
     if not process_state().is_main_process:
         return
     try:
@@ -62,27 +59,14 @@ def check_writable(output: Path) -> None:
 
 
 def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the summary of a finished run; None if it is unfinished, has no model, or `resume` is "never".
-
-    Raises:
-        ValueError: the folder, or the checkpoint that `resume` names, is of a run with other settings.
-    """
-    state = process_state()
-    found: tuple[dict[str, Any] | None, str | None] = None, None
-    if state.is_main_process and config.resume != "never":
-        try:
-            found = read_finished(config, state.num_processes), None
-        except ValueError as error:
-            found = None, str(error)
-    summary: dict[str, Any] | None
-    summary, problem = from_main_process(found)
-    if problem:
-        raise ValueError(problem)
-    return summary
+    """Return the summary of a finished run, in every process; None if it is unfinished or has no model."""
+    return from_main_process(read_finished, config, process_state().num_processes)
 
 
 def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
-    """The same for a run of `processes` processes, callable from any process."""
+    """As `finished_summary`, in one process; ValueError where a run there, or at `resume`, has other settings."""
+    if config.resume == "never":
+        return None
     output, settings = config.folder, dataclasses.asdict(config) | {"processes": processes}
     before = _read_settings(output)
     check_unchanged(str(output), before, settings)
@@ -107,11 +91,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _read_settings(output: Path) -> dict[str, Any]:
-    """Return the settings of the run in OUTPUT, of its newest checkpoint where config.yaml is gone, {} for no run.
-
-    Raises:
-        ValueError: there are results of unknown settings.
-    """
+    """Return the settings of the run in OUTPUT, of its newest checkpoint where config.yaml is gone, {} for no run."""
     record = read_record(output)
     if record is not None:
         return record
@@ -126,9 +106,7 @@ def _read_settings(output: Path) -> dict[str, Any]:
 
 def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
     """Return the settings with the mean and standard deviation that the run in OUTPUT was trained with."""
-    before = read_record(config.folder)
-    if before is None:
-        return config
+    before = read_record(config.folder) or {}
     mean, std = config.mean or before.get("mean"), config.std or before.get("std")
     return dataclasses.replace(config, mean=mean, std=std)
 
@@ -140,36 +118,31 @@ def read_record(output: Path) -> dict[str, Any] | None:
 
 
 def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the settings of a run, and its data where that is known, with those it was started with.
+    """Raise ValueError where a setting of a run, or its data, that changes the result is not as it was started with.
 
     Data whose fingerprint is recorded may have moved: their name is not compared, only their fingerprint, once it is
     known of both.
-
-    Raises:
-        ValueError: one that changes the result differs; the message names it.
     """
     data, found = (record.get("data_fingerprint") or {} for record in (before, now))
     changed = [f"{name}={data[name]}, not {found[name]}" for name in data if data[name] != found.get(name, data[name])]
     if changed:
         raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {_REMEDY}")
-    usual = defaults() if before else {}
+    known = defaults() | before if before else {}  # a setting that the run's version did not have yet is as usual
     # What is given comes before what is left open on account of it.
     for name in sorted((*names_of("data", "result"), "processes"), key=lambda name: now[name] is None):
-        if (name not in before and name not in usual) or (name == "data" and data):
-            continue
-        was = before.get(name, usual.get(name))  # a setting that the run's version did not have yet
         not_resolved = now[name] is None and name in before.get("left_open", ())
-        if not not_resolved and now[name] != was:
-            raise ValueError(f"{where} holds a run with {name}={was}, not {now[name]}; {_REMEDY}")
+        if name not in known or not_resolved or (name == "data" and data):
+            continue
+        if now[name] != known[name]:
+            raise ValueError(f"{where} holds a run with {name}={known[name]}, not {now[name]}; {_REMEDY}")
     ways = before.get("gradients"), now.get("gradients")
     if None not in ways and ways[0] != ways[1]:
         warnings.warn(f"{where}: gradients were computed by {ways[0]}, from here on by {ways[1]}", stacklevel=2)
 
 
-def write_record(output: Path, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
-    """Write OUTPUT/config.yaml and OUTPUT/metrics.jsonl."""
+def write_record(output: Path, settings: dict[str, Any]) -> None:
+    """Write OUTPUT/config.yaml."""
     write_file(output / "config.yaml", to_yaml(settings | {"versions": versions()}))
-    write_metrics(output, metrics)
 
 
 def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
@@ -193,42 +166,33 @@ def summarize(config: TrainConfig, network: nn.Module, images: Images, **measure
     )
 
 
-def write_result(
-    output: Path, config: TrainConfig, network: nn.Module, images: Images, summary: dict[str, Any]
-) -> None:
+def write_result(config: TrainConfig, network: nn.Module, images: Images, summary: dict[str, Any]) -> None:
     """Write OUTPUT/model, then OUTPUT/summary.json, which marks the run as finished."""
+    output, architecture = config.folder, config.model.split(".")[0]
     card = summary | {"settings": {name: getattr(config, name) for name in names_of("data", "result")}}
-    architecture = config.model.split(".")[0]
     write_model_folder(output / "model", network, architecture, images.class_names, images.data_config, card)
     write_file(output / "summary.json", to_json(summary) + "\n")
 
 
-def start_or_resume(
-    output: Path, resume: str, settings: dict[str, Any], step: Callable[[State], int]
-) -> Checkpoint | None:
+def start_or_resume(config: TrainConfig, settings: dict[str, Any], step: Callable[[State], int]) -> Checkpoint | None:
     """Return the checkpoint that the run goes on from, None where it starts, with what is of another history set aside.
 
-    Args:
-        output: The run's folder.
-        resume: "auto", "never" or a checkpoint's folder.
-        settings: Of this run, compared with those that the folder and the checkpoint are of.
-        step: Gives the step of a state.
-
-    Raises:
-        ValueError: see `check_unchanged`.
+    `step` gives the step of a state.
     """
-    found: tuple[dict[str, Any], Checkpoint | None] = {}, None
-    if process_state().is_main_process:  # the others may be on machines that do not see the folder
+    output, resume = config.folder, config.resume
+
+    def find() -> tuple[dict[str, Any], Checkpoint | None]:
         if resume == "never":
             described = sorted(path for pattern in _DESCRIPTIONS for path in output.glob(pattern))
             # The settings last: cut short, what is still there is of one run.
             names = (output / name for name in (*_RESULTS, "checkpoints"))
             _set_aside(output, "the earlier run", (*names, *described, output / "config.yaml"))
-        found = _read_settings(output), find_checkpoint(output / "checkpoints", resume)
-    record: dict[str, Any]
-    checkpoint: Checkpoint | None
-    record, checkpoint = from_main_process(found)
+        path = checkpoint_to_resume(output / "checkpoints", resume)
+        return _read_settings(output), None if path is None else read_checkpoint(path)
+
+    record, checkpoint = from_main_process(find)  # the others may be on machines that do not see the folder
     state = State() if checkpoint is None else checkpoint.state
+    state.origin = origin_of(resume) or state.origin
     check_unchanged(str(output), record, settings)
     check_unchanged(str(output) if resume == "auto" else resume, state.settings, settings)
     if process_state().is_main_process:

@@ -40,29 +40,17 @@ _STATISTICS_SAMPLE = 10_000
 
 @dataclass
 class Images:
-    """Training, validation and test images of a run.
+    """Training, validation and test images of a run."""
 
-    Attributes:
-        class_names: In the order of the logits.
-        data_config: timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved.
-        train: All training images; those in memory are not augmented yet.
-        val: This process's shard of the validation images; None if there is no validation.
-        test: This process's shard of the test images.
-        sizes: Number of images of train, val and test, over all processes.
-        bad: Number of images left out because they cannot be decoded.
-        fingerprint: Fingerprint of the data, see `timm_sugar.data.fingerprint`.
-        crop_flip: How the training images in memory are augmented; None if they are not.
-    """
-
-    class_names: tuple[str, ...]
-    data_config: dict[str, Any]
-    train: Split
-    val: Split | None
-    test: Split
-    sizes: dict[str, int]
-    bad: int
-    fingerprint: dict[str, int | str]
-    crop_flip: CropFlip | None
+    class_names: tuple[str, ...]  # in the order of the logits
+    data_config: dict[str, Any]  # timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved
+    train: Split  # all training images; those in memory are not augmented yet
+    val: Split | None  # this process's shard; None if there is no validation
+    test: Split  # this process's shard
+    sizes: dict[str, int]  # images of train, val and test, over all processes
+    bad: int  # images left out because they cannot be decoded
+    fingerprint: dict[str, int | str]  # see `timm_sugar.data.fingerprint`
+    crop_flip: CropFlip | None  # how the training images in memory are augmented; None if they are not
 
 
 def open_source(config: TrainConfig, warn: bool = True) -> Source:
@@ -75,25 +63,19 @@ def open_source(config: TrainConfig, warn: bool = True) -> Source:
 
 
 def load_images(config: TrainConfig, source: Source, rank: int, processes: int) -> Images:
-    """Split the images, decode those that fit into `memory_limit`, and resolve mean and standard deviation.
-
-    Raises:
-        ValueError: there are too few images for a step or for validation, an image cannot be decoded, or the
-            processes do not have the same data.
-    """
+    """Split the images, decode those that fit into `memory_limit`, and resolve mean and standard deviation."""
     source = with_digests(source)
     found = fingerprint(source)
     first, *others = gather_object([found])
     for process, other in enumerate(others, 1):
         differs = [f"{name}={first[name]} and {other[name]}" for name in first if other[name] != first[name]]
         if differs:
-            raise ValueError(
-                f"processes 0 and {process} do not have the same data {source.name!r}: {'; '.join(differs)}"
-            )
+            what = f"processes 0 and {process} do not have the same data {source.name!r}"
+            raise ValueError(f"{what}: {'; '.join(differs)}")
     parts = _split(config, source, warn=rank == 0)
     _check_sizes(config, len(parts["train"]), processes)
     sizes = {name: len(part) for name, part in parts.items()}
-    shares = {name: parts[name].subset(np.arange(rank, sizes[name], processes)) for name in ("val", "test")}
+    parts |= {name: parts[name].subset(np.arange(rank, sizes[name], processes)) for name in ("val", "test")}
     data_config: dict[str, Any] = dict(
         input_size=(3, config.img_size, config.img_size),
         interpolation=config.interpolation,
@@ -101,14 +83,15 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         crop_mode="center",
     )
     evaluation = eval_transform(data_config)
-    augmented = config.crop != "none" or any((config.hflip, config.color_jitter, config.auto_augment, config.re_prob))
-    crop_flip = _crop_flip(config) if augmented else None
+    by_image = config.crop == "resized" or any((config.color_jitter, config.auto_augment, config.re_prob))
+    by_batch = not by_image and (config.crop == "padded" or config.hflip > 0)
     room = config.memory_limit * 2**30
     cache = ArrayCache(config.cache_limit * 2**30, *([partial(print, file=sys.stderr)] if rank == 0 else []))
     pixels: dict[str, Tensor | None] = {}
-    for name, part in {**shares, "train": parts["train"]}.items():
+    for name in ("val", "test", "train"):  # in the order in which they get memory
+        part = parts[name]
         room -= len(part) * 3 * config.img_size**2
-        held = room >= 0 and len(part) > 0 and not (name == "train" and augmented and crop_flip is None)
+        held = room >= 0 and len(part) > 0 and not (name == "train" and by_image)
         title = f"decoding {name} images" if rank == 0 else None
         # A padded crop is one of the whole image.
         whole = data_config | {"crop_pct": 1.0} if name == "train" and config.crop == "padded" else data_config
@@ -119,45 +102,38 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
         title = "measuring mean and standard deviation" if rank == 0 else None
-        measured = _statistics(parts["train"], None if augmented else pixels["train"], data_config, cache, title)
+        measured = _statistics(
+            parts["train"], None if by_image or by_batch else pixels["train"], data_config, cache, title
+        )
     data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
-    transforms = dict(val=evaluation, test=evaluation, train=evaluation)
-    if augmented:
+    splits = {
+        name: Split(torch.from_numpy(part.labels), pixels[name], part, evaluation) for name, part in parts.items()
+    }
+    if by_image or by_batch:
         names = ("crop", "hflip", "color_jitter", "auto_augment", "re_prob", "re_mode", "re_count")
-        transforms["train"] = train_transform(data_config, **{name: getattr(config, name) for name in names})
-    train, val, test = (
-        Split(torch.from_numpy(part.labels), pixels[name], part, transforms[name])
-        for name, part in (("train", parts["train"]), *shares.items())
-    )
+        splits["train"].transform = train_transform(data_config, **{name: getattr(config, name) for name in names})
+    crop_flip = CropFlip(4 if config.crop == "padded" else 0, config.hflip) if by_batch else None
+    val = splits["val"] if sizes["val"] else None
     return Images(
-        source.class_names, data_config, train, val if sizes["val"] else None, test, sizes, source.bad_images, found,
+        source.class_names, data_config, splits["train"], val, splits["test"], sizes, source.bad_images, found,
         crop_flip,
     )  # fmt: skip
 
 
-def _crop_flip(config: TrainConfig) -> CropFlip | None:
-    """Return the augmentation of whole batches that does what the settings ask for; None if there is none."""
-    if config.crop == "resized" or any((config.color_jitter, config.auto_augment, config.re_prob)):
-        return None
-    return CropFlip(4 if config.crop == "padded" else 0, config.hflip)
-
-
 def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, LabelledImages]:
     train, val = split_validation(source.train, config.val_fraction, config.split_seed)
-    test = source.test
-    if config.limit_train is not None:
-        train = train.subset(stratified_sample(train.labels, config.limit_train, config.split_seed))
-    if config.limit_val is not None:
-        val = val.subset(stratified_sample(val.labels, config.limit_val, config.split_seed))
-    if config.limit_test is not None:
-        test = test.subset(stratified_sample(test.labels, config.limit_test, config.split_seed))
-    if config.val_fraction and not len(val):
+    parts = dict(train=train, val=val, test=source.test)
+    for name, part in parts.items():
+        limit = getattr(config, f"limit_{name}")
+        if limit is not None:
+            parts[name] = part.subset(stratified_sample(part.labels, limit, config.split_seed))
+    if config.val_fraction and not len(parts["val"]):
         raise ValueError(f"val_fraction {config.val_fraction} of {len(source.train)} images leaves none to validate on")
-    for name, part in (("training", train), ("validation", val)):
-        missing = np.setdiff1d(source.train.labels, part.labels)
-        if warn and len(part) and len(missing):
-            warnings.warn(f"no {name} image of {listed([source.class_names[m] for m in missing])}", stacklevel=2)
-    return dict(train=train, val=val, test=test)
+    for name, what in (("train", "training"), ("val", "validation")):
+        missing = np.setdiff1d(source.train.labels, parts[name].labels)
+        if warn and len(parts[name]) and len(missing):
+            warnings.warn(f"no {what} image of {listed([source.class_names[m] for m in missing])}", stacklevel=2)
+    return parts
 
 
 def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:

@@ -38,16 +38,9 @@ def check_names(config: TrainConfig) -> None:
 
 
 def build_network(config: TrainConfig, source: Source, initial: Initial | None = None) -> nn.Module:
-    """Build the network with weights that depend on the seed only, and run one image of zeros through it.
+    """Build the network with weights that depend on the seed only, and try it on one image, and in a training step.
 
-    Args:
-        config: The run's settings, complete.
-        source: Its data.
-        initial: What it starts from, which decides the activation and arguments that the settings leave open.
-
-    Raises:
-        ValueError: it does not take these arguments, the classes of the data or images of this size, or a step with
-            them does not work.
+    What it starts from decides the activation and arguments that the settings leave open.
     """
     torch.manual_seed(config.seed)
     classes = len(source.class_names)
@@ -78,8 +71,9 @@ def build_network(config: TrainConfig, source: Source, initial: Initial | None =
         with torch.no_grad():
             logits = network.eval()(image)
     except Exception as error:
-        message = f"model {config.model} does not take images of img_size {config.img_size}: {_reason(error)}"
-        raise ValueError(message) from error
+        raise ValueError(
+            f"model {config.model} does not take images of img_size {config.img_size}: {_reason(error)}"
+        ) from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (1, classes):
         raise ValueError(f"model {config.model} does not give a logit for each of {classes} classes, but {shape}")
@@ -114,21 +108,19 @@ def _builds(model: str, arguments: dict[str, Any]) -> bool:
 def _try_training(config: TrainConfig, network: nn.Module) -> None:
     """Raise ValueError where a copy of the network cannot be trained on images of noise."""
     trial, count = copy.deepcopy(network).train(), min(config.batch_size, 2)
+    problem = f"model {config.model} cannot be trained with"
     try:
         with torch.random.fork_rng(devices=()):
             trial(torch.randn(count, 3, config.img_size, config.img_size)).sum().backward()
     except Exception as error:
-        if count == 1 and "more than 1 value per channel" in str(error) and not config.sync_bn:
-            raise ValueError(
-                f"model {config.model} cannot be trained with batch_size 1 at img_size {config.img_size}: BatchNorm "
-                "would see one value a channel; give it two images or more"
-            ) from error
-        if not (count == 1 and config.sync_bn):
-            raise ValueError(
-                f"model {config.model} cannot be trained with these arguments: {_reason(error)}"
-            ) from error
+        if count == 1 and config.sync_bn:  # of one image BatchNorm has no variance, but of those of all processes
+            return
+        if count == 1 and "more than 1 value per channel" in str(error):
+            one = f"batch_size 1 at img_size {config.img_size}: BatchNorm would see one value a channel"
+            raise ValueError(f"{problem} {one}; give it two images or more") from error
+        raise ValueError(f"{problem} these arguments: {_reason(error)}") from error
     if not all(torch.isfinite(p.grad).all() for p in trial.parameters() if p.grad is not None):
-        raise ValueError(f"model {config.model} cannot be trained with these arguments: its gradients are not finite")
+        raise ValueError(f"{problem} these arguments: its gradients are not finite")
 
 
 def _reason(error: Exception) -> str:
@@ -136,18 +128,11 @@ def _reason(error: Exception) -> str:
 
 
 def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -> torch.optim.Optimizer:
-    """Return timm's optimizer; `lr_scale` multiplies the learning rate.
-
-    Raises:
-        ValueError: a step of it with these settings does not work, or ends in weights that are not finite.
-    """
+    """Return timm's optimizer, or raise ValueError where its steps do not work; `lr_scale` multiplies lr."""
     moments: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
-    settings: dict[str, Any] = dict(
-        opt=config.opt,
-        lr=lr_scale * config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        **{name: value for name, value in moments.items() if value is not None},
+    settings: dict[str, Any] = {name: value for name, value in moments.items() if value is not None}
+    settings |= dict(
+        opt=config.opt, lr=lr_scale * config.lr, weight_decay=config.weight_decay, momentum=config.momentum
     )
     trial = nn.Linear(2, 2)
     try:

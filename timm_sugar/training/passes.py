@@ -17,22 +17,15 @@ _WARM_UP = 3  # passes before a capture, as many as torch's documentation takes
 
 
 class Passes:
-    """Adds the gradients of a batch to those of the network's parameters.
+    """Adds the gradients of a batch to those of the network's parameters, and counts dead `units` in the passes.
 
     A CUDA graph replays the kernels of one forward and backward pass without the host's part in them. What a step does
-    besides is no part of it: batches, random seeds, Mixup, clipping, the optimizer and its schedules.
+    besides is no part of it: batches, random seeds, Mixup, clipping, the optimizer and its schedules. It is captured
+    at the first batch; all batches must be of one shape.
 
     Args:
-        config: The run's settings.
-        network: Holds the weights.
-        model: The same as accelerate and torch.compile wrap it.
-        accelerator: Whose autocast, gradient scaler and accumulation are used.
-        graph: Whether to capture a CUDA graph at the first batch; all batches must be of one shape.
+        network, model: What holds the weights, and the same as accelerate and torch.compile wrap it.
         steps: Of an epoch.
-
-    Attributes:
-        units: Counts dead units in the passes.
-        warm_up: What the first step does before it trains, in words.
     """
 
     def __init__(
@@ -49,7 +42,7 @@ class Passes:
         self.units = TrainingUnits(network, 0 if config.compile or graph else steps * config.grad_accum)
         self.graph = graph
         compiling = "compiling and capturing a CUDA graph" if graph else "compiling"
-        self.warm_up = compiling if config.compile else "training"
+        self.warm_up = compiling if config.compile else "training"  # what the first step does before it trains
         self._network, self._model, self._accelerator = network, model, accelerator
         # Mixup smooths its targets itself.
         self._smoothing = 0.0 if config.mixup or config.cutmix else config.smoothing
@@ -60,14 +53,10 @@ class Passes:
 
     def begin_epoch(self, activation: Activation, steps: int, unit_counts: dict[str, Any] | None) -> None:
         """Begin an epoch with this surrogate and alpha, or go on after so many steps with what was counted in them."""
-        self.set_activation(activation)
-        self.units.begin(steps * self._accumulation, unit_counts)
-
-    def set_activation(self, activation: Activation) -> None:
-        """Give the network's SUGAR activations this surrogate and alpha, which are constants of a graph."""
         if activation != self._activation:
             set_activation(self._network, activation)
-            self._activation, self._captured = activation, None
+            self._activation, self._captured = activation, None  # they are constants of a graph
+        self.units.begin(steps * self._accumulation, unit_counts)
 
     def __call__(self, inputs: Tensor, targets: Tensor, first: bool) -> tuple[Tensor, Tensor]:
         """Return the mean loss, (), and the logits, (B, classes), until the next call.
@@ -78,8 +67,10 @@ class Passes:
             first: Whether it is the first pass of a step. The gradients of the last one are forgotten here, not at its
                 end, where glibc would return their memory to the system, to get it again page by page.
         """
-        if first:
-            self._forget_gradients()
+        if first and not self.graph:
+            self._network.zero_grad()
+        elif first and self._accumulation > 1:
+            self._network.zero_grad(set_to_none=False)  # a graph adds to them where they are
         if self.graph and self._captured is None:
             self._capture(inputs, targets)
         if not self.graph:
@@ -90,12 +81,6 @@ class Passes:
         self._batch[1].copy_(targets)
         self._captured.replay()
         return self._result
-
-    def _forget_gradients(self) -> None:
-        if not self.graph:
-            self._network.zero_grad()
-        elif self._accumulation > 1:
-            self._network.zero_grad(set_to_none=False)  # a graph adds to them where they are
 
     def _run(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._model(inputs)
@@ -134,11 +119,9 @@ def graph_of(config: TrainConfig, accelerator: Accelerator) -> bool:
     """Whether a step of this run can be a CUDA graph; if it is compiled for a GPU and cannot, a warning says why."""
     if not config.compile or accelerator.device.type != "cuda":
         return False
-    why = ""
+    why = "the gradient scaler of fp16 waits for the GPU" if accelerator.scaler is not None else ""
     if accelerator.num_processes > 1:
         why = "of several processes"
-    elif accelerator.scaler is not None:
-        why = "the gradient scaler of fp16 waits for the GPU"
     if why and accelerator.is_main_process:
         warnings.warn(f"compiled without a CUDA graph: {why}", stacklevel=2)
     return not why

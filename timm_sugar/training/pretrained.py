@@ -30,25 +30,15 @@ from .processes import from_main_process, process_state
 
 @dataclass(frozen=True)
 class Initial:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Attributes:
-        source: Where the weights are from, with the commit where they are from the Hub.
-        architecture: Of the network that they are trained in, by name in timm's registry.
-        activation: Surrogate and alpha, or act_layer, that it has unless the settings say another.
-        model_args: Its other arguments, without img_size and num_classes.
-        labels: Names of the classes that the weights' classifier tells apart, () where unknown.
-        classifier: Names of the modules that are the classifier.
-        tensors: The weights; None where the run goes on from a checkpoint, and they are not needed again.
-    """
-
-    source: str
-    architecture: str
-    activation: Activation
-    model_args: dict[str, Any]
-    labels: Sequence[str] = ()
-    classifier: Sequence[str] = ()
-    tensors: dict[str, Tensor] | None = None
+    source: str  # of the weights, with the commit where they are from the Hub
+    architecture: str  # of the network that they are trained in, by name in timm's registry
+    activation: Activation  # that it has unless the settings say another
+    model_args: dict[str, Any]  # its other arguments, without img_size and num_classes
+    labels: Sequence[str] = ()  # names of the classes that the weights' classifier tells apart, () where unknown
+    classifier: Sequence[str] = ()  # names of the modules that are the classifier
+    tensors: dict[str, Tensor] | None = None  # None where the run goes on from a checkpoint
 
     @property
     def record(self) -> dict[str, Any]:
@@ -66,36 +56,27 @@ _OF_NETWORK = (
 
 
 def find_initial(config: TrainConfig) -> tuple[TrainConfig, Initial | None]:
-    """Return the settings, with what is open as the weights say it, and what the run starts from; None for nothing.
-
-    Raises:
-        ValueError, OSError: there are no such weights, in one line that says what there is.
-    """
+    """Return the settings, with what is open as the weights say it, and what the run starts from; None for nothing."""
     if config.pretrained is None and config.initial_checkpoint is None:
         return config, None
-    before = from_main_process(_recorded(config) if process_state().is_main_process else None)
+    before = from_main_process(_recorded, config)
     if before is not None and "weights" in before:
         found = dict(before["weights"])
         found["activation"] = Activation(**found["activation"])
         return _fill(config, before), Initial(**found)
     try:
         cfg, initial = _locate(config)
-        if config.img_size is None and len({*cfg["input_size"][1:]}) > 1:
-            raise ValueError(
-                f"they are of images of {cfg['input_size'][1:]} pixels, which are not square; give img_size"
-            )
-        said = {"model": initial.architecture, "img_size": cfg["input_size"][-1]}
-        said |= {name: cfg.get(name) for name in ("interpolation", "crop_pct")}
-        said |= {name: list(cfg[name]) for name in ("mean", "std")}
-        filled = _fill(config, said)
+        _, height, width = cfg["input_size"]
+        if config.img_size is None and height != width:
+            raise ValueError(f"they are of images of {height, width} pixels, which are not square; give img_size")
+        filled = _fill(config, cfg | {"model": initial.architecture, "img_size": width})
         return filled, _load(filled, initial, cfg)
     except Exception as error:  # whatever timm, huggingface_hub, torch and their transports raise
         source = config.pretrained or config.initial_checkpoint
         reason = " ".join(str(error).split()) or type(error).__name__
         if "loading state_dict" in reason:  # torch names every tensor
-            reason = (
-                f"it does not hold the weights of {config.model or 'its model'}: {reason.partition(': ')[2][:200]} ..."
-            )
+            missing = reason.partition(": ")[2]
+            reason = f"it does not hold the weights of {config.model or 'its model'}: {missing[:200]} ..."
         raise ValueError(f"cannot start from {source}: {reason}") from error
 
 
@@ -121,21 +102,16 @@ def _locate(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
     given = str(config.pretrained)
     source = given if given.startswith(("hf-hub:", "local-dir:")) else find_model(given).source
     name, tag = split_model_name_tag(source)
-    if ":" in source or is_own(name):
-        found = read_config(source if ":" in source else find_weights(name, tag or None))
-        cfg = found.pretrained_cfg
-        arguments = {key: value for key, value in found.model_args.items() if key not in ("img_size", "num_classes")}
-        initial = Initial(found.source, found.architecture, found.activation, arguments)
-        if ":" not in source:
-            initial = dataclasses.replace(initial, source=Path(found.source).name.partition("@")[0])
-        elif cfg["source"] == "hf-hub":
-            initial = dataclasses.replace(initial, source=f"hf-hub:{cfg['hf_hub_id']}")
-        cfg = _registered(found.architecture) | cfg  # a folder may leave out what its architecture says
-        cfg["fixed_input_size"] |= "img_size" in found.model_args  # not so of networks that take other sizes too
-    else:
+    if ":" not in source and not is_own(name):
         cfg = _of_timm(source)
-        initial = Initial(f"{name}.{cfg['tag']}" if cfg.get("tag") else name, name, Activation(), {})
-    return cfg, dataclasses.replace(initial, labels=tuple(cfg.get("label_names") or ()))
+        return cfg, Initial(f"{name}.{cfg['tag']}" if cfg.get("tag") else name, name, Activation(), {})
+    found = read_config(source if ":" in source else find_weights(name, tag or None))
+    cfg = _registered(found.architecture) | found.pretrained_cfg  # a folder may leave out what its architecture says
+    cfg["fixed_input_size"] |= "img_size" in found.model_args  # not so of networks that take other sizes too
+    place = f"hf-hub:{cfg['hf_hub_id']}" if cfg["source"] == "hf-hub" else found.source
+    place = place if ":" in source else Path(found.source).name.partition("@")[0]
+    arguments = {key: value for key, value in found.model_args.items() if key not in ("img_size", "num_classes")}
+    return cfg, Initial(place, found.architecture, found.activation, arguments)
 
 
 def _registered(architecture: str) -> dict[str, Any]:
@@ -145,11 +121,7 @@ def _registered(architecture: str) -> dict[str, Any]:
 
 
 def _of_timm(name: str) -> dict[str, Any]:
-    """Return timm's pretrained_cfg of one of its models.
-
-    Raises:
-        ValueError: it has no such tag, or no weights.
-    """
+    """Return timm's pretrained_cfg of one of its models, or raise ValueError where it has no such tag or no weights."""
     cfgs = get_arch_pretrained_cfgs(name)
     having = [known for known, cfg in cfgs.items() if cfg.has_weights]
     wanted = timm.get_pretrained_cfg(name) if "." not in name or name in cfgs else None
@@ -160,7 +132,7 @@ def _of_timm(name: str) -> dict[str, Any]:
 
 
 def _file(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
-    """The same for a file of weights: of its images nothing is known but what the architecture usually takes."""
+    """As `_locate` for a file of weights: of its images, what the architecture usually takes is all that is known."""
     path = Path(str(config.initial_checkpoint))
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
@@ -197,20 +169,17 @@ def _load(config: TrainConfig, initial: Initial, cfg: dict[str, Any]) -> Initial
         initial,
         architecture=config.model,
         activation=initial.activation if own else Activation(),
+        labels=tuple(cfg.get("label_names") or ()),
         classifier=_classifiers(cfg),
         tensors=network.state_dict(),
     )
 
 
 def start_from(initial: Initial | None, network: nn.Module, config: TrainConfig, class_names: Sequence[str]) -> None:
-    """Give the network of a run its weights, freeze what is to be frozen, and say so on standard error.
-
-    Raises:
-        ValueError: the weights are those of another network, or a name to freeze is none of it.
-    """
+    """Give the network of a run its weights, freeze what is to be frozen, and say so on standard error."""
     notes = [
-        describe_conversion(network, config.model),
-        load_initial(network, initial, class_names),
+        _describe_conversion(network, config.model),
+        _load_initial(network, initial, class_names),
         freeze(network, config.freeze),
     ]
     for note in filter(None, notes if process_state().is_main_process else []):
@@ -223,15 +192,8 @@ def _is_cached(cfg: PretrainedCfg) -> bool:
     return bool(repo) and any(isinstance(try_to_load_from_cache(str(repo), name), str) for name in files)
 
 
-def load_initial(network: nn.Module, initial: Initial | None, class_names: Sequence[str]) -> str | None:
-    """Load the weights into the network of a run; its classifier stays new unless it tells apart the same classes.
-
-    Returns:
-        What was loaded, in one line; None where there is nothing to load.
-
-    Raises:
-        ValueError: they are those of another network.
-    """
+def _load_initial(network: nn.Module, initial: Initial | None, class_names: Sequence[str]) -> str | None:
+    """Load the weights, and say so in one line; the classifier stays new unless it tells apart the same classes."""
     if initial is None or initial.tensors is None:
         return None
     own = network.state_dict()
@@ -255,7 +217,7 @@ def load_initial(network: nn.Module, initial: Initial | None, class_names: Seque
     return f"{initial.architecture} starts from the weights of {initial.source}, {kept}"
 
 
-def describe_conversion(network: nn.Module, architecture: str) -> str | None:
+def _describe_conversion(network: nn.Module, architecture: str) -> str | None:
     """Return what `convert` did to the network of a run; None where it was not converted."""
     report: SugarReport | None = getattr(network, "sugar_report", None)
     if report is None:
@@ -272,20 +234,13 @@ def describe_conversion(network: nn.Module, architecture: str) -> str | None:
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> str | None:
-    """Freeze parameters by name, and keep the running statistics of every BatchNorm whose parameters are all frozen.
+    """Freeze parameters whose names, or whose modules' names, match fnmatch patterns, and say so in one line.
 
-    Args:
-        network: Of a run, before it is wrapped.
-        patterns: Names of modules or parameters, or fnmatch patterns of them.
-
-    Returns:
-        What was frozen, in one line; None without patterns.
+    A BatchNorm whose parameters are all frozen normalises by its running statistics in training too, as at inference:
+    with those of the batch, the layers behind it would be trained on other inputs than they are evaluated on.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to train.
-
-    A frozen BatchNorm normalises by its running statistics in training too, as at inference: with those of the batch,
-    the layers behind it would be trained on other inputs than they are evaluated on.
     """
     if not patterns:
         return None
@@ -304,8 +259,8 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> str | None:
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             own = list(module.parameters(recurse=False))
-            affine = bool(own) and not any(p.requires_grad for p in own)
-            if affine or (not own and any(_matches(f"{name}.running_mean", pattern) for pattern in patterns)):
+            named = any(_matches(f"{name}.running_mean", pattern) for pattern in patterns)
+            if (own and not any(p.requires_grad for p in own)) or (not own and named):
                 vars(module)["train"] = MethodType(_stay_in_eval, module)  # copies with the network, as a method does
                 module.eval()
                 held += 1
@@ -324,12 +279,9 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def _topmost(network: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:
     """Return the largest modules, and else the parameters, that are frozen as a whole."""
-    frozen = [name for name, p in parameters.items() if not p.requires_grad]
     found: list[str] = []
-    for name in frozen:
-        parts = name.split(".")
-        prefixes = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        whole = next(p for p in prefixes if all(n in frozen for n in parameters if n == p or n.startswith(f"{p}.")))
-        if whole not in found:
-            found.append(whole)
+    for name, part in (*network.named_modules(), *parameters.items()):  # a module comes before what is in it
+        own = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        if own and not any(p.requires_grad for p in own) and not any(name.startswith(f"{whole}.") for whole in found):
+            found.append(name)
     return found

@@ -1,31 +1,28 @@
 """Processes of a run: joining, collective decisions, signals, the lock on the folder."""
 
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    broadcast_object_list,
-    is_tensorboard_available,
-    is_trackio_available,
-    is_wandb_available,
-    parse_flag_from_env,
-)
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
 from ..settings import TrainConfig
+
+T = TypeVar("T")
 
 
 def on_cpu() -> bool:
@@ -124,17 +121,11 @@ class AllReduceMax:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator of a run.
-
-    Raises:
-        ValueError: precision or BatchNorm over processes that the device does not have.
-        ModuleNotFoundError: the tracker is not installed.
-    """
+    """Return the accelerator of a run, or raise where it wants what this machine does not have."""
     # accelerate keeps the precision of an earlier run in this process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    available = dict(tensorboard=is_tensorboard_available, trackio=is_trackio_available, wandb=is_wandb_available)
-    if config.tracker != "none" and not available[config.tracker]():
+    if config.tracker not in ("none", *map(str, get_available_trackers())):
         raise ModuleNotFoundError(f"tracker {config.tracker} is not installed: pip install {config.tracker}")
     try:
         accelerator = Accelerator(
@@ -167,9 +158,19 @@ def has_instructions(precision: str) -> bool:
     return bool(supported[precision]())
 
 
-def from_main_process(value: Any) -> Any:
-    """Return the main process's `value` in every process."""
-    return broadcast_object_list([value])[0]
+def from_main_process(compute: Callable[..., T], *arguments: Any) -> T:
+    """Return what a function gives in the main process, or raise the ValueError that it raises there, in every one."""
+    found: tuple[T | None, ValueError | None] = None, None
+    if process_state().is_main_process:
+        try:
+            found = compute(*arguments), None
+        except ValueError as error:
+            found = None, error
+    value: T
+    value, problem = broadcast_object_list([found])[0]
+    if problem is not None:
+        raise problem
+    return value
 
 
 def resume_command() -> str:
@@ -177,10 +178,6 @@ def resume_command() -> str:
     arguments = list(sys.argv)
     if Path(arguments[0]).name == "__main__.py":  # started as a module
         arguments[:1] = ["-m", __package__]
-    if "never" in arguments and arguments[arguments.index("never") - 1] == "--resume":
-        index = arguments.index("never")
-        del arguments[index - 1 : index + 1]
-    arguments = [argument for argument in arguments if argument != "--resume=never"]
     environment = os.environ
     if "ACCELERATE_MIXED_PRECISION" in environment:
         launcher = ["accelerate", "launch"]
@@ -190,4 +187,4 @@ def resume_command() -> str:
             launcher += ["--nnodes", environment["GROUP_WORLD_SIZE"], "..."]
     else:
         launcher = [os.path.basename(sys.executable)]
-    return shlex.join([*launcher, *arguments])
+    return re.sub(" --resume[ =]never(?= |$)", "", shlex.join([*launcher, *arguments]))

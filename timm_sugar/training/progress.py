@@ -16,11 +16,8 @@ from .device import HostCopy
 class Progress:
     """A bar over all steps of a run, and a line for each epoch.
 
-    The bar shows loss and accuracy of the batch, images per second and the time left.
-
     Args:
-        total: Steps of the whole run.
-        done: Steps done before this start.
+        total, done: Steps of the whole run, and before this start.
         images: Images a step, over all processes.
         enabled: Whether this process shows anything.
         warm_up: What is shown until the first step is done.
@@ -31,7 +28,6 @@ class Progress:
         self._says = enabled
         self._enabled = enabled and sys.stderr.isatty()
         self._shown = 0.0
-        self._console = Console(stderr=True)
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
@@ -41,7 +37,7 @@ class Progress:
             bars.TimeElapsedColumn(),
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(),
-            console=self._console,
+            console=Console(stderr=True),
             refresh_per_second=5,  # as often as what it shows can change
             disable=not self._enabled,
         )
@@ -60,11 +56,7 @@ class Progress:
     def step(self, loss: Tensor, logits: Tensor, labels: Tensor, mixed: bool = False) -> None:
         """Advance by one step; nothing waits for the device after the first, which ends the warm-up.
 
-        Args:
-            loss: Mean over the step, ().
-            logits: Of the step's last forward pass, (N, classes).
-            labels: Likewise, int64, (N,).
-            mixed: The images are mixtures of several labels, so that there is no accuracy to show.
+        Shown are the mean loss, (), and the accuracy of the logits, (N, classes), unless the images are mixtures.
         """
         if not self._enabled:
             return

@@ -45,13 +45,7 @@ def set_weight_decay(config: TrainConfig, optimizer: Any, progress: float) -> No
 
 
 def activation_at(config: TrainConfig, epoch: int, start: Activation) -> Activation:
-    """Return surrogate and alpha of an epoch, counted from 1.
-
-    Args:
-        config: The run's settings.
-        epoch: From 1 to ``config.epochs``.
-        start: Of the network as built.
-    """
+    """Return surrogate and alpha of an epoch, counted from 1, where the network was built with those of `start`."""
     if config.switch_epoch is not None and epoch >= config.switch_epoch:
         return Activation(config.switch_surrogate, config.switch_alpha).resolve()
     if config.alpha_end is None or start.alpha is None:
@@ -69,11 +63,7 @@ def set_activation(network: nn.Module, activation: Activation) -> None:
 
 
 def check_activation(config: TrainConfig, network: nn.Module) -> Activation:
-    """Return surrogate and alpha of the network as built.
-
-    Raises:
-        ValueError: the settings change them over time and cannot.
-    """
+    """Return surrogate and alpha of the network as built, or raise ValueError where settings cannot change them."""
     start = Activation.of(network)
     if config.alpha_end is not None or config.switch_epoch is not None:
         if start.surrogate is None:

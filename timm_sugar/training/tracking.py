@@ -12,14 +12,9 @@ _WINDOW = 50  # steps between two transfers from the device
 
 
 class Tracking:
-    """Sends numbers to a run's tracker; without one it does nothing.
+    """Sends numbers to a run's tracker, which shows the settings beside its curves; without one it does nothing.
 
     Losses stay on the device until a window of steps is full, since reading one waits for the device.
-
-    Args:
-        accelerator: Of the run.
-        tracker: As the setting says.
-        settings: Of the run, shown beside its curves.
     """
 
     def __init__(self, accelerator: Accelerator, tracker: str, settings: dict[str, Any]):
@@ -31,14 +26,8 @@ class Tracking:
             accelerator.init_trackers("timm-sugar", shown)
 
     def step(self, step: int, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the loss of a step, (), and its learning rate, and send a full window, in every process alike.
-
-        Args:
-            step: Steps done with it.
-            loss: Mean over this process's images; copied, since a CUDA graph writes the next one into its place.
-            optimizer: With the rate that the step was made with.
-        """
-        if self._enabled:
+        """Keep this process's loss, (), and the learning rate of a step, and send a full window, in all alike."""
+        if self._enabled:  # copied, since a CUDA graph writes the next one into its place
             self._steps.append((step, loss.detach().clone(), learning_rate(optimizer)))
             if len(self._steps) == _WINDOW:
                 self.flush()

@@ -39,38 +39,25 @@ from .tracking import Tracking, learning_rate
 
 @dataclass(frozen=True)
 class Run:
-    """Everything built before the first step.
+    """Everything built before the first step."""
 
-    Attributes:
-        config: The settings, with open ones (mean, std, warmup_epochs) resolved.
-        left_open: Names of the settings that were open.
-        step_images: Images in a step of the optimizer, over all processes.
-        steps_per_epoch: Full steps; the images left over differ from epoch to epoch and are not trained on.
-        network: Holds the weights that are trained.
-        model: The same as accelerate and torch.compile wrap it.
-        evaluated: A second network, in float32, for evaluation and packaging; holds the moving average where one is on.
-        passes: Forward and backward of `model`.
-        activation: Surrogate and alpha as built.
-        initial: What the network starts from; None for weights drawn from the seed.
-    """
-
-    config: TrainConfig
-    left_open: list[str]
+    config: TrainConfig  # with open settings (mean, std, warmup_epochs) resolved
+    left_open: list[str]  # names of the settings that were open
     accelerator: Accelerator
     all_reduce_max: AllReduceMax
     images: Images
-    step_images: int
-    steps_per_epoch: int
-    network: nn.Module
-    model: nn.Module
-    evaluated: nn.Module
+    step_images: int  # images in a step of the optimizer, over all processes
+    steps_per_epoch: int  # full steps; the images left over differ from epoch to epoch and are not trained on
+    network: nn.Module  # holds the weights that are trained
+    model: nn.Module  # the same as accelerate and torch.compile wrap it
+    evaluated: nn.Module  # a second one, in float32, for evaluation and packaging; holds the moving average, if any
     ema: ModelEmaV3 | None
     mixup: Mixup | None
-    passes: Passes
+    passes: Passes  # forward and backward of `model`
     optimizer: Any
     scheduler: Any
-    activation: Activation
-    initial: Initial | None
+    activation: Activation  # surrogate and alpha as built
+    initial: Initial | None  # what the network starts from; None for weights drawn from the seed
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,22 +68,19 @@ class Run:
             record["weights"] = self.initial.record
         return record | {"left_open": self.left_open, "processes": self.accelerator.num_processes}
 
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """What has a state besides the weights, by its name in a checkpoint; None where there is none."""
+        ema = None if self.ema is None else self.ema.module
+        return {"optimizer": self.optimizer, "scaler": self.accelerator.scaler, "ema": ema}
+
     def step(self, state: State) -> int:
         """Return the number of optimizer steps done."""
         return state.epoch * self.steps_per_epoch + state.position
 
-    def check_stop(self, stop: StopSignal) -> None:
-        """Raise Stopped if any process has received a signal."""
-        if signum := self.all_reduce_max(stop.number)[0]:
-            raise Stopped(signum)
-
 
 def build(config: TrainConfig) -> Run:
-    """Build everything that training needs, or raise before anything is trained.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: one line that says what is wrong with the settings or data.
-    """
+    """Build everything that training needs, or raise, with one line on what is wrong, before anything is trained."""
     check_names(config)
     accelerator = make_accelerator(config)
     processes, device = accelerator.num_processes, accelerator.device
@@ -156,13 +140,18 @@ def fit(run: Run) -> dict[str, Any]:
     state.settings = run.settings
     total, warm_up = config.epochs * run.steps_per_epoch, run.passes.warm_up
     with Progress(total, run.step(state), run.step_images, main, warm_up) as progress, ExitStack() as stack:
-        check_first_step(config, run.network, run.model, run.images, run.accelerator, run.all_reduce_max)
+        check_first_step(config, run.model, run.images, run.accelerator, run.all_reduce_max)
         if main:
-            write_record(run.config.folder, run.settings, state.metrics)
+            write_record(config.folder, run.settings)
+            write_metrics(config.folder, state.metrics)
         tracking = Tracking(run.accelerator, config.tracker, run.settings)
         stop = stack.enter_context(stop_signals())
-        check = partial(run.check_stop, stop)
-        evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check)
+
+        def check_stop() -> None:
+            if signum := run.all_reduce_max(stop.number)[0]:
+                raise Stopped(signum)
+
+        evaluate = partial(evaluate_split, run.evaluated, run.images, run.accelerator, config.workers, check_stop)
         try:
             while state.epoch < config.epochs and not state.stops_early(config.patience):
                 line = train_epoch(run, state, best, progress, tracking, stop)
@@ -184,7 +173,7 @@ def fit(run: Run) -> dict[str, Any]:
                 state.metrics.append(line)
                 _save(run, state, best)
                 if main:
-                    write_metrics(run.config.folder, state.metrics)
+                    write_metrics(config.folder, state.metrics)
                 tracking.epoch(line, run.step(state))
                 progress.epoch(line, config.epochs)
             if state.epoch < config.epochs:
@@ -202,27 +191,20 @@ def fit(run: Run) -> dict[str, Any]:
 
 def resume(run: Run) -> tuple[State, Weights | None]:
     """Restore the checkpoint to resume from; return the progress and the weights of the best epoch so far."""
-    checkpoint = start_or_resume(run.config.folder, run.config.resume, run.settings, run.step)
+    checkpoint = start_or_resume(run.config, run.settings, run.step)
     if checkpoint is None:
         return State(), None
     run.network.load_state_dict(checkpoint.weights)
-    run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-    if run.ema is not None:
-        run.ema.module.load_state_dict(checkpoint.optimizer["ema"])
+    for name, part in run.stateful.items():
+        if part is not None:
+            part.load_state_dict(checkpoint.optimizer[name])
     return checkpoint.state, checkpoint.best
 
 
 def _save(run: Run, state: State, best: Weights | None) -> None:
     if run.accelerator.is_main_process:
-        scaler = run.accelerator.scaler
-        optimizer = {
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "ema": run.ema.module.state_dict() if run.ema is not None else None,
-        }
-        checkpoint = Checkpoint(run.network.state_dict(), best, optimizer, state)
+        states = {name: None if part is None else part.state_dict() for name, part in run.stateful.items()}
+        checkpoint = Checkpoint(run.network.state_dict(), best, states, state)
         write_checkpoint(run.config.folder / "checkpoints", run.step(state), checkpoint)
     run.accelerator.wait_for_everyone()
 
@@ -345,6 +327,6 @@ def finish(run: Run, state: State, best: Weights, evaluate: Callable[[str], dict
         peak_memory_bytes=peak_memory(run.accelerator.device), seconds=state.seconds + time.monotonic() - began,
     )  # fmt: skip
     if run.accelerator.is_main_process:
-        write_result(run.config.folder, config, run.evaluated, images, summary)
+        write_result(config, run.evaluated, images, summary)
     run.accelerator.wait_for_everyone()
     return summary

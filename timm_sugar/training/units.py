@@ -12,13 +12,7 @@ _FEW, _OFTEN = 20, 20  # passes of an epoch that are counted at least, if it has
 
 
 class TrainingUnits:
-    """Counts which units are active in the training passes of an epoch, over all processes.
-
-    Args:
-        network: Holds the weights; the model that is called calls it. Without activations that can be seen, nothing is
-            counted.
-        passes: Of an epoch, in each process; 0 to count nothing.
-    """
+    """Counts which units are active in so many training passes of an epoch, over all processes; 0 to count nothing."""
 
     def __init__(self, network: nn.Module, passes: int):
         self._monitor: DeadUnitMonitor | None = None
