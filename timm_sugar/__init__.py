@@ -1,6 +1,6 @@
 """SUGAR for timm: networks with ReLU in the forward pass and a smooth surrogate gradient in the backward pass."""
 
-from . import _program  # noqa: F401  # before what takes long to import
+from . import _program  # noqa: F401  # before the slow imports
 from .convert import convert, to_relu
 from .functional import forward_gradient_injection, sugar
 from .gradients import check_gradients

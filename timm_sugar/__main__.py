@@ -1,4 +1,4 @@
-"""``python -m timm_sugar``: a script, such as timm's train.py, with our models registered, or our own commands."""
+"""``python -m timm_sugar``: run a script, such as timm's train.py, with our models registered, or run a command."""
 
 import runpy
 import sys
@@ -14,11 +14,11 @@ USAGE = "usage: python -m timm_sugar [--monitor] SCRIPT [ARGS], or COMMAND [ARGS
 def main(argv: list[str]) -> int:
     """Run a command of timm-sugar, or a script as ``python SCRIPT ...`` would after ``import timm_sugar``.
 
-    With ``--monitor`` before the script, dead units of the network that it trains go into what it logs with timm.
+    With ``--monitor`` before the script, dead units of the network that it trains are added to timm's log.
 
     Returns:
-        The command's status; 0 after a script, or 2 after a message on standard error where there is no such script.
-        What the script raises, SystemExit included, passes through.
+        The command's status; 0 after a script, or 2 with a message on standard error if the script does not exist.
+        Exceptions of the script, SystemExit included, propagate.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if argv else sys.stderr)

@@ -1,6 +1,6 @@
-"""What holds where a program of this package runs, from its first import on: Ctrl-C, and output that cannot be written.
+"""Ctrl-C and write errors on standard output, handled from the first import on when a program of this package runs.
 
-A library leaves both to its user, so nothing is done where somebody else's program imports the package.
+When another program imports the package as a library, nothing is changed.
 """
 
 import errno
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class _Output(io.FileIO):
-    """Standard output or error, whose reader may go away, or whose device may be full, without an end to the program.
+    """Standard output or error that does not raise when the pipe is closed or the device is full.
 
     Attributes:
-        error: Why something could not be written, None so far. Then all goes to os.devnull.
+        error: The write error, or None. After an error, all output goes to os.devnull.
     """
 
     error: OSError | None = None
@@ -35,7 +35,7 @@ class _Output(io.FileIO):
 
 
 def output_error() -> str:
-    """Return why standard output could not be written, "" where it could, or where nobody reads any more."""
+    """Return why writing to standard output failed; "" if it did not, or if the reader closed the pipe."""
     if sys.stdout is not None:
         sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
@@ -45,13 +45,13 @@ def output_error() -> str:
 
 def _is_program() -> bool:
     path = Path((sys.argv or [""])[0])
-    # "-m" is there until the module that python -m runs is found.
+    # argv[0] is "-m" until Python has located the module of python -m.
     scripts = Path(__file__).resolve().parents[1] / "train"
     return path.name in ("-m", "timm-sugar") or path.resolve().parent == scripts
 
 
 def _prepare() -> None:
-    # A standard stream that is closed leaves its number to the next file, into which libraries would then write.
+    # If a standard stream is closed, the next opened file gets its descriptor, and libraries write into that file.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

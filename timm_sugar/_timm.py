@@ -1,4 +1,4 @@
-"""The private parts of timm that are relied on, each with its reason, so that a change in timm breaks one file."""
+"""The private parts of timm that we use, each with its reason, so that a change in timm breaks only this file."""
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from timm.data.auto_augment import AugmentOp
 from timm.layers import create_act
 from timm.models import vgg
-from timm.models._features import feature_take_indices as feature_take_indices  # what forward_intermediates resolves
+from timm.models._features import feature_take_indices as feature_take_indices  # for forward_intermediates
 from timm.models._hub import _parse_model_cfg
 from timm.models._hub import save_config_for_hf as save_config_for_hf  # the config.json that timm itself would write
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def parse_model_config(config: dict[str, Any]) -> tuple[dict[str, Any], str, dic
 
 
 def convert_vgg_checkpoint(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename torchvision's layers of VGG to timm's, as timm's own entrypoints do; other families have it in public."""
+    """Rename torchvision's layers of VGG to timm's, as timm's own entrypoints do; for other families this is public."""
     converted: dict[str, Tensor] = vgg._filter_fn(state_dict)
     return converted
 
@@ -35,20 +35,20 @@ def model_args(model: nn.Module) -> dict[str, Any] | None:
 
 
 def set_model_args(model: Any, arguments: dict[str, Any]) -> None:
-    """Replace the arguments that a saved model is built with again."""
+    """Replace the arguments from which a saved model is rebuilt."""
     model._model_args = arguments
 
 
 def shift_milestones(scheduler: Any) -> None:
-    """Let a multistep schedule by update decay at its milestones, rather than one update early.
+    """Make a per-update multistep schedule decay at its milestones instead of one update early.
 
-    timm looks one step ahead, which is meant for schedules by epoch.
+    timm looks one step ahead, which is correct for per-epoch schedules only.
     """
     scheduler.decay_t = [update + 1 for update in scheduler.decay_t]
 
 
 def replace_augmentation(parts: Iterable[Any], old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """Use another function for an operation of timm's augmentation policies, whose tables are global to timm."""
+    """Replace the function of an augmentation op in `parts`, but not in timm's tables, which are global."""
     for op in augment_ops(parts):
         if op.aug_fn is old:
             op.aug_fn = new
@@ -61,5 +61,5 @@ def augment_ops(parts: Iterable[Any]) -> Iterator[AugmentOp]:
             yield part
         elif isinstance(part, (list, tuple)):
             yield from augment_ops(part)
-        else:  # RandAugment and AugMixAugment have ops, AutoAugment a policy: lists of lists of them
+        else:  # RandAugment and AugMixAugment have `ops`; AutoAugment has `policy`, a list of lists of ops
             yield from augment_ops([getattr(part, name) for name in ("ops", "policy") if hasattr(part, name)])

@@ -1,6 +1,6 @@
-"""The activations of any network: its modules, its attributes that hold a function, and what its forwards call by name.
+"""Find the activations of any network: modules, function-valued attributes, and functions called in a forward.
 
-`convert` swaps them, `DeadUnitMonitor` and `timm_sugar.analysis` count them: all mean the same by an activation.
+`convert` replaces them, `DeadUnitMonitor` and `timm_sugar.analysis` count them, all with the same definition.
 """
 
 import ast
@@ -41,7 +41,7 @@ _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
-# Modules that compute a gate: the ReLU between the two layers of a squeeze-excite is no activation of the network.
+# Modules that compute a gate: the ReLU between the two layers of a squeeze-excite does not count as an activation.
 _GATE = re.compile(
     r"Squeeze(And)?Excit|(^|[a-z])(SE|Ese)(Module|Layer|Block|Unit)?$|Coord(inate)?Att|ChannelAttn|Cbam|GatherExcite"
     r"|^GlobalContext$"
@@ -49,13 +49,13 @@ _GATE = re.compile(
 
 
 class Activation(NamedTuple):
-    """A module without children, or a function, that is an attribute of a module.
+    """An attribute of a module: a module without children, or a function.
 
     Attributes:
-        parent, key: The module that holds it, and under which name.
+        parent, key: The module that holds it, and the name of the attribute.
         name: Full name in the network.
         value: The module or function.
-        kind: A key of `KINDS`; None for a module that is no known activation.
+        kind: A key of `KINDS`; None for a module that is not a known activation.
         gate: Whether it is part of a gate.
     """
 
@@ -70,10 +70,10 @@ class Activation(NamedTuple):
 def find_activations(model: nn.Module) -> Iterator[Activation]:
     """Yield the modules without children and the attributes that hold an activation function, in order of definition.
 
-    A module that two names share is yielded under both.
+    A module with two names is yielded under both.
     """
     for prefix, parent, gate in _named_modules(model):
-        if kind_of(parent) is not None:  # transformers' GELU holds a function itself
+        if kind_of(parent) is not None:  # transformers' GELU module itself holds a function
             continue
         for key, value in [*parent._modules.items(), *vars(parent).items()]:
             kind = kind_of(value)
@@ -87,7 +87,7 @@ def activation_kinds(model: nn.Module) -> list[str]:
 
 
 def called_activations(model: nn.Module, kinds: Collection[str] = tuple(KINDS)) -> dict[str, list[str]]:
-    """Return the activations that forwards outside gates call by name, such as ``{"layer1.0": ["relu"]}``."""
+    """Return the activation functions that forwards outside gates call, such as ``{"layer1.0": ["relu"]}``."""
     found = {}
     for name, module, gate in _named_modules(model):
         if not gate and kind_of(module) is None:
@@ -110,7 +110,7 @@ def calls_summary(model: nn.Module, called: Mapping[str, list[str]]) -> str:
 
 
 def kind_of(value: Any) -> str | None:
-    """Return the kind of activation that a module or function is, a key of `KINDS`; None for anything else."""
+    """Return the kind of activation of a module or function, a key of `KINDS`; None for anything else."""
     if isinstance(value, nn.Module):
         kind = next((_KIND_OF[c.__name__] for c in type(value).__mro__ if c.__name__ in _KIND_OF), None)
         learns = kind not in LEARNED and any(True for _ in value.parameters())
@@ -120,7 +120,7 @@ def kind_of(value: Any) -> str | None:
 
 
 def function_of(value: Any) -> Callable[..., Any] | None:
-    """Return the plain function that `value` is or is a partial application of; None for anything else."""
+    """Return `value` if it is a plain function, or the function of a `partial`; None for anything else."""
     while isinstance(value, (partial, Watched)):
         value = value.func
     return value if isinstance(value, (FunctionType, BuiltinFunctionType)) else None
@@ -133,21 +133,21 @@ def name_of(activation: Any) -> str:
 
 
 def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]) -> ExitStack:
-    """Have ``see(name, x, channels_last)`` called before each activation of `model` that is outside of gates.
+    """Call ``see(name, x, channels_last)`` before each activation of `model` that is outside of gates.
 
-    Watched are modules and attributes that hold a function; a module that two names share goes by the first. Copies of
-    the model, by deepcopy or pickle, are not watched.
+    This covers modules and attributes that hold a function; a module with two names is reported under the first.
+    Copies of the model, by deepcopy or pickle, are not watched.
 
-    Units are on the last dimension of what a linear layer gives, and on dimension 1 after a convolution, BatchNorm or
-    GroupNorm; the last of these whose input has as many dimensions decides, which is `channels_last`. Without any, the
-    last of three dimensions (tokens) and the first after the batch of four or more (images) are taken.
+    Units are the last dimension of a linear layer's output, and dimension 1 after a convolution, BatchNorm or
+    GroupNorm. `channels_last` follows the most recent of these layers whose input has as many dimensions as x. If
+    there is none, units are the last of three dimensions (tokens), and dimension 1 of four or more (images).
 
     Returns:
-        What undoes it when it is closed.
+        A context that removes all hooks when it is closed.
     """
-    layout: dict[int, bool] = {3: True}  # whether channels are last, by number of dimensions
+    layout: dict[int, bool] = {3: True}  # number of dimensions -> whether channels are last
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # while Dynamo traces, in the order of calls
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # during Dynamo's trace, in call order
     def note_layout(dimensions: int, last: bool) -> None:
         layout[dimensions] = last
 
@@ -177,12 +177,12 @@ def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]
         else:
             replaced = Watched(value, watch(name))
             setattr(parent, key, replaced)
-            watched.callback(_put_back, parent, key, replaced)
+            watched.callback(_unwrap, parent, key, replaced)
     return watched
 
 
 def watchable_activations(model: nn.Module) -> list[Activation]:
-    """Return the known activations outside of gates, a module that several names share once."""
+    """Return the known activations outside of gates; a module with several names appears once."""
     found, shared = [], set()
     for activation in find_activations(model):
         if activation.kind is not None and not activation.gate and id(activation.value) not in shared:
@@ -206,7 +206,7 @@ class Hook:
         return Hook, ()
 
     @property
-    def __name__(self) -> str:  # torch.jit.script asks for it
+    def __name__(self) -> str:  # read by torch.jit.script
         raise AttributeError("a network whose activations are watched cannot be scripted: detach DeadUnitMonitor first")
 
 
@@ -228,8 +228,8 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))  # ``act(input=x)``
 
 
-def _put_back(parent: nn.Module, key: str, watched: Watched) -> None:
-    """Take `watched` out of an attribute, also from below another that was put there later; not if it was converted."""
+def _unwrap(parent: nn.Module, key: str, watched: Watched) -> None:
+    """Unwrap `watched` in an attribute, also below a later wrapper; do nothing if the attribute was converted."""
     above, value = None, vars(parent).get(key)
     while isinstance(value, Watched) and value is not watched:
         above, value = value, value.func
@@ -240,7 +240,7 @@ def _put_back(parent: nn.Module, key: str, watched: Watched) -> None:
 
 
 def _named_modules(module: nn.Module, prefix: str = "", gate: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
-    """`nn.Module.named_modules` that also tells whether a module is, or is part of, a gate. The root never is."""
+    """`nn.Module.named_modules` plus a flag: whether the module is, or is part of, a gate. The root never is."""
     seen = set()
     stack = [(prefix, module, gate)]
     while stack:
@@ -258,7 +258,7 @@ def _named_modules(module: nn.Module, prefix: str = "", gate: bool = False) -> I
 
 @cache
 def _function_calls(cls: type) -> frozenset[str]:
-    """Return the names of the activation functions that the forward of a class calls, itself or through others."""
+    """Return the names of the activation functions that the forward of a class calls, directly or indirectly."""
     found: set[str] = set()
     seen: set[Any] = set()
 

@@ -1,4 +1,4 @@
-"""The command line: ``timm-sugar COMMAND``. A command is a function under ``@_command``, which says what it takes."""
+"""The command line: ``timm-sugar COMMAND``. A command is a function decorated by ``@_command``, with its arguments."""
 
 import argparse
 import json
@@ -31,11 +31,11 @@ from .models import is_own
 from .models._weights import list_weights
 from .terminal import Parser, print_table, progress_bars
 
-Argument: TypeAlias = tuple[str, dict[str, Any]]  # what `argparse.ArgumentParser.add_argument` takes
+Argument: TypeAlias = tuple[str, dict[str, Any]]  # arguments of `argparse.ArgumentParser.add_argument`
 Run: TypeAlias = Callable[[argparse.Namespace], int | None]  # prints its result and returns the exit status, 0 for None
 
 COMMANDS: dict[str, Run] = {}
-_PARSER = Parser(prog="timm-sugar", description="Networks with SUGAR: look into them, publish and verify them.")
+_PARSER = Parser(prog="timm-sugar", description="Inspect, publish and verify networks with SUGAR.")
 _PARSER.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 _SUBPARSERS = _PARSER.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        argv: Arguments without the program's name; None takes those of this process.
+        argv: Arguments without the program's name; None takes sys.argv.
 
     Returns:
-        Exit status: 0 on success, 1 after a failure, which is one line on standard error. A usage error exits with 2.
+        Exit status: 0 on success, 1 after a failure, reported as one line on stderr. A usage error exits with 2.
     """
     args = _parse(argv)
     if not sys.stderr.isatty():
@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _without_token(text: str) -> str:
-    """Return text without the Hub's token, which a library may have put into an error."""
+    """Return text without the Hub's token, which an error message of a library may contain."""
     token = get_token()
     return text.replace(token, "***") if token else text
 
@@ -84,10 +84,10 @@ def _command(help: str, example: str, *arguments: Argument, passes: bool = False
     """Register a function ``_NAME`` as the subcommand NAME.
 
     Args:
-        help: What it does; the first sentence is for the list of commands.
-        example: A command line.
-        arguments: What it takes.
-        passes: It takes any other flag besides, as `args.others`.
+        help: Description; its first sentence appears in the list of commands.
+        example: An example command line.
+        arguments: The arguments of the command.
+        passes: Accept any other flag too, as `args.others`.
     """
 
     def register(run: Run) -> Run:
@@ -97,9 +97,9 @@ def _command(help: str, example: str, *arguments: Argument, passes: bool = False
             help=help.partition(". ")[0],
             description=help,
             epilog=f"example: {example}",
-            allow_abbrev=not passes,  # else a flag of the trainer may pass for one of the command
+            allow_abbrev=not passes,  # else a trainer's flag could match an abbreviated flag of the command
         )
-        for flag, options in (*arguments, _switch("--debug", "show where an error comes from")):
+        for flag, options in (*arguments, _switch("--debug", "show the traceback of an error")):
             parser.add_argument(flag, **options)
         parser.set_defaults(passes=passes)
         COMMANDS[name] = run
@@ -116,17 +116,17 @@ def _switch(name: str, help: str) -> Argument:
     return _argument(name, help, action="store_true")
 
 
-_MODEL = "run's or published folder, ORG/NAME, or a model's name"
+_MODEL = "folder of a run or of a published model, ORG/NAME, or a model's name"
 _DATA = (
     _argument("--data", "digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder", required=True),
-    _argument("--label-column", "column of the class labels; default: the one that the card names"),
-    _argument("--image-column", "column of the images; likewise"),
+    _argument("--label-column", "column of the class labels (default: as in the model card)"),
+    _argument("--image-column", "column of the images (default: as in the model card)"),
 )
 _JSON = _switch("--json", "print the result as JSON")
 
 
 @_command(
-    "list the models of this package: parameters, activation, and the tags of weights with where they come from",
+    "list the models of this package: parameters, activation, and the tags and sources of their weights",
     "timm-sugar models --json",
     _JSON,
 )
@@ -150,12 +150,12 @@ def _models(args: argparse.Namespace) -> None:
 
 
 @_command(
-    "name the classes of images; exit status 1 where a file cannot be read, which does not stop the others",
+    "predict the classes of images. A file that cannot be read is skipped; the exit status is then 1",
     "timm-sugar predict photo.jpg path/to/folder --model output/digits --top 3",
-    _argument("images", "files, and folders, of any depth, with images", metavar="IMAGE_OR_FOLDER", nargs="+"),
-    _argument("--model", f"{_MODEL}; local-dir:FOLDER and hf-hub:ORG/NAME too", required=True),
-    _argument("--top", "classes of each image (default: 5)", type=int, default=5, metavar="N"),
-    _switch("--json", "print a JSON object a line: file, and classes (number, name, probability) or error"),
+    _argument("images", "image files, and folders, searched recursively", metavar="IMAGE_OR_FOLDER", nargs="+"),
+    _argument("--model", f"{_MODEL}; also local-dir:FOLDER and hf-hub:ORG/NAME", required=True),
+    _argument("--top", "classes per image (default: 5)", type=int, default=5, metavar="N"),
+    _switch("--json", "print one JSON object per line: file, and classes (number, name, probability) or error"),
 )
 def _predict(args: argparse.Namespace) -> int:
     if args.top < 1:
@@ -183,17 +183,17 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 @_command(
-    "train a network with its own activation, or ReLU, and with SUGAR, over learning rates and seeds, and say whether "
-    "that shows a difference. Stop it at any time: the same command goes on. Rates, surrogates and seeds may be added "
-    "later. Every other flag is one of the trainer's, such as --epochs, and holds for all runs",
+    "train a network with its own activation, or ReLU, and with SUGAR, over learning rates and seeds, and test whether "
+    "they differ. It can be stopped at any time: the same command resumes it. Rates, surrogates and seeds can be added "
+    "later. All other flags, such as --epochs, are passed to the trainer for every run",
     "timm-sugar compare --data path/to/folder --model resnet18 --lrs 0.001 0.003 --seeds 3 --minutes 60",
     _argument("--data", "digits, cifar10, cifar100, tiny-imagenet, a Hub id or a folder", required=True),
     _argument("--output", "default: output/compare", type=Path, default=Path("output/compare"), metavar="DIR"),
     _argument("--surrogates", "default: bsilu nelu", nargs="+", metavar="NAME"),
     _argument("--lrs", "learning rates (default: 0.0003 0.001 0.003)", nargs="+", type=float, metavar="RATE"),
-    _argument("--seeds", "seeds of each, from 0 on (default: 3)", type=int, metavar="N"),
-    _argument("--minutes", "stop after so many; the same command goes on", type=float, default=math.inf, metavar="M"),
-    _argument("--jobs", "runs at once (default: one a CPU core, or one on a GPU)", type=int, metavar="N"),
+    _argument("--seeds", "number of seeds, starting at 0 (default: 3)", type=int, metavar="N"),
+    _argument("--minutes", "stop after M minutes; the same command resumes", type=float, default=math.inf, metavar="M"),
+    _argument("--jobs", "parallel runs (default: one per CPU core, or one on a GPU)", type=int, metavar="N"),
     _JSON,
     passes=True,
 )
@@ -226,32 +226,32 @@ def _compare(args: argparse.Namespace) -> int:
         return 1
     if found["done"] < found["runs"]:
         print("timm-sugar compare: time is up; the same command goes on", file=sys.stderr)
-        return os.EX_TEMPFAIL  # as a sweep that --minutes ends
+        return os.EX_TEMPFAIL  # same status as a sweep that --minutes stops
     return 0
 
 
 @_command(
     "publish a finished run on the Hub, in one commit",
     "timm-sugar publish output/digits --repo-id me/resnet18_sugar_bsilu.digits --dry-run",
-    _argument("output", "folder of a finished run, or one of --to-folder", metavar="OUTPUT", type=Path),
-    _argument("--repo-id", "repository; created if need be", required=True, metavar="ORG/NAME"),
+    _argument("output", "folder of a finished run, or one written by --to-folder", metavar="OUTPUT", type=Path),
+    _argument("--repo-id", "repository; created if it does not exist", required=True, metavar="ORG/NAME"),
     _argument(
         "--facts",
-        "what the card says besides the run's numbers (default: facts.yaml in OUTPUT or DIR, where there is one)",
+        "additional facts for the model card (default: facts.yaml in OUTPUT or DIR, if it exists)",
         type=Path,
         metavar="YAML",
     ),
     _switch(
         "--half",
-        "store weights in float16, but for 1-D tensors, and claim the accuracy of that file, measured in timm and "
+        "store weights in float16, except 1-D tensors, and report the accuracy of that file, measured in timm and "
         "in transformers",
     ),
-    _argument("--data", "where the test images are now (default: where they were in training)"),
-    _argument("--to-folder", "write the files into DIR, and send nothing", type=Path, metavar="DIR"),
+    _argument("--data", "current location of the test images (default: as in training)"),
+    _argument("--to-folder", "write the files into DIR, without an upload", type=Path, metavar="DIR"),
     _switch("--private", "create a private repository"),
-    _argument("--revision", "branch to commit to; created if need be", metavar="BRANCH"),
+    _argument("--revision", "branch to commit to; created if it does not exist", metavar="BRANCH"),
     _switch("--create-pr", "open a pull request instead of committing"),
-    _switch("--dry-run", "check the run, show what would go up, and stop"),
+    _switch("--dry-run", "check the run and list the files, without an upload"),
 )
 def _publish(args: argparse.Namespace) -> None:
     if args.to_folder and (args.private or args.revision or args.create_pr):
@@ -276,9 +276,9 @@ def _publish(args: argparse.Namespace) -> None:
 
 
 @_command(
-    "measure again every number that the card of a published model claims; exit status 1 where one does not hold",
+    "measure again every number on the card of a published model. The exit status is 1 if one does not match",
     "timm-sugar verify me/resnet18_sugar_bsilu.digits --data digits",
-    _argument("model", "ORG/NAME on the Hub, a published folder, or a run's", metavar="REPO_OR_FOLDER"),
+    _argument("model", "ORG/NAME on the Hub, or the folder of a published model or of a run", metavar="REPO_OR_FOLDER"),
     *_DATA,
     _argument("--revision", "branch, tag or commit of the repository"),
     _JSON,
@@ -308,17 +308,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 @_command(
-    "count dead and always-active units, and how often the others are active, layer by layer",
+    "count dead and always-active units, and how often the others are active, for each layer",
     "timm-sugar profile output/digits --data digits",
     _argument("model", _MODEL, metavar="MODEL_OR_RUN"),
     *_DATA,
-    _argument("--output", "folder of the results; default: the run's own", type=Path, metavar="DIR"),
+    _argument("--output", "folder for the results (default: the run's folder)", type=Path, metavar="DIR"),
     _JSON,
 )
 def _profile(args: argparse.Namespace) -> None:
     folder = args.output or _run_folder(args.model)
     if folder:
-        from .analysis import plots  # before the work: matplotlib may be missing
+        from .analysis import plots  # fail early: matplotlib may be missing
     model = hub.find_model(args.model)
     network = model.load().to("cuda" if torch.cuda.is_available() else "cpu")
     source = model.load_any_data(args.data, args.label_column, args.image_column)
@@ -357,14 +357,14 @@ def _profile(args: argparse.Namespace) -> None:
 
 
 @_command(
-    "measure the loss around trained networks along two random directions, and its sharpness",
+    "measure the loss around trained networks along two random directions, and the sharpness",
     "timm-sugar landscape output/relu output/sugar --data cifar10 --output output/landscapes",
     _argument("models", _MODEL, metavar="RUN_OR_MODEL", nargs="+"),
     *_DATA,
-    _argument("--resolution", "points in each direction, odd (default: 25)", type=int, default=25),
-    _argument("--limit", "training images, a stratified sample (default: 500)", type=int, default=500),
-    _argument("--seed", "of the directions and of the sample (default: 0)", type=int, default=0),
-    _argument("--output", "folder of results and a common picture; default: each run's own", type=Path, metavar="DIR"),
+    _argument("--resolution", "number of points per direction, odd (default: 25)", type=int, default=25),
+    _argument("--limit", "number of training images, a stratified sample (default: 500)", type=int, default=500),
+    _argument("--seed", "seed of the directions and of the sample (default: 0)", type=int, default=0),
+    _argument("--output", "folder for results and a joint picture (default: run's folder)", type=Path, metavar="DIR"),
     _JSON,
 )
 def _landscape(args: argparse.Namespace) -> None:
@@ -407,10 +407,10 @@ def _landscape(args: argparse.Namespace) -> None:
 
 
 @_command(
-    "write a page about a run, or several compared, and pictures beside it",
+    "write an HTML report about one run or several, with pictures next to it",
     "timm-sugar report output/relu output/sugar --output output/report.html",
     _argument("runs", "folder of a run, finished or not, or of a comparison", metavar="RUN", nargs="+", type=Path),
-    _argument("--output", "the page (default: report.html)", type=Path, metavar="FILE", default=Path("report.html")),
+    _argument("--output", "HTML file (default: report.html)", type=Path, metavar="FILE", default=Path("report.html")),
 )
 def _report(args: argparse.Namespace) -> None:
     from .analysis.report import write_report
@@ -420,21 +420,21 @@ def _report(args: argparse.Namespace) -> None:
 
 
 @_command(
-    "time a training step of a network with several activations, and count the memory kept for the backward",
+    "time a training step of a network with several activations, and measure the memory saved for the backward pass",
     "timm-sugar bench resnet18_sugar_bsilu --only gelu sugar sugar_uint8",
-    _argument("model", "model of timm's registry that takes act_layer, ours included", metavar="MODEL"),
-    _argument("--img-size", "side of the images, pixels (default: 32)", type=int, default=32),
-    _argument("--batch-size", "images in a step (default: 128)", type=int, default=128),
+    _argument("model", "timm model name that takes act_layer, including our models", metavar="MODEL"),
+    _argument("--img-size", "image size in pixels (default: 32)", type=int, default=32),
+    _argument("--batch-size", "images per step (default: 128)", type=int, default=128),
     _argument("--surrogate", "SUGAR's surrogate (default: bsilu)", default="bsilu"),
-    _argument("--only", "beside relu: " + ", ".join(activations("bsilu")), nargs="+", metavar="ACTIVATION"),
-    _argument("--device", "where (default: the GPU where there is one)", choices=("cpu", "cuda")),
+    _argument("--only", "in addition to relu: " + ", ".join(activations("bsilu")), nargs="+", metavar="ACTIVATION"),
+    _argument("--device", "device (default: the GPU if there is one)", choices=("cpu", "cuda")),
     _argument(
         "--precision",
         "bfloat16 and float16: autocast, in channels-last order (default: float32)",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
     ),
-    _argument("--rounds", "steps timed with each activation (default: 15)", type=int, default=15),
+    _argument("--rounds", "timed steps per activation (default: 15)", type=int, default=15),
     _switch("--compile", "train through torch.compile"),
     _JSON,
 )

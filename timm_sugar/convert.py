@@ -1,7 +1,7 @@
-"""Swapping activations in any network, in place: to SUGAR for training, and to plain ReLU for deployment.
+"""Replace the activations of any network in place: by SUGAR for training, and by plain ReLU for deployment.
 
-What is a module or an attribute that holds a function is swapped. What a forward calls by name is out of reach; it is
-found by reading the forward's source, and reported.
+Modules and attributes that hold a function are replaced. Functions that a forward calls directly cannot be replaced;
+they are found in the forward's source code and reported.
 """
 
 import json
@@ -37,26 +37,26 @@ from .surrogates import get_surrogate, unknown_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_REPLACEABLE = KINDS.keys() - LEARNED  # what has parameters stays: the state dict is not to change
+_REPLACEABLE = KINDS.keys() - LEARNED  # modules with parameters stay: the state dict must not change
 _OPT_IN = ("relu6", "hard_swish")
 ACTIVATION_ARGUMENTS = ("surrogate", "alpha", "act_layer", "save")  # of our entrypoints
-OURS_ALONE = ("surrogate", "alpha", "save", "zero_init_last")  # timm's entrypoints take the last too, of ResNets alone
+OURS_ALONE = ("surrogate", "alpha", "save", "zero_init_last")  # of timm's entrypoints, only ResNets take the last one
 _NOTE = "timm_sugar: "
-NOT_EXPRESSED = {"expressed": False}  # the note of a network that its configuration does not build
+NOT_EXPRESSED = {"expressed": False}  # note for a network that its configuration cannot rebuild
 NOT_RECORDED = "the conversion is not part of what a saved model records"
 
 
 @dataclass
 class SugarReport:
-    """What `convert` did, by name of the module or attribute.
+    """The changes that `convert` made, by name of the module or attribute.
 
     Attributes:
-        surrogate, alpha, save: What was put in.
-        converted: What each swapped activation was, such as ``{"layer1.0.act1": "ReLU"}``.
-        gates: Activations left alone because they are part of a gate.
-        unreached: Activations that a forward calls by name, such as ``{"layer1.0": ["relu"]}``; not converted.
-        recorded: Whether the model's own configuration, which timm and transformers save with it, brings a saved
-            model back converted; None for a network that has no such configuration.
+        surrogate, alpha, save: Settings of the new activations.
+        converted: The old activation for each name, such as ``{"layer1.0.act1": "ReLU"}``.
+        gates: Activations left unchanged because they are part of a gate.
+        unreached: Activation functions that a forward calls, such as ``{"layer1.0": ["relu"]}``; not converted.
+        recorded: Whether the model's configuration, which timm and transformers save with it, restores the
+            converted network on loading; None for a network without such a configuration.
     """
 
     surrogate: str
@@ -77,7 +77,7 @@ class SugarReport:
 
 @register_notrace_module
 class _SugarFunction(Sugar):
-    """SUGAR in an attribute that held a function. timm calls those with `inplace` by name."""
+    """SUGAR in place of a function in an attribute. timm calls these with `inplace` as a keyword."""
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
@@ -95,27 +95,28 @@ def convert(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> ModuleT:
-    """Replace the activations of any network by SUGAR, in place; the forward becomes that of a ReLU network.
+    """Replace the activations of any network by SUGAR, in place; the forward pass is then that of a ReLU network.
 
-    Reaches modules (torch's, timm's, transformers' and any class of the same name without parameters) and attributes
-    that hold a function. What a forward calls by name stays as it is and is named in a warning. Gates stay as they
-    are: squeeze-excite, coordinate attention, sigmoid, hard-sigmoid and, unless asked for, hard-swish.
+    This covers modules (of torch, timm, transformers, and any class of the same name without parameters) and
+    attributes that hold a function. Functions that a forward calls directly are not replaced; a warning names them.
+    Gates are not replaced: squeeze-excite, coordinate attention, sigmoid, hard-sigmoid and, by default, hard-swish.
 
     Args:
         model: Any network. Its state dict, hooks and train/eval state do not change.
         surrogate: A name of `list_surrogates()`.
         alpha: Shape parameter of the surrogate; None takes its default.
-        save: What is kept for the backward, as in `timm_sugar.sugar`.
+        save: What is saved for the backward pass, as in `timm_sugar.sugar`.
         replace: What to replace: kinds by name ("relu", "gelu", "silu", "mish", "elu", "celu", "selu", "leaky_relu",
             "sugar", "relu6", "hard_swish") or classes. None takes all but relu6 and hard_swish.
         include: fnmatch patterns on the names of the activations; only those that match one are replaced.
-        exclude: Patterns of names to leave alone.
+        exclude: fnmatch patterns of names not to replace.
 
     Returns:
-        The model itself, with a `SugarReport` as `model.sugar_report`. Where timm or transformers built it, the
-        configuration that they save with it is changed too, so that `timm_sugar.create_model`, or transformers with
-        `timm_sugar.transformers`, loads it converted. Stock timm loads what timm saved as the ReLU network that it is
-        at inference, or refuses it where it has none such. What cannot be expressed so, a warning names.
+        The model itself, with a `SugarReport` as `model.sugar_report`. If timm or transformers built it, the
+        configuration that they save with it changes too, so that `timm_sugar.create_model`, or transformers with
+        `timm_sugar.transformers`, loads the converted network. Stock timm loads a model that timm saved as the
+        equivalent ReLU network, or raises an error if it has none. A warning tells if the configuration cannot
+        express the conversion.
 
     Raises:
         ValueError: there is nothing to replace, or a name, alpha or save mode is not valid.
@@ -177,15 +178,15 @@ def _convert(
 
 
 def to_relu(model: ModuleT) -> ModuleT:
-    """Replace every `Sugar` by `nn.ReLU`, in place: what a network that was trained with SUGAR is at inference.
+    """Replace every `Sugar` by `nn.ReLU`, in place. The outputs of a network trained with SUGAR do not change.
 
-    The state dict stays the same and the outputs stay bit-identical. A network without SUGAR is returned as it is.
+    The state dict stays the same and the outputs are bit-identical. A network without SUGAR is returned unchanged.
 
     Args:
         model: Any network.
 
     Returns:
-        The model itself; where timm or transformers built it, a saved model comes back with ReLU.
+        The model itself. If timm or transformers built it, a saved model is loaded with ReLU.
 
     Examples:
         >>> to_relu(nn.Sequential(nn.Linear(3, 4), Sugar("bsilu")))[1]
@@ -226,7 +227,7 @@ def _selected(name: str, include: str | Iterable[str] | None, exclude: str | Ite
 
 
 def _swap(swaps: list[tuple[nn.Module, str, Any]], make: Callable[[Any], Any]) -> None:
-    """Set each attribute to what `make` gives for its old value; a module that was shared stays shared."""
+    """Set each attribute to ``make(old value)``; shared modules stay shared."""
     made: dict[int, Any] = {}
     for parent, key, old in swaps:
         new = made.get(id(old)) if isinstance(old, nn.Module) else None
@@ -235,13 +236,13 @@ def _swap(swaps: list[tuple[nn.Module, str, Any]], make: Callable[[Any], Any]) -
             if isinstance(old, nn.Module) and isinstance(new, nn.Module):
                 new.train(old.training)
                 vars(new).update({k: v for k, v in vars(old).items() if "hook" in k})
-        if not isinstance(new, nn.Module):  # a submodule cannot be overwritten by a function
+        if not isinstance(new, nn.Module):  # nn.Module refuses to overwrite a submodule by a function
             delattr(parent, key)
         setattr(parent, key, new)
 
 
 def _disable_fast_paths(model: nn.Module) -> None:
-    # torch's fused kernels for nn.TransformerEncoderLayer in eval() compute GELU or ReLU without asking the layer.
+    # torch's fused kernels for nn.TransformerEncoderLayer in eval() compute GELU or ReLU and skip the activation.
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, Sugar):
             module.activation_relu_or_gelu = 0
@@ -260,9 +261,9 @@ def _why_nothing(model: nn.Module, report: SugarReport) -> str:
 
 
 def _record(model: nn.Module, new: Sugar | None) -> bool | None:
-    """Make the model's configuration build what the model now is: SUGAR as in `new`, or ReLU.
+    """Update the model's configuration so that it builds the converted network: SUGAR as in `new`, or ReLU.
 
-    Whether it does is tried out, by building the network once more on the meta device.
+    The result is verified by building the network once more on the meta device.
     """
     if isinstance(getattr(model, "pretrained_cfg", None), dict) and model_args(model) is not None:
         return _record_in_timm(model, new)
@@ -274,11 +275,11 @@ def _record(model: nn.Module, new: Sugar | None) -> bool | None:
 
 
 def _record_in_timm(model: Any, new: Sugar | None) -> bool:
-    """Record in what timm saves with a model; its own saving functions and ours write config.json from it.
+    """Record the conversion in the attributes from which timm's saving functions and ours write config.json.
 
-    An architecture of timm gets the arguments that make it the ReLU network that this is at inference, since stock timm
-    knows no others, and the surrogate as a note; where timm has no such arguments, it gets ours, which stock timm
-    refuses rather than build another network. An architecture of this package gets ours.
+    For timm's architectures this writes the arguments of the equivalent ReLU network, which stock timm supports, and
+    the surrogate as a note. If timm has no such arguments, it writes ours: stock timm then raises an error instead of
+    building a different network. For architectures of this package it writes our arguments.
     """
     architecture = model.pretrained_cfg["architecture"]
     kept = {key: value for key, value in (model_args(model) or {}).items() if key not in ACTIVATION_ARGUMENTS}
@@ -305,7 +306,7 @@ def _record_in_timm(model: Any, new: Sugar | None) -> bool:
 
 
 def _record_in_wrapper(wrapper: Any, new: Sugar | None) -> bool:
-    """Record in the configuration that transformers saves with a model of timm what timm would save with it."""
+    """Copy what timm would save with the model to the configuration that transformers' TimmWrapper saves."""
     model, config = wrapper.timm_model, wrapper.config
     recorded = _record_in_timm(model, new)
     model._sugar_wrapped = True
@@ -314,12 +315,12 @@ def _record_in_wrapper(wrapper: Any, new: Sugar | None) -> bool:
     config.model_args = kept | ours
     cfg = getattr(config, "pretrained_cfg", None) or {k: v for k, v in model.pretrained_cfg.items() if v is not None}
     config.pretrained_cfg = cfg | {"notes": list(model.pretrained_cfg.get("notes") or ())}
-    vars(config).pop("timm_sugar", None)  # what a package of ours recorded before
+    vars(config).pop("timm_sugar", None)  # an earlier record of ours
     return recorded
 
 
 def _arguments(new: Sugar) -> dict[str, Any]:
-    """Return the arguments of our entrypoints, and of `create_model`, that give activations like `new`."""
+    """Return the arguments of our entrypoints and of `create_model` for activations like `new`."""
     found = {"surrogate": new.surrogate, "alpha": new.alpha, "save": None if new.save == "exact" else new.save}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -336,14 +337,14 @@ def is_own(architecture: str) -> bool:
 
 
 def stock_arguments(model: Any, architecture: str) -> dict[str, Any] | None:
-    """Return the act_layer with which stock timm builds the network that `model` is at inference.
+    """Return the act_layer with which stock timm builds a network that is equivalent to `model` at inference.
 
     Args:
         model: A model that timm built, with or without SUGAR.
         architecture: One of timm's, with the same weights.
 
     Returns:
-        ``{}``, or act_layer by a name that timm has; None where no such argument gives the same activations at the same
+        ``{}``, or act_layer with a name that timm has; None if no such argument gives the same activations at the same
         places and the same tensors.
     """
     arguments = {key: value for key, value in get_model_args(model).items() if key not in OURS_ALONE}
@@ -360,7 +361,7 @@ def stock_arguments(model: Any, architecture: str) -> dict[str, Any] | None:
 
 
 def write_note(model: Any, arguments: dict[str, Any] | None) -> None:
-    """Put a surrogate into the notes of a model's pretrained_cfg, which timm saves and reads and does nothing with."""
+    """Write a surrogate to the notes of a model's pretrained_cfg, which timm saves and loads but does not use."""
     notes = [note for note in model.pretrained_cfg.get("notes") or () if not note.startswith(_NOTE)]
     notes += [] if arguments is None else [_NOTE + json.dumps(arguments)]
     if notes:
@@ -370,20 +371,20 @@ def write_note(model: Any, arguments: dict[str, Any] | None) -> None:
 
 
 def read_note(cfg: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what `write_note` put into a pretrained_cfg, None if nothing."""
+    """Return what `write_note` wrote to a pretrained_cfg, or None."""
     found = [note.removeprefix(_NOTE) for note in cfg.get("notes") or () if note.startswith(_NOTE)]
     arguments: dict[str, Any] | None = json.loads(found[-1]) if found else None
     return arguments
 
 
 def keep_record(model: Any, given: dict[str, Any]) -> None:
-    """Keep what timm saves with a model in step with its Sugar modules, whose alpha may change in training.
+    """Keep the saved configuration in sync with the Sugar modules, whose alpha may change in training.
 
-    Every saving function asks for the state dict first, and then the record is brought up to date.
+    A state-dict hook updates it, since every saving function calls `state_dict` first.
 
     Args:
-        model: A model with SUGAR, as it was built.
-        given: The arguments for which it was built so.
+        model: A model with SUGAR, in its initial state.
+        given: The arguments that it was built with.
     """
     if not hasattr(model, "_sugar_record"):
         model.register_state_dict_pre_hook(_update_record)
@@ -413,12 +414,12 @@ def _update_record(model: Any, prefix: str, keep_vars: bool) -> None:
 
 
 def _states(model: nn.Module) -> list[tuple[str, float | None, str]]:
-    """Return the different states of a network's Sugar modules."""
+    """Return the distinct settings of a network's Sugar modules."""
     return sorted({(m.surrogate, m.alpha, m.save) for m in model.modules() if isinstance(m, Sugar)}, key=str)
 
 
 def _record_in_transformers(model: Any, new: Sugar | None) -> bool:
-    from . import transformers  # registers our names, and is loaded already where there is such a model
+    from . import transformers  # registers our names; transformers is loaded already
 
     if new is not None and not _is_default(new):
         return False
@@ -443,9 +444,9 @@ def _is_default(new: Sugar) -> bool:
 
 
 def _builds(model: nn.Module, build: Callable[[], nn.Module], plain: bool = False) -> bool:
-    """Whether `build` gives a network with the same activations at the same places.
+    """Whether `build` returns a network with the same activations at the same places.
 
-    With `plain`, SUGAR counts as the ReLU that it is at inference, and the tensors of both must have the same shapes.
+    With `plain`, SUGAR counts as ReLU, and the tensors of both networks must have the same shapes.
     """
 
     def layout(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -463,5 +464,5 @@ def _builds(model: nn.Module, build: Callable[[], nn.Module], plain: bool = Fals
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return layout(build()) == layout(model)
-    except Exception:  # whatever a constructor raises, the answer is no
+    except Exception:  # constructors may raise anything
         return False

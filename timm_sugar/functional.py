@@ -1,23 +1,23 @@
 """SUGAR as functions: ReLU forward with the derivative of a surrogate backward, and forward gradient injection.
 
-Which path a call takes, and why:
+Dispatch:
 
 ================================  ==============================================================================
-where                             path
+context                           path
 ================================  ==============================================================================
 gradients off                     ``relu``
 plain tensors, eager              an `autograd.Function` whose backward is a kernel
-under a `torch.func` transform    the `autograd.Function` that torch.func batches and differentiates forward
-compiled                          the same Functions, opaque to Dynamo (`allow_in_graph`), which drops the backward of
-                                  a Function that it looks into, and transparent to AOTAutograd
+under a `torch.func` transform    an `autograd.Function` with a vmap rule and forward-mode differentiation
+compiled                          the same Functions, opaque to Dynamo (`allow_in_graph`), since Dynamo drops the
+                                  backward of a Function that it traces into; AOTAutograd traces them
 exported or traced                in train() the composed formula, plain operations that any tracer differentiates;
                                   in eval() ``relu``
 DTensor, nested, fake tensors,    the composed formula: a kernel cannot read their memory
 any dispatch mode
-`fx`                              one call of `activate`, which decides when the graph runs
+`fx`                              one call of `activate`, dispatched when the graph runs
 ================================  ==============================================================================
 
-Dynamo is never asked whether it exports: before torch 2.12 it answers True whenever it compiles.
+Inside Dynamo `is_exporting` is not used: before torch 2.12 it returns True during any compilation.
 
 Source: Horuz et al., "The Resurrection of the ReLU", arXiv:2505.22074, equations 1 to 6.
 """
@@ -49,21 +49,21 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
             16-bit tensor is computed in float32.
         surrogate: A name of `list_surrogates()` or an alias.
         alpha: Shape parameter of the surrogate; None takes its default.
-        save: What is kept for the backward: "exact", the pre-activation itself; "uint8" or "uint4", a code for it of
-            one byte or half a byte an element, which needs a bounded derivative and forbids differentiating twice.
-            `torch.func` transforms, forward-mode differentiation, export, and tensors that are not plain ones are
-            exact in every mode.
+        save: What is saved for the backward pass: "exact", the pre-activation itself; "uint8" or "uint4", a code of
+            one byte or half a byte per element. The codes need a bounded derivative and do not support double
+            backward. `torch.func` transforms, forward-mode differentiation, export and tensor subclasses always use
+            "exact".
 
     Returns:
-        ``relu(x)``, of the shape, dtype and memory format of x; its gradient with respect to x is
-        ``surrogate'(x)``. It can be differentiated again: the second derivative is that of the surrogate. Where a
+        ``relu(x)``, with the shape, dtype and memory format of x; its gradient with respect to x is
+        ``surrogate'(x)``. Double backward is supported: the second derivative is that of the surrogate. If a
         compiler is installed, the gradient comes from a kernel that is compiled at the first backward (about a second,
-        once for each surrogate) and kept.
+        once per surrogate) and cached.
 
     Raises:
         TypeError: x is not a tensor of real floating-point numbers.
-        ValueError: no such surrogate or save mode, an alpha that it does not take, or a derivative without bounds
-            where the save mode needs them.
+        ValueError: unknown surrogate or save mode, an alpha that the surrogate does not take, or an unbounded
+            derivative with save mode "uint8" or "uint4".
 
     Examples:
         >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
@@ -77,15 +77,15 @@ def sugar(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None, save:
 def activate(
     x: Tensor, surrogate: str, alpha: float | None, save: str, inplace: bool = False, training: bool = True
 ) -> Tensor:
-    """`sugar` with what a module adds.
+    """`sugar` with the additional options of the module.
 
     Args:
         x, surrogate, alpha, save: As `sugar`.
-        inplace: Overwrite x where gradients are off.
-        training: Whether export and tracing keep the surrogate gradient; without, they get ``relu``.
+        inplace: Overwrite x if gradients are off.
+        training: Whether export and tracing keep the surrogate gradient; if False, they record ``relu``.
     """
     if has_torch_function_unary(x):
-        training = training or isinstance(x, torch.fx.Proxy)  # its graph may be trained, traced in eval() or not
+        training = training or isinstance(x, torch.fx.Proxy)  # a graph traced in eval() may be trained later
         overridden: Tensor = handle_torch_function(activate, (x,), x, surrogate, alpha, save, inplace, training)
         return overridden
     entry = get_surrogate(surrogate)
@@ -95,7 +95,7 @@ def activate(
     _check_dtype(x)
     compiling = torch.compiler.is_compiling()
     if not torch.is_grad_enabled() and not is_trace_check() and (compiling or not is_transformed()):
-        return _relu(x, inplace)  # forward-mode differentiation goes on where gradients are off
+        return _relu(x, inplace)  # forward-mode differentiation works with gradients off too
     if compiling:
         graph: Tensor = _in_graph(x, entry.name, entry.number, alpha, save, training)
         return graph
@@ -108,15 +108,15 @@ def activate(
 
 @torch.compiler.allow_in_graph
 def _in_graph(x: Tensor, surrogate: str, number: int, alpha: float | None, save: str, training: bool) -> Tensor:
-    # Called by AOTAutograd, by a backend that runs graphs as they are, and by export, but never read by Dynamo, which
-    # compiles again where another surrogate of this name has another number.
+    # Called by AOTAutograd, by backends that run the graph directly, and by export; Dynamo does not trace into it.
+    # `number` changes when a surrogate is registered again, so that Dynamo recompiles.
     if torch.compiler.is_exporting():
         return _traceable(x, get_surrogate(surrogate), alpha, training)
     return _differentiable(x, get_surrogate(surrogate), alpha, save)
 
 
 def _differentiable(x: Tensor, surrogate: Surrogate, alpha: float | None, save: str) -> Tensor:
-    if is_transformed():  # not always: its setup_context takes five times as long as ReLU on a small tensor
+    if is_transformed():  # only if needed: its setup_context takes five times as long as ReLU on a small tensor
         y: Tensor = _TransformableInjection.apply(x, surrogate, alpha)
     elif save == "exact" or not x.requires_grad:
         y = _Injection.apply(x, surrogate, alpha)
@@ -131,18 +131,18 @@ def _traceable(x: Tensor, surrogate: Surrogate, alpha: float | None, training: b
 
 
 def _relu(x: Tensor, inplace: bool = False) -> Tensor:
-    # In one place: torch.jit.trace compares the lines of two traces.
+    # One call site: torch.jit.trace compares the source lines of two traces.
     return torch.relu_(x) if inplace else torch.relu(x)
 
 
 def composed(x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
-    """ReLU with the surrogate's first and second derivative, as operations that any tracer differentiates by itself.
+    """ReLU with the surrogate's first and second derivative, composed of operations that any tracer differentiates.
 
-    ``relu(x)`` plus a difference that is 0 and whose derivative is 1, times ``s'(x)``. Half of ``s'(x)`` is detached,
-    since the product rule counts it twice in the second derivative. Where x is not finite the difference would be NaN:
-    there it is a constant 0, and so is the gradient at +-inf.
+    ``relu(x)`` plus ``s'(x)`` times a difference with value 0 and derivative 1. Half of ``s'(x)`` is detached, since
+    the product rule counts it twice in the second derivative. For x that is not finite the difference would be NaN: it
+    is then a constant 0, and so is the gradient at +-inf.
 
-    Args, returns: as `sugar`, with an entry of the table.
+    Args, returns: as `sugar`, with a `Surrogate`.
     """
     derivative = surrogate.derivative(opmath(x), alpha)
     if not isinstance(derivative, Tensor):  # a constant
@@ -157,7 +157,7 @@ _reference: Callable[[Tensor, Surrogate, float | None], Tensor] | None = None
 
 @contextmanager
 def computed_by(reference: Callable[[Tensor, Surrogate, float | None], Tensor]) -> Iterator[None]:
-    """Have every SUGAR activation that runs eagerly in this context computed by `reference`, to compare with."""
+    """Compute every SUGAR activation that runs eagerly in this context by `reference`, for comparison."""
     global _reference
     _reference = reference
     try:
@@ -169,8 +169,8 @@ def computed_by(reference: Callable[[Tensor, Surrogate, float | None], Tensor]) 
 def surrogate_activation(x: Tensor, surrogate: str = "bsilu", alpha: float | None = None) -> Tensor:
     """The surrogate's own function in both passes, the "non-SUGAR" baselines of tables 4 and 5.
 
-    In eager mode it saves x alone and its backward is a kernel; elsewhere it is the function's plain operations.
-    Shapes, dtypes and errors are those of `sugar`; a surrogate registered without a function is a ValueError.
+    In eager mode it saves only x and its backward is a kernel; otherwise it consists of plain operations.
+    Shapes, dtypes and errors are those of `sugar`; ValueError if the surrogate was registered without a function.
     """
     if has_torch_function_unary(x):
         overridden: Tensor = handle_torch_function(surrogate_activation, (x,), x, surrogate, alpha)
@@ -189,16 +189,16 @@ def forward_gradient_injection(
 ) -> Tensor:
     """Forward gradient injection, ``y = g(x) - sg(g(x)) + sg(f(x))`` (eq. 1; sg is the stop-gradient, detach).
 
-    The executable definition that every faster path is tested against, and a tool for any pair of functions: with
+    This is the reference that every faster path is tested against. It works for any pair of functions: with
     ``(torch.relu, F.leaky_relu)`` it is ProxyGrad (Linse et al., 2024).
 
     Args:
         x: Real floating-point tensor of any shape.
-        forward: f, gives the value; its gradient is bypassed.
-        surrogate: g, gives the gradient; a callable, or a surrogate's name for its function at the default alpha.
+        forward: f, computes the value; its gradient is not used.
+        surrogate: g, provides the gradient; a callable, or the name of a surrogate (with its default alpha).
 
     Returns:
-        ``f(x)`` with the gradient of g. Where g(x) is not finite, so is the result: use `sugar` there.
+        ``f(x)`` with the gradient of g. The result is not finite where g(x) is not; `sugar` handles these inputs.
 
     Examples:
         >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
@@ -216,7 +216,7 @@ def forward_gradient_injection(
 
 
 class _Injection(torch.autograd.Function):
-    """``relu(x)`` with the gradient ``surrogate.derivative(x)``; saves x and nothing else."""
+    """``relu(x)`` with the gradient ``surrogate.derivative(x)``; saves only x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
@@ -231,7 +231,7 @@ class _Injection(torch.autograd.Function):
 
 
 class _Function(_Injection):
-    """The surrogate's own function with its derivative as gradient; saves x and nothing else."""
+    """The surrogate's own function with its derivative as gradient; saves only x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
@@ -241,7 +241,7 @@ class _Function(_Injection):
 
 
 class _TransformableInjection(torch.autograd.Function):
-    """`_Injection` for `torch.func`: with a rule for vmap, and forward-mode differentiation."""
+    """`_Injection` for `torch.func`: with a vmap rule and forward-mode differentiation."""
 
     generate_vmap_rule = True
 
@@ -264,10 +264,10 @@ class _TransformableInjection(torch.autograd.Function):
 
 
 class _LeanInjection(torch.autograd.Function):
-    """``relu(x)`` that saves a code of x, of one byte or half a byte an element.
+    """``relu(x)`` that saves a code of x, one byte or half a byte per element.
 
-    The second output is empty. It ties the gradient to the graph, so that differentiating twice meets a clear error
-    and not a constant.
+    The second output is empty. It connects the gradient to the graph, so that a double backward raises a clear error
+    instead of treating the gradient as a constant.
     """
 
     @staticmethod
@@ -276,7 +276,7 @@ class _LeanInjection(torch.autograd.Function):
         tie = x.new_empty(0)
         ctx.save_for_backward(code.codes, tie)
         ctx.save, ctx.levels, ctx.strides = code[1:]
-        ctx.set_materialize_grads(False)  # none is made for the tie
+        ctx.set_materialize_grads(False)  # no zero gradient for the tie
         return y, tie
 
     @staticmethod
@@ -291,7 +291,7 @@ class _LeanInjection(torch.autograd.Function):
 
 
 class _LeanGradient(torch.autograd.Function):
-    """The gradient out of a code, which cannot be differentiated with respect to the pre-activation."""
+    """The gradient computed from a code; it cannot be differentiated with respect to the pre-activation."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, tie: Tensor, code: Code) -> Tensor:
@@ -304,7 +304,7 @@ class _LeanGradient(torch.autograd.Function):
 
 
 def check_save(save: str) -> None:
-    """Raise ValueError where `save` is not a way to keep the pre-activation."""
+    """Raise ValueError if `save` is not a valid mode."""
     if save not in SAVE_MODES:
         raise ValueError(unknown_name("save mode", save, [*SAVE_MODES]))
 

@@ -1,4 +1,4 @@
-"""A guard for any training loop: does the surrogate gradient arrive in this model, as it is compiled and wrapped?"""
+"""Check, before training, that the surrogate gradient reaches the parameters of a compiled or wrapped model."""
 
 import random
 import warnings
@@ -15,9 +15,9 @@ from ._torch import post_accumulate_hooks
 from .functional import composed, computed_by
 from .surrogates import Surrogate
 
-# A parameter's gradient counts as the surrogate's where it is nearer to that than this part of what tells it from
-# ReLU's, the second under autocast, in 16 bits and with lean saving; two ways to compute it differ by the rounding,
-# as a part of the gradient.
+# A parameter's gradient counts as the surrogate's if its distance to that gradient is below this fraction of the
+# distance between the surrogate's and ReLU's. The second value is for autocast, 16 bits and lean saving. _ROUNDING is
+# the relative rounding error between two ways to compute a gradient.
 _NEAR, _LOW_NEAR = 0.05, 0.25
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3}  # float32 may be TensorFloat-32
 _LOW_ROUNDING = 0.05
@@ -26,27 +26,27 @@ Gradients = dict[str, Tensor]
 
 
 def check_gradients(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
-    """Check that every SUGAR activation of a model passes on its surrogate's gradient, before hours are spent.
+    """Check, before a long training run, that every SUGAR activation of a model passes on its surrogate's gradient.
 
-    One forward and backward pass of the model as it stands: compiled, wrapped by DDP or FSDP, under the autocast of
+    Runs one forward and backward pass of the model as it is: compiled, wrapped by DDP or FSDP, under the autocast of
     the caller. The gradients of its parameters are compared with those of the same network run eagerly with the
-    composed formula, and with those of plain ReLU. Gradients, weights, buffers, random state and mode are left as they
-    were: hooks that run once a gradient is accumulated, such as an optimizer's step, do not run; other hooks do. In a
-    compiled network dropout and drop path are off meanwhile, since it draws other random numbers than in eager mode:
-    it is compiled once more afterwards.
+    composed formula, and with those of plain ReLU. Gradients, weights, buffers, random state and mode are restored.
+    Post-accumulate-grad hooks, such as an optimizer's step in the backward pass, do not run; other hooks do. In a
+    compiled network dropout and drop path are turned off during the check, since compiled code draws different random
+    numbers than eager mode; the network is therefore recompiled afterwards.
 
     Args:
-        model: Any network. With several processes each has to call this, as for a training step.
-        *inputs, **kwargs: What the model is called with: a batch as in training. The outputs' floating-point tensors
-            are differentiated, wherever in lists, tuples and dicts they are.
+        model: Any network. With several processes, all of them must call this, as for a training step.
+        *inputs, **kwargs: Arguments of the model: a batch as in training. All floating-point tensors in the output,
+            also in nested lists, tuples and dicts, are differentiated.
 
     Raises:
         RuntimeError: the gradient of an activation is not its surrogate's; the message names the first such layer.
 
     Warns:
-        UserWarning: it cannot be told, and why: no SUGAR activation runs in eager mode (an exported or scripted
-            network), no parameter before one is trained, the surrogate is nearer to ReLU than the rounding of the
-            dtype, a gradient is not finite, or the network draws random numbers in a way that differs between calls.
+        UserWarning: the check is inconclusive: no SUGAR activation runs in eager mode (an exported or scripted
+            network), no parameter before one is trained, the surrogate differs from ReLU by less than the rounding of
+            the dtype, a gradient is not finite, or the network draws random numbers that differ between calls.
 
     Examples:
         >>> model = torch.compile(timm.create_model("resnet18_sugar_bsilu", num_classes=10))
@@ -54,7 +54,7 @@ def check_gradients(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inputs, kwargs = _detached(inputs), _detached(kwargs)
-    with _left_as_it_was(model, inputs, kwargs) as again, torch.enable_grad():
+    with _preserved_state(model, inputs, kwargs) as again, torch.enable_grad():
 
         def gradients(seed: int = 0) -> Gradients:
             again(seed)
@@ -93,7 +93,7 @@ def _cannot_tell(why: str) -> None:
 
 
 def _verdicts(found: Gradients, wanted: Gradients, relu: Gradients, lean: bool) -> dict[str, str]:
-    """Return for each parameter "right", "wrong", "unclear", or "same" where the surrogate makes no difference."""
+    """Return "right", "wrong", "unclear", or "same" (the surrogate makes no difference) for each parameter."""
     low = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
     sizes = sorted(float(value.double().square().mean().sqrt()) for value in wanted.values())
     typical = sizes[len(sizes) // 2] if sizes else 0.0
@@ -102,7 +102,7 @@ def _verdicts(found: Gradients, wanted: Gradients, relu: Gradients, lean: bool) 
         rounding = _LOW_ROUNDING if low else _ROUNDING.get(wanted[name].dtype, _LOW_ROUNDING)
         near = _LOW_NEAR if lean or rounding == _LOW_ROUNDING else _NEAR
         mine = found[name].double() if name in found else torch.zeros_like(wanted[name]).double()
-        # The error of codes adds up from layer to layer, so that of lean saving only its direction is judged.
+        # With lean saving the errors of the codes add up over the layers, so only the direction is checked.
         allowed = 1.0 if lean else rounding
         verdicts[name] = _verdict(mine, wanted[name].double(), relu[name].double(), rounding, allowed, near, typical)
     return verdicts
@@ -116,12 +116,12 @@ def _verdict(
     if not (error + apart).isfinite():
         return "unclear"
     if max(size, error, relu.norm()) <= rounding * typical * wanted.numel() ** 0.5:
-        return "same"  # 0 but for rounding, as that of a bias before BatchNorm
+        return "same"  # 0 up to rounding, such as the gradient of a bias before BatchNorm
     if error > allowed * size and error > near * apart:
         return "wrong"
     if apart <= 1e-2 * rounding * size:
         return "same" if apart == 0 else "unclear"
-    # Rounding points anywhere: along the line from ReLU's gradient to the surrogate's there is little of it.
+    # Rounding errors are random: few lie along the line from ReLU's gradient to the surrogate's.
     along = ((found - relu) * (wanted - relu)).sum() / apart**2
     if along >= 1 - near:
         return "right"
@@ -133,12 +133,12 @@ class _Calls:
 
     def __init__(self, model: nn.Module):
         self.names: list[str] = []
-        self.order: list[tuple[str, int]] = []  # modules as they are entered, with how many activations ran before
+        self.order: list[tuple[str, int]] = []  # entered modules, and the number of activations before each
         self._model = model
 
     @contextmanager
     def with_relu_at(self, lost: set[int]) -> Iterator[None]:
-        """Compute the activations whose numbers are in `lost` as ReLU, the others by the composed formula."""
+        """Compute the activations with numbers in `lost` as ReLU, the others by the composed formula."""
         self.names, self.order, inside = [], [], [""]
 
         def reference(x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
@@ -172,7 +172,7 @@ def _explanation(
     as_reference: Callable[[set[int]], Gradients],
     verdicts: dict[str, str],
 ) -> str:
-    """Find which activations lost their gradient, from the last to the first: each explains what lies before it."""
+    """Find the activations that lost their gradient, from the last to the first: each affects all layers before it."""
 
     def distance(reference: Gradients, names: list[str]) -> float:
         return sum(float((found[n].double() - reference[n].double()).norm()) for n in names if n in found)
@@ -228,7 +228,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _detached(value: Any) -> Any:
-    """Return inputs that share their values with those given, and no graph or gradient."""
+    """Return detached inputs: they share the values, but have no graph or gradient."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_(value.requires_grad)
     if isinstance(value, dict):
@@ -237,13 +237,13 @@ def _detached(value: Any) -> Any:
 
 
 def _whole(grad: Tensor) -> Tensor:
-    whole: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.detach().clone()  # FSDP's are parts
+    whole: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.detach().clone()  # FSDP shards
     return whole
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, *inputs: Any) -> Iterator[Callable[[int], None]]:
-    """Give a function that sets the state for a pass from a seed, and restore all of it at the end."""
+def _preserved_state(model: nn.Module, *inputs: Any) -> Iterator[Callable[[int], None]]:
+    """Yield a function that resets the state for a pass with a seed; restore the original state at the end."""
     leaves = [*model.parameters(), *(t for t in _tensors(inputs) if t.is_leaf and t.requires_grad)]
     grads = [leaf.grad for leaf in leaves]
     hooks = [(found, dict(found)) for leaf in leaves if (found := post_accumulate_hooks(leaf))]

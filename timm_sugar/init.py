@@ -1,4 +1,4 @@
-"""Initialisations in place of a network's own: randomised asymmetric, and what PyTorch's layers draw by default.
+"""Initialisations that replace a network's own: randomised asymmetric, and PyTorch's default.
 
 Randomised asymmetric initialisation makes it unlikely that a ReLU network is born dead. Source: Lu, Shin, Su,
 Karniadakis, "Dying ReLU and Initialization: Theory and Numerical Examples", Communications in Computational Physics
@@ -13,7 +13,7 @@ from torch import nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_STD = 0.6007  # keeps the length of the signal from layer to layer, given the Beta(2, 1) entry
+_STD = 0.6007  # preserves the norm of the signal across layers, given the Beta(2, 1) entry
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -21,14 +21,14 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def randomized_asymmetric_(module: ModuleT, generator: torch.Generator | None = None) -> ModuleT:
     """Initialise every linear and convolutional layer of a module in place (RAI, Lu et al. 2020).
 
-    For each output neuron or channel the row (W, b) of fan_in + 1 numbers is normal with standard deviation
-    ``0.6007 / sqrt(fan_in)``; then one of its entries, chosen uniformly, is replaced by a draw from Beta(2, 1). In a
-    layer without bias the row is W alone.
+    For each output neuron or channel, the row (W, b) of fan_in + 1 numbers is drawn from a normal distribution with
+    standard deviation ``0.6007 / sqrt(fan_in)``; then one entry, chosen uniformly, is replaced by a draw from
+    Beta(2, 1). In a layer without bias the row is W.
 
     Args:
-        module: An `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or any module that contains some. Everything
-            else in it (norms, transposed convolutions, bare parameters) keeps its values.
-        generator: Source of randomness on the device of the parameters; None takes torch's default one.
+        module: An `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or a module that contains some. All other
+            parameters (of norms and transposed convolutions, for example) keep their values.
+        generator: Random generator on the device of the parameters; None takes torch's default generator.
 
     Returns:
         The module itself.
@@ -57,13 +57,13 @@ def randomized_asymmetric_(module: ModuleT, generator: torch.Generator | None = 
 
 
 def pytorch_default_(module: ModuleT) -> ModuleT:
-    """Draw every linear and convolutional layer of a module anew, in place, as `torch.nn` does by default.
+    """Re-initialise every linear and convolutional layer of a module in place, as `torch.nn` does by default.
 
     Weights and biases are uniform with variance ``1 / (3 * fan_in)``. In a convolution with as many output as input
-    channels this is a sixth of the variance of timm's kaiming_normal over fan_out. Everything else keeps its values.
+    channels this is a sixth of the variance of timm's kaiming_normal over fan_out. Other parameters keep their values.
 
     Args:
-        module: As of `randomized_asymmetric_`. Random numbers are those of torch's default generator.
+        module: As for `randomized_asymmetric_`. Random numbers come from torch's default generator.
 
     Returns:
         The module itself.

@@ -29,21 +29,20 @@ from .surrogates import (
 class Sugar(nn.Module):
     """ReLU in the forward pass, the derivative of a surrogate in the backward pass (arXiv:2505.22074, eq. 4 to 6).
 
-    Has neither parameters nor buffers, so it takes the place of `nn.ReLU` without changing a state dict. The
-    surrogate gradient applies whenever grad mode is on, in train() and eval() alike.
+    It has no parameters or buffers, so it replaces `nn.ReLU` without changing the state dict. The surrogate gradient
+    applies whenever grad mode is on, in train() and eval() alike.
 
     Args:
         surrogate: A name of `list_surrogates()`; default the paper's B-SiLU.
         alpha: Shape parameter of the surrogate; None takes its default. It may be changed during training.
-        inplace: Overwrite the input. Honoured with gradients off and ignored with them on, since the backward needs
-            the pre-activation.
-        save: What is kept for the backward, as in `timm_sugar.sugar`.
+        inplace: Overwrite the input. Ignored if gradients are on, since the backward needs the pre-activation.
+        save: What is saved for the backward pass, as in `timm_sugar.sugar`.
 
     Shape:
         ``(*) -> (*)``, any shape, memory format and real floating-point dtype.
 
     Raises:
-        ValueError: no such surrogate, or an alpha that it does not take.
+        ValueError: unknown surrogate, or an alpha that it does not take.
 
     Examples:
         >>> layer = Sugar("bsilu", alpha=2.0)
@@ -51,7 +50,7 @@ class Sugar(nn.Module):
         (Sugar(bsilu, alpha=2), torch.Size([8, 64, 7, 7]))
     """
 
-    save: str = "exact"  # for modules that were pickled before there was another way
+    save: str = "exact"  # for modules pickled before `save` existed
 
     def __init__(
         self, surrogate: str = "bsilu", alpha: float | None = None, inplace: bool = False, save: str = "exact"
@@ -67,10 +66,10 @@ class Sugar(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.relu(x)
-        else:  # the script compiler leaves out this branch only where there is an else
+        else:  # the script compiler skips this branch only if it is an else
             return activate(x, self.surrogate, self.alpha, self.save, self.inplace, self.training)
 
-    def __prepare_scriptable__(self) -> nn.Module:  # called by torch.jit.script, which compiles what it returns
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script calls this and compiles the result
         _warn_of_script()
         return self
 
@@ -104,7 +103,7 @@ class BSiLU(nn.Module):
     """B-SiLU in both passes, ``(x + alpha) * sigmoid(x) - alpha / 2`` (arXiv:2505.22074, eq. 7).
 
     Args:
-        inplace: Accepted because timm passes it, and ignored: the backward needs the pre-activation.
+        inplace: Accepted because timm passes it, but ignored: the backward needs the pre-activation.
         alpha: Shape parameter; None takes the paper's 1.67.
 
     Shape:
@@ -148,14 +147,14 @@ class NeLU(nn.Module):
 
 @dataclass(frozen=True)
 class Activation:
-    """What a network has at its activations: SUGAR with a surrogate, or an act_layer; None leaves a field open.
+    """The activation arguments that every registered model takes: SUGAR with a surrogate, or an act_layer.
 
-    These are the activation arguments that every registered model takes.
+    None leaves a field open.
 
     Attributes:
         surrogate: Surrogate of SUGAR.
         alpha: Shape parameter of the surrogate, or of the activations ``bsilu`` and ``nelu``.
-        save: What is kept for the backward, as in `timm_sugar.sugar`.
+        save: What is saved for the backward pass, as in `timm_sugar.sugar`.
         act_layer: Any activation that timm resolves, by name or class, in place of SUGAR.
 
     Examples:
@@ -172,7 +171,7 @@ class Activation:
 
     @classmethod
     def pop(cls, arguments: dict[str, Any]) -> "Activation":
-        """Take the activation arguments out of those of a model."""
+        """Remove the activation arguments from those of a model, and return them."""
         return cls(**{name: arguments.pop(name, None) for name in cls.__dataclass_fields__})
 
     @classmethod
@@ -192,15 +191,15 @@ class Activation:
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if getattr(self, name) is not None}
 
     def resolve(self, default: "Activation | None" = None) -> "Activation":
-        """Fill in what is open: alpha, save, and the surrogate of a model that has one of its own.
+        """Fill in open fields: alpha, save, and the surrogate of a model that has a default one.
 
         Args:
-            default: The model's own surrogate and alpha; None for a model without. Its alpha is in force with its own
-                surrogate only; any other starts from its own default.
+            default: The model's default surrogate and alpha, or None. This alpha applies to this surrogate only; any
+                other surrogate uses its own default.
 
         Raises:
-            ValueError: surrogate, save or an alpha that it does not take together with act_layer; alpha or save
-                without any surrogate; or a name or alpha that is not valid.
+            ValueError: act_layer together with surrogate, save or an alpha that it does not take; alpha or save
+                without any surrogate; or an invalid name or alpha.
         """
         extra = [name for name in self.given() if name != "act_layer"]
         if self.act_layer is not None:
@@ -220,11 +219,11 @@ class Activation:
         return Activation(module.surrogate, module.alpha, module.save)
 
     def layer(self) -> Callable[..., nn.Module] | None:
-        """Return what timm calls an act_layer, of a resolved activation.
+        """Return timm's act_layer for a resolved activation.
 
         Returns:
-            A callable that takes ``inplace``, positionally or by name, and returns a new module; None leaves the model
-            its own activation.
+            A callable that takes ``inplace``, positionally or by name, and returns a new module; None keeps the
+            model's own activation.
         """
         if self.act_layer is not None:
             found = _find_act_layer(self.act_layer)
@@ -248,16 +247,16 @@ def _find_act_layer(act_layer: LayerType) -> Callable[..., nn.Module]:
 def register_surrogate(
     name: str, derivative: SurrogateFunction, function: SurrogateFunction | None = None, alpha: float | None = None
 ) -> None:
-    """Add a surrogate of your own and register the activation ``sugar_<name>`` with timm.
+    """Add a custom surrogate and register the activation ``sugar_<name>`` with timm.
 
     Args:
         name: A lower-case identifier that no built-in surrogate has. Registering it again replaces it.
         derivative: ``(x, alpha) -> s'(x)``, elementwise in differentiable torch operations, float32 or float64 in
-            and out. A pure function of x and alpha: kernels are made from it once, so what it reads from elsewhere
-            stays as it was then.
+            and out. It must be a pure function of x and alpha: kernels are generated from it once, so later changes
+            to other values that it reads have no effect.
         function: ``(x, alpha) -> s(x)``, needed only for the indirect form of forward gradient injection and for
             `surrogate_activation`.
-        alpha: Default shape parameter; None for a surrogate without one, which then is called with ``alpha=None``.
+        alpha: Default shape parameter; None for a surrogate without one, which is then called with ``alpha=None``.
 
     Raises:
         ValueError: the name or alpha is not valid, or derivative is not callable.
@@ -278,7 +277,7 @@ def _create_sugar(surrogate: str, inplace: bool = False, alpha: float | None = N
 
 
 def apply_sugar(surrogate: str, x: Tensor, inplace: bool = False) -> Tensor:
-    """`sugar` with the arguments that timm calls an activation function with."""
+    """`sugar` with the signature of timm's activation functions."""
     return sugar(x, surrogate)
 
 
@@ -288,7 +287,7 @@ def _register_with_timm(surrogate: str) -> None:
     ACT_FUNCTIONS[f"sugar_{surrogate}"] = partial(apply_sugar, surrogate)
 
 
-# What else keeps activations by name adds itself here.
+# Other registries of activation names append a function here.
 activation_registries: list[Callable[[str], None]] = [_register_with_timm]
 
 for _name in [*list_surrogates(), "swish"]:

@@ -1,4 +1,4 @@
-"""`DeadUnitMonitor`: dead units and sparsity by layer while any loop trains any network."""
+"""`DeadUnitMonitor`: dead units and sparsity by layer during training, for any network and training loop."""
 
 import itertools
 import warnings
@@ -25,22 +25,22 @@ from .activations import (
     watchable_activations,
 )
 
-_CHECK = 100  # steps after which dead units are looked at for the warning where there is no window
+_CHECK = 100  # steps between checks for the dead-unit warning if there is no window
 
 
 @dataclass(frozen=True)
 class LayerActivity:
-    """What one activation did in training; a unit is active where its pre-activation is above 0.
+    """Statistics of one activation in training; a unit is active where its pre-activation is above 0.
 
     Attributes:
         name: Name of the activation in the network; ``name:2`` is its second call in a pass.
-        kind: What it is, a key of `timm_sugar.activations.KINDS`, such as "sugar" or "relu".
+        kind: A key of `timm_sugar.activations.KINDS`, such as "sugar" or "relu".
         units: Number of units: channels of a convolution, features of a linear layer.
         dead: Units that were active nowhere.
-        nearly_dead: Units that were active somewhere, but for less than the monitor's `nearly_dead` of their values.
+        nearly_dead: Units that were active, but in less than the monitor's `nearly_dead` fraction of their values.
         always_active: Units that were active everywhere.
         sparsity: Fraction of the pre-activations that were not above 0.
-        probability: Of each unit, the fraction of its pre-activations that were above 0.
+        probability: For each unit, the fraction of its pre-activations that were above 0.
     """
 
     name: str
@@ -55,16 +55,16 @@ class LayerActivity:
 
 @dataclass(frozen=True)
 class Activity:
-    """The activations of a network over a window of training.
+    """Statistics of a network's activations over a window of training steps.
 
     Attributes:
         steps: Training passes in the window.
-        counted_steps: Those of them that were counted.
+        counted_steps: Passes that were counted.
         images: Length of the batch dimension, summed over the counted passes (and processes).
         dead_units, nearly_dead, always_active: Fractions of all units.
         sparsity: Fraction of all pre-activations that were not above 0.
         layers: One record for each activation, in the order of the forward pass.
-        not_seen: Activations that no counted pass came to.
+        not_seen: Activations that no counted pass called.
     """
 
     steps: int
@@ -78,7 +78,7 @@ class Activity:
     not_seen: list[str]
 
     def numbers(self, layers: bool = False) -> dict[str, float]:
-        """Return what a tracker takes: fractions by name; with `layers`, also ``dead_units/NAME`` of each layer."""
+        """Return fractions by name, for a tracker; with `layers`, also ``dead_units/NAME`` of each layer."""
         found = dict(
             dead_units=self.dead_units,
             nearly_dead_units=self.nearly_dead,
@@ -90,7 +90,7 @@ class Activity:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return a JSON-serialisable dict."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -104,42 +104,42 @@ class Activity:
 
 
 class _Count(NamedTuple):
-    """Of one activation: active values of each unit, integers (units,); values of each; length of the batch."""
+    """Counts of one activation: active values per unit, integers (units,); values per unit; batch size."""
 
     active: Tensor
     seen: int
     images: int
 
 
-_Pass: TypeAlias = dict[str, _Count]  # by activation and number of the call
+_Pass: TypeAlias = dict[str, _Count]  # by name of the activation and call number
 
 
 class DeadUnitMonitor:
-    """Count dead, nearly dead and always-active units of any network while any loop trains it.
+    """Count dead, nearly dead and always-active units of any network during training, with any training loop.
 
-    A step is a training pass: a call of `model` in train() mode. Passes in eval() mode, and what gradient checkpointing
-    computes again, are not counted. Counts stay on the device, and nothing waits for it before `summary` is called.
-    Counted are the activations that `timm_sugar.convert` knows, and PReLU, outside of gates; one that is called several
+    A step is a training pass: a call of `model` in train() mode. Passes in eval() mode, and recomputation by gradient
+    checkpointing, are not counted. Counts stay on the device; only `summary` synchronises with it. The monitor counts
+    the activations that `timm_sugar.convert` knows, and PReLU, outside of gates; an activation that is called several
     times in a pass counts as several. Attach it before or after `torch.compile`, DDP and `convert`; detach it before
     `torch.jit.script`, and before `torch.export` in train() mode. A checkpointed network that is compiled as a whole
-    needs a newer torch than 2.8, whose backward pass raises an error.
+    needs a newer torch than 2.8, which raises an error in the backward pass.
 
     Args:
         model: Any network. Its state dict does not change, and copies of it (deepcopy, pickle) are not monitored.
-        window: What `summary` is about: the last so many steps; None is everything since the start or `reset`.
-            Otherwise the device keeps four bytes for each unit and counted step.
-        every: One step in so many is counted, the first of them. 1 counts all, at a higher cost: a unit that is dead
-            in one batch in `every` may be active in the others.
-        nearly_dead: A unit that is active for less than this fraction of its values is nearly dead.
-        warn_above: Warn once where more than this fraction of all units was dead in a window (in 100 steps where
-            `window` is None); None never warns.
+        window: The number of latest steps that `summary` covers; None covers all steps since the start or `reset`. A
+            window needs four bytes on the device for each unit and counted step.
+        every: Count the first of every so many steps. 1 counts all steps, at a higher cost. With a larger value, a
+            unit that is dead in the counted batches may be active in the others.
+        nearly_dead: A unit that is active in less than this fraction of its values is nearly dead.
+        warn_above: Warn once if more than this fraction of all units was dead in a window (in 100 steps if `window`
+            is None); None never warns.
 
     Raises:
-        ValueError: an argument is out of range, or `model` has no activation that can be seen.
+        ValueError: an argument is out of range, or `model` has no activation that can be monitored.
 
     Warns:
-        UserWarning: activations that a forward calls by name (``F.relu(x)``), which cannot be seen; or activations
-            that run in a way that is not counted: outside of a call of `model` (see `step`).
+        UserWarning: a forward calls activation functions directly (``F.relu(x)``), which cannot be monitored; or
+            activations run outside of a call of `model` and are not counted (see `step`).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -183,20 +183,19 @@ class DeadUnitMonitor:
             raise ValueError(f"{type(model).__name__} has no activation module or attribute to monitor; {why}")
         if unseen:
             warnings.warn(f"DeadUnitMonitor cannot see {unseen}", stacklevel=2)
-        self._token = torch.zeros(
-            1, device="cpu"
-        )  # what the operator says it writes to, so that calls keep their order
+        # The operator declares that it writes to this tensor, so that calls keep their order.
+        self._token = torch.zeros(1, device="cpu")
         _register_event()
         self._number = next(_numbers)
         others = [*_monitors.values()]
         _monitors[self._number] = self
-        # By default what is compiled does not ask whether a module got or lost a hook since.
+        # By default, compiled code ignores hooks that are added or removed later.
         was_skipped = skip_hook_guards(False)
         self._skipped: bool = others[0]._skipped if others else was_skipped
-        self._let_go = finalize(self, _put_back_guards, self._skipped)  # once: detached, or forgotten
-        self._explicit = False  # whether `step` says where a pass begins and ends
+        self._finalizer = finalize(self, _restore_hook_guards, self._skipped)  # runs once, on detach or collection
+        self._explicit = False  # whether `step` marks the begin and end of a pass
         self._warned_outside = False
-        self._pending: Callable[[], float | None] | None = None  # fraction of dead units, None until it is there
+        self._pending: Callable[[], float | None] | None = None  # returns the fraction of dead units, None until ready
         self.reset()
         self._watched = watch_activations(model, self._see)
         self._watched.callback(model.register_forward_pre_hook(Hook(self._enter)).remove)
@@ -204,22 +203,22 @@ class DeadUnitMonitor:
         torch.compiler.reset()
 
     def reset(self) -> None:
-        """Forget what was counted, as if the monitor was new."""
+        """Reset all counts."""
         self.steps = 0  # training passes so far
-        self._passes: deque[tuple[int, _Pass]] = deque()  # with the number of the step
+        self._passes: deque[tuple[int, _Pass]] = deque()  # with the step number
         self._counted = 0
-        self._now: _Pass | None = None  # of a pass that is counted
+        self._now: _Pass | None = None  # the pass being counted
         self._inside = False
         self._calls: Counter[str] = Counter()
 
     def counts(self, all_processes: bool = False) -> dict[str, Any]:
-        """Return what was counted, as JSON can hold it and `restore` takes it; this waits for the device.
+        """Return the counts as a JSON-serialisable dict for `restore`; synchronises with the device.
 
         Args:
-            all_processes: As for `summary`; one process then restores them, and the others `steps` alone.
+            all_processes: As for `summary`; one process then restores them, and the others restore only `steps`.
 
         Raises:
-            ValueError: there is a window, of which the single passes would be needed.
+            ValueError: the monitor has a window, which would need the counts of each pass.
         """
         if self.window is not None:
             raise ValueError("counts are those of a monitor with window=None")
@@ -228,7 +227,7 @@ class DeadUnitMonitor:
         return {"steps": self.steps, "counted": self._counted, "layers": found}
 
     def restore(self, counts: dict[str, Any]) -> None:
-        """Go on from what `counts` returned, in place of what was counted here."""
+        """Replace the counts by those that `counts` returned."""
         self.reset()
         self.steps, self._counted = counts["steps"], counts["counted"]
         layers = counts["layers"].items()
@@ -238,16 +237,16 @@ class DeadUnitMonitor:
         self._passes = deque([(self.steps, total)] if total else [])
 
     def detach(self) -> None:
-        """Take the monitor off the network, which is then as it was before; `summary` still answers."""
+        """Remove the monitor from the network and all its hooks; `summary` still works."""
         self._watched.close()
         _monitors.pop(self._number, None)
-        self._let_go()
+        self._finalizer()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Count everything that runs inside as one training pass, whichever way the network is called.
+        """Context that counts everything inside as one training pass, no matter how the network is called.
 
-        For ``model.forward_features(x)`` and other methods, and where one step calls the network several times.
+        Use it for ``model.forward_features(x)`` and other methods, or if one step calls the network several times.
         """
         self._explicit = True
         self._begin()
@@ -259,10 +258,10 @@ class DeadUnitMonitor:
             self._now = None
 
     def summary(self, all_processes: bool = False) -> Activity:
-        """Return what was counted in the window; this waits for the device.
+        """Return the statistics of the window; synchronises with the device.
 
         Args:
-            all_processes: Add up the counts of a process group, every process of which has to call this.
+            all_processes: Sum the counts over the process group; all processes must call this.
 
         Raises:
             RuntimeError: no training pass was counted.
@@ -295,7 +294,7 @@ class DeadUnitMonitor:
         dead = active == 0
         return LayerActivity(
             name=key,
-            kind=kind_of(getattr(place.parent, place.key)) or place.kind or "",  # it may have been converted
+            kind=kind_of(getattr(place.parent, place.key)) or place.kind or "",  # may have been converted
             units=len(active),
             dead=int(dead.sum()),
             nearly_dead=int(((probability < self.nearly_dead) & ~dead).sum()),
@@ -305,7 +304,7 @@ class DeadUnitMonitor:
         )
 
     def _totals(self, all_processes: bool = False) -> _Pass:
-        """Add up the passes, if asked over all processes; activations that had no values in any are left out."""
+        """Sum the passes, optionally over all processes; skip activations without values."""
         by_key: dict[str, list[_Count]] = {}
         for _, counts in self._passes:
             for key, count in counts.items():
@@ -316,8 +315,8 @@ class DeadUnitMonitor:
             return _add_up_processes(totals, _device(self.model))
         return totals
 
-    # In a compiled network the hooks leave calls of an operator that is opaque to the compiler, `_event`. What they do
-    # depends on the step, and on whether the backward pass computes something again.
+    # In a compiled network the hooks insert calls of `_event`, an operator that is opaque to the compiler, because the
+    # work depends on the step and on whether the backward pass is recomputing activations.
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if module is not self.model or self._explicit:
@@ -349,7 +348,7 @@ class DeadUnitMonitor:
             return
         if self.warn_above is not None and self._passes and self.steps % self._span == 0:
             dead_units = [count.active == 0 for count in self._totals().values()]
-            self._pending = _when_there(torch.cat(dead_units).double().mean()) if dead_units else None
+            self._pending = _async_value(torch.cat(dead_units).double().mean()) if dead_units else None
         if self._pending is not None and (dead := self._pending()) is not None:
             self._pending = None
             if self.warn_above is not None and dead > self.warn_above:
@@ -368,7 +367,7 @@ class DeadUnitMonitor:
         self.steps += 1
 
     def _count(self, name: str, x: Tensor, channels_last: bool) -> None:
-        if in_backward() or not isinstance(x, Tensor):  # of torch.fx
+        if in_backward() or not isinstance(x, Tensor):  # a Proxy of torch.fx
             return
         if not self._inside:
             if self.model.training and not self._warned_outside:
@@ -412,16 +411,16 @@ _monitors: WeakValueDictionary[int, DeadUnitMonitor] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def _put_back_guards(skipped: bool) -> None:
-    if not [*_monitors.values()]:  # their number counts what is about to be collected
+def _restore_hook_guards(skipped: bool) -> None:
+    if not [*_monitors.values()]:  # len() would count monitors that are being collected
         skip_hook_guards(skipped)
 
 
-_event: Any = None  # the operator that compiled code calls
+_event: Any = None  # custom operator that compiled code calls
 
 
 def _register_event() -> None:
-    """Register the operator, once; not on import, a third of whose time that would take."""
+    """Register the operator once; not on import, since it would take a third of the import time."""
     global _event
     if _event is None:
         _event = torch.library.custom_op("timm_sugar::monitor", _take_event, mutates_args={"token"})
@@ -440,8 +439,8 @@ def _take_event(x: Tensor | None, token: Tensor, monitor: int, name: str, flag: 
 
 
 def _active(x: Tensor, channels_last: bool) -> Tensor:
-    """Return how many values of each unit are above 0, int32 (units,)."""
-    # Up to 255 images fit a sum of bytes, which takes a tenth of the time of one of integers.
+    """Return the number of values above 0 for each unit, int32 (units,)."""
+    # A uint8 sum holds up to 255 images, and takes a tenth of the time of an integer sum.
     active = sum(part.sum(0, dtype=torch.uint8).int() for part in (x > 0).view(torch.uint8).split(255))
     assert isinstance(active, Tensor)
     if channels_last:
@@ -486,8 +485,8 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _when_there(value: Tensor) -> Callable[[], float | None]:
-    """Return what gives a number, or None as long as the GPU has not come to it."""
+def _async_value(value: Tensor) -> Callable[[], float | None]:
+    """Copy a value to the CPU without waiting; return a function that gives the number, or None until it is ready."""
     if not value.is_cuda:
         number = value.item()
         return lambda: number

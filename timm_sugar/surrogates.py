@@ -1,9 +1,9 @@
 """The surrogate table: one entry for each surrogate, and the only place to add one.
 
-A surrogate is a smooth function whose derivative stands in for the derivative of ReLU in the backward pass. Functions
-and derivatives are written with differentiable ATen operations, so that they can be differentiated again, vmapped,
-compiled and exported. They receive float32 or float64 and keep it. At +-inf each derivative is its limit, never NaN;
-at NaN it is NaN.
+A surrogate is a smooth function whose derivative replaces the derivative of ReLU in the backward pass. Functions and
+derivatives are written with differentiable ATen operations, so that they can be differentiated again, vmapped, compiled
+and exported. They receive float32 or float64 and keep the dtype. At +-inf each derivative is its limit, never NaN; at
+NaN it is NaN.
 
 Source: Horuz et al., "The Resurrection of the ReLU", arXiv:2505.22074, section 3 and appendix D.
 """
@@ -31,7 +31,7 @@ class Surrogate:
         derivative: ``(x, alpha) -> s'(x)``, elementwise, of the shape and dtype of x.
         function: ``(x, alpha) -> s(x)``, or None where only the derivative is known.
         alpha: Default shape parameter, or None for a surrogate that has none.
-        number: Tells surrogates apart that had the same name, one after the other.
+        number: Changes when a name is registered again, to distinguish the two surrogates.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Surrogate:
         Raises:
             ValueError: alpha is not finite, or this surrogate has no alpha.
         """
-        if type(alpha) is float and -math.inf < alpha < math.inf and self.alpha is not None:  # most often, so first
+        if type(alpha) is float and -math.inf < alpha < math.inf and self.alpha is not None:  # fast path
             return alpha
         if alpha is None:
             return self.alpha
@@ -57,11 +57,11 @@ class Surrogate:
         return float(alpha)
 
 
-# Beyond these bounds the factor that vanishes is exactly 0 in float64 too, so that clamping changes no finite value
-# and keeps inf * 0 = NaN out of the limits. Tensor.clamp propagates NaN.
+# Beyond these bounds the vanishing factor is exactly 0 in float64 too, so clamping changes no finite value and avoids
+# inf * 0 = NaN in the limits. Tensor.clamp propagates NaN.
 _EXP_UNDERFLOW = 1024.0
 _GAUSS_UNDERFLOW = 64.0
-_SATURATION = 48.0  # sigmoid and its kin are 1 from here on, to the last digit of float64
+_SATURATION = 48.0  # sigmoid and similar functions round to 1 in float64 from here on
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946
@@ -149,10 +149,10 @@ def list_surrogates() -> list[str]:
 
 
 def get_surrogate(name: str) -> Surrogate:
-    """Return the surrogate called `name`, an alias or an entry of `list_surrogates()`.
+    """Return the surrogate with this name, an entry of `list_surrogates()` or an alias.
 
     Raises:
-        ValueError: there is none; the message names the nearest valid one.
+        ValueError: unknown name; the message suggests the nearest valid one.
 
     Examples:
         >>> nelu = get_surrogate("nelu")
@@ -169,7 +169,7 @@ def get_surrogate(name: str) -> Surrogate:
 
 
 def add_surrogate(surrogate: Surrogate) -> None:
-    """Put a user's surrogate into the table, replacing an earlier one of that name.
+    """Add a user's surrogate to the table, replacing an earlier one of that name.
 
     Raises:
         ValueError: the name is not a lower-case identifier, or belongs to a built-in surrogate or alias.
@@ -186,7 +186,7 @@ def add_surrogate(surrogate: Surrogate) -> None:
 
 
 def unknown_name(kind: str, name: str, valid: list[str]) -> str:
-    """Return a one-line message for an unknown name: the nearest valid one, or up to 30 of them where none is near."""
+    """Return a one-line error message for an unknown name: the nearest valid name, or up to 30 valid names."""
     near = difflib.get_close_matches(str(name), valid, n=1)
     hint = (
         f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid)[:30])}{', ...' * (len(valid) > 30)}"

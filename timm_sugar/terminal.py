@@ -1,4 +1,4 @@
-"""What the command lines share: errors of one line, tables, and progress bars on a terminal."""
+"""Shared by the command lines: one-line errors, tables, and progress bars on a terminal."""
 
 import argparse
 import sys
@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, and exits with status 2."""
+    """Argument parser that prints a usage error on one line and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Collection[int] = (0,)) -> None:
-    """Print rows under their heads, columns aligned to the right but for those whose number is in `left`."""
+    """Print a table; columns are right-aligned, except those whose number is in `left`."""
     lines = [head, *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -27,19 +27,19 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Collec
 
 @contextmanager
 def progress_bars(*tasks: str, every: float | None = None) -> Iterator[list[Callable[[int, int], None]]]:
-    """Show a bar for each task on a terminal, by rich; yield for each a function that takes steps done and in all.
+    """Show a rich progress bar for each task on a terminal; yield one function ``update(done, total)`` per task.
 
     Args:
-        tasks: Their names.
-        every: Where there is no terminal, print a line after a second and then at most one in so many; None for none.
+        tasks: Names of the tasks.
+        every: Without a terminal, print a line after one second, then at most one every so many seconds; None: none.
     """
     if not sys.stderr.isatty() or find_spec("rich") is None:
         yield [_print_lines(task, every) for task in tasks]
         return
-    import rich.progress as bars  # comes with an extra
+    import rich.progress as bars  # optional dependency
     from rich.console import Console
 
-    # What is printed meanwhile appears above the bar; rich would send it to standard error, were that another place.
+    # Print output above the bar; if stdout is not a terminal, leave it alone, since rich would send it to stderr.
     options: dict[str, Any] = dict(console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
     with bars.Progress(*bars.Progress.get_default_columns(), **options) as progress:
 

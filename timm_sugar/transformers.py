@@ -1,4 +1,4 @@
-"""Registration of the activations with transformers, as ``hidden_act="sugar_bsilu"``; import it to have them."""
+"""Importing this registers the activations with transformers, as in ``hidden_act="sugar_bsilu"``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from .surrogates import list_surrogates
 
 
 def is_activation(value: Any, accept: Callable[[nn.Module], bool]) -> bool:
-    """Whether `value` is one of transformers' names of activations, for a module that `accept` takes."""
+    """Whether `value` is a name in transformers' activation table whose module `accept` accepts."""
     return isinstance(value, str) and value in ACT2FN and accept(ACT2FN[value])
 
 

@@ -1,4 +1,4 @@
-"""What a network does: dead units, activation profiles, gradient norms, and the loss around it."""
+"""Analysis of a network: dead units, activation profiles, gradient norms, and the loss landscape."""
 
 from .landscape import Sharpness, loss_landscape, random_directions, sharpness, summarise_landscape
 from .profiles import LayerProfile, Profile, gradient_norms, profile, revived_units

@@ -1,4 +1,4 @@
-"""What the runs of a comparison say: paired differences, the verdict, and tables for terminal and report."""
+"""Results of a comparison: paired differences, the verdict, and tables for terminal and report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,16 @@ from typing import Any
 from ..files import read_mapping
 from .seeds import interval
 
-FILE = "compare.json"  # in the folder of a comparison; what `timm_sugar.training.compare.table` returns
+FILE = "compare.json"  # in the folder of a comparison; the result of `timm_sugar.training.compare.table`
 _LEVEL = 0.05
 Table = tuple[str, list[str], list[list[str]]]
 
 
 def read_comparison(folder: Path) -> dict[str, Any] | None:
-    """Return what the comparison in a folder says; None where the folder holds none.
+    """Return the result of the comparison in a folder; None if the folder holds none.
 
     Raises:
-        ValueError: no seed of it is finished yet.
+        ValueError: no seed is finished yet.
     """
     if not (folder / FILE).is_file():
         return None
@@ -29,7 +29,7 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
 
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Return mean, 95% t-interval and p-value of differences by seed.
+    """Return mean, 95% t-interval and p-value of per-seed differences.
 
     Example:
         >>> found = paired([0.01, 0.02, 0.03])
@@ -38,7 +38,7 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
     """
     mean, half = fmean(differences), interval(differences)
     p = None
-    if half:  # where all are equal, nothing tells how they spread
+    if half:  # if all are equal, the spread is unknown
         from scipy.stats import t
 
         p = float(2 * t.sf(abs(mean) / stdev(differences) * math.sqrt(len(differences)), len(differences) - 1))
@@ -47,7 +47,7 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """Return in one sentence what a table shows, with no more than its seeds and comparisons allow."""
+    """Return the conclusion of a table in one sentence, limited to what its seeds and comparisons support."""
     n, rows = len(found["seeds"]), found["rows"]
     if found["done"] < found["runs"]:
         left = f"Not finished: {found['done']} of {found['runs']} runs are"
@@ -87,7 +87,7 @@ def difference_text(row: Mapping[str, Any]) -> str:
 
 
 def result_tables(found: Mapping[str, Any]) -> list[Table]:
-    """Return title, heads and rows of the tables of a comparison, in percent; none where no seed is finished."""
+    """Return title, header and rows of the tables of a comparison, in percent; empty if no seed is finished."""
 
     def percent(value: float | None, digits: int = 2) -> str:
         return "-" if value is None else f"{100 * value:.{digits}f}"
@@ -112,7 +112,7 @@ def result_tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def remarks(found: Mapping[str, Any]) -> list[str]:
-    """Return what is to be said below the tables: rates at the edge of the grid, and the verdict last."""
+    """Return the remarks below the tables: rates at the edge of the grid, then the verdict."""
     edges = []
     for row in found["rows"]:
         if row.get("edge"):

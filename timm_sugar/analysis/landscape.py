@@ -1,7 +1,7 @@
-"""The loss around a trained network: a grid along two random directions, and its sharpest curvature.
+"""The loss around a trained network: a grid along two random directions, and the largest curvature.
 
-Both are properties of the network that is deployed. They are computed on a copy with plain ReLU, in eval mode, so that
-BatchNorm keeps its statistics: the second derivative through SUGAR's surrogate is not the Hessian of the network.
+Both are computed on a copy with plain ReLU, as deployed, in eval mode, so that BatchNorm keeps its statistics: the
+second derivative through SUGAR's surrogate is not the Hessian of the network.
 """
 
 import hashlib
@@ -26,21 +26,21 @@ from .run import finite
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 OnStep = Callable[[int, int], None]
-SPAN = 0.25  # of figure 5
+SPAN = 0.25  # as in figure 5
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
 @dataclass(frozen=True)
 class Sharpness:
-    """The sharpest curvature of the loss: eigenvalues of its Hessian with respect to all parameters.
+    """The largest curvature of the loss: eigenvalues of its Hessian with respect to all parameters.
 
     Attributes:
-        largest: The largest eigenvalue, algebraically: the curvature along the direction in which the loss rises most.
-        largest_magnitude: The eigenvalue of largest magnitude. It is the same one, unless it is negative.
-        residual: norm(Hv - largest * v) for the unit vector v that was found: an eigenvalue lies within so much of
-            `largest`.
-        tolerance: Share of the eigenvalue that `residual` was to reach.
-        iterations: Products with the Hessian that it took, each a pass over the data.
+        largest: The algebraically largest eigenvalue: the curvature along the direction in which the loss rises most.
+        largest_magnitude: The eigenvalue of largest magnitude. It equals `largest`, unless it is negative.
+        residual: norm(Hv - largest * v) for the unit vector v that was found: an eigenvalue lies within this distance
+            of `largest`.
+        tolerance: Target for `residual`, relative to the eigenvalue.
+        iterations: Number of products with the Hessian, each a pass over the data.
         converged: Whether the tolerance was reached.
     """
 
@@ -62,27 +62,27 @@ def sharpness(
 ) -> Sharpness:
     """Find the largest eigenvalue of the Hessian of the mean cross-entropy, by power iteration.
 
-    Power iteration finds the eigenvalue of largest magnitude. Where that is a negative one, a second iteration, on the
-    Hessian less that eigenvalue, finds the largest. The memory needed is that of one batch.
+    Power iteration finds the eigenvalue of largest magnitude. If it is negative, a second power iteration, on the
+    Hessian shifted by this eigenvalue, finds the largest. Memory use is that of one batch.
 
     Args:
-        model: Classifier, inputs -> logits (N, classes); left as it is. A network in float64 is computed in float64,
+        model: Classifier, inputs -> logits (N, classes); not modified. A float64 network is computed in float64,
             any other in float32.
-        batches: Inputs as the model takes them, and int64 labels (N,); gone through once an iteration.
-        tolerance: Stop where the residual is at most this share of the eigenvalue.
-        max_iterations: Stop then at the latest, in each of the iterations.
-        seed: Of the vector that it starts from.
-        on_step: Called with iterations done and `max_iterations`.
+        batches: Inputs of the model, and int64 labels (N,); iterated once per iteration.
+        tolerance: Stop if the residual is at most this fraction of the eigenvalue.
+        max_iterations: Limit for each of the two power iterations.
+        seed: Seed of the initial vector.
+        on_step: Called with the number of finished iterations and `max_iterations`.
 
     Raises:
-        ValueError: `batches` can be gone through only once, or holds no images; `max_iterations` is less than 1.
-        NotImplementedError: the network has an operation whose second derivative torch does not know.
+        ValueError: `batches` can be iterated only once, or holds no images; `max_iterations` is less than 1.
+        NotImplementedError: torch has no second derivative for an operation of the network.
 
     Examples:
-        >>> model = nn.Linear(1, 2, bias=False).double()  # of inputs 1, its logits are its weights
+        >>> model = nn.Linear(1, 2, bias=False).double()  # for inputs 1, the logits are the weights
         >>> _ = nn.init.zeros_(model.weight)
         >>> found = sharpness(model, [(torch.ones(4, 1).double(), torch.tensor([0, 0, 1, 1]))])
-        >>> round(found.largest, 4)  # of diag(p) - p p^T with p = (1/2, 1/2)
+        >>> round(found.largest, 4)  # largest eigenvalue of diag(p) - p p^T with p = (1/2, 1/2)
         0.5
     """
     if max_iterations < 1:
@@ -108,7 +108,7 @@ def sharpness(
         return total
 
     def farthest_from(shift: float) -> tuple[float, float, int, bool]:
-        """Return the eigenvalue farthest from `shift`, its residual, the iterations, and whether they were enough."""
+        """Return the eigenvalue farthest from `shift`, its residual, the number of iterations, and the convergence."""
         vector = start
         for iteration in range(1, max_iterations + 1):
             vector = list(torch._foreach_div(vector, max(_norm(vector), 1e-30)))
@@ -123,7 +123,7 @@ def sharpness(
             vector = image
         return value + shift, residual, iteration, converged
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
         first, residual, iterations, converged = farthest_from(0.0)
         largest = first
         if first < 0:
@@ -133,17 +133,17 @@ def sharpness(
 
 
 def random_directions(model: nn.Module, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Draw two random directions in the space of the weights, filter-normalised (Li et al., arXiv:1712.09913).
+    """Draw two random directions in weight space, filter-normalised (Li et al., arXiv:1712.09913).
 
-    The paper's figure 5 rescales a direction layer by layer; this is finer, and its pictures differ from that figure's.
+    The paper's figure 5 rescales a direction per layer; this rescales per filter, so its pictures differ.
 
     Every filter of a direction (a slice along the first dimension of a parameter: the weights into one unit) has the
-    norm of the model's own filter. Parameters of one dimension (biases, and the parameters of BatchNorm and other
-    normalisations) have no direction: they stay. What is drawn depends on the seed and on the names and shapes of the
-    parameters alone, so that two models of the same architecture go along the same directions.
+    norm of the model's own filter. One-dimensional parameters (biases, and the parameters of BatchNorm and other
+    normalisations) have no direction and stay fixed. The directions depend only on the seed and on the names and
+    shapes of the parameters, so models of the same architecture share the same directions.
 
     Returns:
-        Two of: parameter's name -> tensor of its shape, dtype and device.
+        Two dicts: parameter name -> tensor with the shape, dtype and device of the parameter.
 
     Examples:
         >>> model = nn.Linear(2, 4)
@@ -178,23 +178,23 @@ def loss_landscape(
     The file holds partial results; an interrupted computation resumes from it, with the same result.
 
     Args:
-        model: Classifier, inputs -> logits (N, classes); left as it is.
-        batches: Inputs as the model takes them, and int64 labels (N,); gone through once a point.
-        path: The file, rewritten once a second. A finished one of the same settings is returned unchanged.
+        model: Classifier, inputs -> logits (N, classes); not modified.
+        batches: Inputs of the model, and int64 labels (N,); iterated once per point.
+        path: The file, rewritten once a second. A finished one with the same settings is returned unchanged.
         resolution: Points along each of the two directions, an odd number, so that the middle one is the model.
-        seed: Of the directions.
-        on_point: Called with points done and points in all.
-        on_iteration: Called with iterations of `sharpness` done and at most.
+        seed: Seed of the directions.
+        on_point: Called with the number of finished points and of all points.
+        on_iteration: Called with the finished and the maximum number of iterations of `sharpness`.
 
     Returns:
-        What the file holds: `settings`; `axis`, the R steps along both directions, from -0.25 to 0.25 of the norm of
-        each filter; `loss`, mean cross-entropy in nats, and `top1`, fraction of 1: R rows (second direction) of R
+        The content of the file: `settings`; `axis`, the R steps along both directions, from -0.25 to 0.25 of the norm
+        of each filter; `loss`, mean cross-entropy in nats, and `top1`, fraction of 1: R rows (second direction) of R
         columns (first direction), null where the loss is not finite; `done`, number of points; `seconds`; and
-        `sharpness`, a `Sharpness`, or `missing`, why there is none.
+        `sharpness`, a `Sharpness`, or `missing`, the reason why there is none.
 
     Raises:
-        ValueError: the file holds a landscape with other settings, weights or images, or is none; `resolution` is not
-            odd; `batches` can be gone through only once, or holds no images; the model's own loss is not finite.
+        ValueError: the file holds a landscape with other settings, weights or images, or no landscape; `resolution`
+            is not odd; `batches` can be iterated only once, or holds no images; the model's own loss is not finite.
 
     Examples:
         >>> import tempfile
@@ -256,7 +256,7 @@ def loss_landscape(
 
 
 def summarise_landscape(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers beside the picture of a complete landscape.
+    """Return the numbers shown next to the picture of a complete landscape.
 
     Returns:
         `images`; `centre_loss`, the model's own; `highest_loss` on the grid, null where one is not finite; and
@@ -279,7 +279,7 @@ def loss_range(landscapes: Iterable[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _move(network: nn.Module, axis: list[float], start: int, seed: int) -> Iterator[tuple[int, int]]:
-    """Move the weights from point to point of the grid, from number `start` on, and yield row and column of each."""
+    """Move the weights to each point of the grid, beginning with number `start`, and yield its row and column."""
     first, second = random_directions(network, seed)
     weights = [(p, p.clone(), first[name], second[name]) for name, p in network.named_parameters() if name in first]
     for point in range(start, len(axis) ** 2):
@@ -291,7 +291,7 @@ def _move(network: nn.Module, axis: list[float], start: int, seed: int) -> Itera
 
 @torch.no_grad()
 def _evaluate(network: nn.Module, batches: Batches) -> tuple[float | None, float | None]:
-    """Return mean cross-entropy in nats and accuracy, both None where the loss is not finite."""
+    """Return mean cross-entropy in nats and accuracy, both None if the loss is not finite."""
     sums = torch.zeros(3, dtype=torch.float64)
     for logits, labels in _forward(network, batches):
         loss = F.cross_entropy(logits, labels, reduction="sum").double()
@@ -303,10 +303,10 @@ def _evaluate(network: nn.Module, batches: Batches) -> tuple[float | None, float
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy with ReLU in place of SUGAR, in eval mode, in float64 where the model is, else float32."""
+    """Return a copy with ReLU instead of SUGAR, in eval mode, in float64 if the model is, else float32."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOT_RECORDED)
-        network = to_relu(deepcopy(getattr(model, "_orig_mod", model)))  # what torch.compile wraps
+        network = to_relu(deepcopy(getattr(model, "_orig_mod", model)))  # unwrap torch.compile
     double = any(p.dtype == torch.float64 for p in network.parameters())
     return network.eval().to(torch.float64 if double else torch.float32).requires_grad_(False)
 
@@ -314,7 +314,7 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 def _forward(network: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     parameter = next(network.parameters())
     for inputs, labels in batches:
-        inputs = inputs.to(parameter) if inputs.is_floating_point() else inputs.to(parameter.device)  # token numbers
+        inputs = inputs.to(parameter) if inputs.is_floating_point() else inputs.to(parameter.device)  # token ids
         yield network(inputs), labels.to(parameter.device)
 
 
@@ -328,7 +328,7 @@ def _count(batches: Batches) -> int:
 
 
 def _noise(seed: int, purpose: str, name: str, like: Tensor) -> Tensor:
-    """Draw a standard normal tensor, which depends on the seed, the purpose, the name and the shape alone."""
+    """Draw a standard normal tensor that depends only on the seed, the purpose, the name and the shape."""
     key = hashlib.sha256(f"{seed} {purpose} {name} {tuple(like.shape)}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
     return torch.randn(like.shape, generator=generator).to(like)

@@ -1,4 +1,4 @@
-"""Colours, dashes, markers and hatches of pictures, pages and documentation: an activation looks the same in all."""
+"""Colours, dashes, markers and hatches: an activation has the same style in pictures, reports and documentation."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,12 +8,12 @@ class Style(NamedTuple):
     """How a curve or bar is drawn.
 
     Attributes:
-        colour: On white: in pictures and on light pages.
-        on_dark: The same on dark pages.
-        dashes: As matplotlib's `linestyle` takes it; beside colour these tell curves apart, in grey print too.
-        marker: As matplotlib names it.
-        hatch: Likewise.
-        symbol: The marker as plotly.js names it.
+        colour: Colour on a white background: in pictures and on light pages.
+        on_dark: Colour on dark pages.
+        dashes: matplotlib's `linestyle`; it distinguishes curves in greyscale too.
+        marker: matplotlib's name of the marker.
+        hatch: matplotlib's hatch.
+        symbol: plotly.js's name of the marker.
         glyph: The marker as a character.
     """
 
@@ -26,7 +26,7 @@ class Style(NamedTuple):
     glyph: str
 
 
-# Hues after Okabe and Ito, who chose them for the common colour deficiencies, with a contrast of 3 to 1 or more.
+# Hues after Okabe and Ito, distinguishable with common colour deficiencies, with a contrast of 3 to 1 or more.
 PALETTE = {
     "relu": Style("#000000", "#e6e9ec", "-", "o", "", "circle", "●"),
     "bsilu": Style("#0072b2", "#5fb4f0", "--", "s", "////", "square", "■"),
@@ -41,11 +41,11 @@ PALETTE = {
 
 
 def assign_styles(activations: Sequence[str]) -> list[Style]:
-    """Return a style for each curve: that of its activation, or, where another curve has that one, a free one.
+    """Return a style for each curve: that of its activation, or, if another curve has it, an unused one.
 
     Args:
-        activations: Of each curve: "relu", "sugar_bsilu" or a surrogate's name, which look alike; anything else is
-            an activation without a style of its own.
+        activations: Activation of each curve: "relu", "sugar_bsilu" or a surrogate's name, which share a style; any
+            other name has no own style.
     """
     names = [name.removeprefix("sugar_") for name in activations]
     free = [style for name, style in PALETTE.items() if name not in names]

@@ -1,6 +1,6 @@
-"""Pictures of what a network does, in a style that survives colour blindness and grey print.
+"""Plots of a network's behaviour, in a style that is readable with colour blindness and in greyscale.
 
-`styles` are those of the curves, bars or panels; None gives them those of activations that have none of their own.
+`styles` are those of the curves, bars or panels; None gives the styles of activations without an own one.
 """
 
 import io
@@ -36,7 +36,7 @@ ON_DARK: dict[Any, Any] = {  # for a picture on a dark page
 
 
 def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 3.2, **kwargs: Any) -> tuple[Figure, Any]:
-    """Return a figure with a (rows, columns) array of axes; width in inches in all, height in inches a row."""
+    """Return a figure with a (rows, columns) array of axes; total width and height per row in inches."""
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for ax in axes.flat:
@@ -47,7 +47,7 @@ def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 3.2,
 
 
 def _new_panels(count: int, width: float, height: float, margin: float = 0.0, **kwargs: Any) -> tuple[Figure, Any]:
-    """Return a figure with so many panels, three in a row; width and height in inches are those of a panel."""
+    """Return a figure with `count` panels, three per row; width and height per panel in inches."""
     columns = min(3, count)
     figure, axes = new_figure(math.ceil(count / columns), columns, margin + width * columns, height, **kwargs)
     for ax in axes.flat[count:]:
@@ -56,7 +56,7 @@ def _new_panels(count: int, width: float, height: float, margin: float = 0.0, **
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and as PDF; `path` has no suffix. A half-written file never appears."""
+    """Write a figure as PNG and as PDF, atomically; `path` has no suffix."""
     for suffix, metadata in ((".png", {}), (".pdf", {"CreationDate": None})):
         content = io.BytesIO()
         figure.savefig(content, format=suffix[1:], dpi=110, metadata=metadata)
@@ -69,13 +69,13 @@ def metric_curves(
     styles: Sequence[Style] | None = None,
     spread: Callable[[Sequence[float]], float | None] = interval,
 ) -> Figure:
-    """Metrics by epoch, a panel for each metric and a curve for each run, or for the mean of several seeds.
+    """Metrics by epoch, one panel per metric and one curve per run, or for the mean of several seeds.
 
     Args:
-        runs: Name of each curve -> for each seed, the lines of its metrics.jsonl. Epochs that not all seeds have are
-            left out.
-        metrics: What is shown; None for those that have a chart and that some run has measured.
-        spread: Half the width of the band around a mean, from the values of the seeds: `interval`, or `stdev`.
+        runs: Name of each curve -> for each seed, the lines of its metrics.jsonl. Epochs that some seeds do not have
+            are skipped.
+        metrics: Metrics to show; None for those that have a chart and that some run has measured.
+        spread: Function from the values of the seeds to half the width of the band: `interval` or `stdev`.
     """
     lines = [line for seeds in runs.values() for run in seeds for line in run]
     measured = {key for line in lines for key, value in line.items() if value is not None}
@@ -103,7 +103,7 @@ def metric_curves(
 
 
 def _whole_numbers(ax: Any) -> None:
-    """Put the ticks of the x axis at whole numbers alone, of a single point too."""
+    """Restrict the ticks of the x axis to whole numbers, also for a single point."""
     low, high = ax.dataLim.intervalx
     if low == high:
         ax.set_xlim(low - 0.5, high + 0.5)
@@ -111,10 +111,10 @@ def _whole_numbers(ax: Any) -> None:
 
 
 def activation_ridges(profiles: Mapping[str, Mapping[str, Any]], styles: Sequence[Style] | None = None) -> Figure:
-    """Figures 4 and 10: for each layer, how many of its elements are active for which share of the images.
+    """Figures 4 and 10: for each layer, a histogram of its elements by the share of images that activate them.
 
-    All ridges have one scale: their height goes with the square root of the share of the elements, without which a
-    bin that holds nearly all of them would hide the others. At the right stands the share of the units that are dead.
+    All ridges have the same scale: their height is proportional to the square root of the share of the elements, so
+    that a bin with nearly all elements does not hide the others. The share of dead units is shown at the right.
 
     Args:
         profiles: Label of each panel -> content of a profile.json, or `Profile.to_dict()`.
@@ -149,10 +149,10 @@ def activation_ridges(profiles: Mapping[str, Mapping[str, Any]], styles: Sequenc
 def dead_units_by_layer(
     profiles: Mapping[str, Sequence[Mapping[str, Any]]], styles: Sequence[Style] | None = None
 ) -> Figure:
-    """Share of dead units of each layer, a bar for each profile, or for the mean of several seeds, with its interval.
+    """Share of dead units of each layer, one bar per profile, or for the mean of several seeds, with its interval.
 
     Args:
-        profiles: Label of each bar -> for each seed, the content of a profile.json; layers are matched by their place
+        profiles: Label of each bar -> for each seed, the content of a profile.json; layers are matched by their order
             in the forward pass.
     """
     styles = styles or assign_styles([""] * len(profiles))
@@ -183,14 +183,14 @@ def gradient_norms_by_layer(norms: Sequence[Mapping[str, Any]], surrogate: str =
     """Gradient norm of each layer's weights with SUGAR and with ReLU, on a logarithmic axis.
 
     Args:
-        norms: What `gradient_norms` returns.
-        surrogate: That of SUGAR, which gives its curve a colour.
+        norms: The result of `gradient_norms`.
+        surrogate: The surrogate of SUGAR, which determines the colour of its curve.
     """
     figure, axes = new_figure(1, 1, width=max(5.5, 1.5 + 0.3 * len(norms)), height=3.8)
     ax = axes[0, 0]
     layers = range(1, len(norms) + 1)
     for style, key, label in zip(assign_styles(["relu", surrogate]), ("relu", "sugar"), ("ReLU", "SUGAR"), strict=True):
-        values = [row[key] or math.nan for row in norms]  # no logarithm where nothing arrives
+        values = [row[key] or math.nan for row in norms]  # log axis: no point for a zero gradient
         drawn = {"linestyle": style.dashes, "marker": style.marker, "markersize": 4, "label": label}
         ax.plot(layers, values, color=style.colour, **drawn)
     ax.set(xlabel="convolution or linear layer, from the input", ylabel="norm of the gradient", yscale="log")
@@ -200,7 +200,7 @@ def gradient_norms_by_layer(norms: Sequence[Mapping[str, Any]], surrogate: str =
 
 
 def _layer_ticks(ax: Any, names: Sequence[str]) -> None:
-    """Name the layers, or every second of them and so on, from 1 on the x axis."""
+    """Label the layers on the x axis, starting at 1, or every second layer and so on."""
     shown = range(0, len(names), math.ceil(len(names) / 40))
     upright = max(map(len, names)) > 3
     ax.set_xticks([place + 1 for place in shown], [names[place] for place in shown], fontsize=8)
@@ -208,10 +208,10 @@ def _layer_ticks(ax: Any, names: Sequence[str]) -> None:
 
 
 def landscape_contours(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
-    """Contours of the loss as in figure 5, one panel a model, all with the same logarithmic levels and axes.
+    """Contours of the loss as in figure 5, one panel per model, all with the same logarithmic levels and axes.
 
     Args:
-        landscapes: Name of the model -> what `timm_sugar.analysis.loss_landscape` returned, complete.
+        landscapes: Name of the model -> complete result of `timm_sugar.analysis.loss_landscape`.
     """
     levels = np.geomspace(*loss_range(landscapes.values()), 12).tolist()
     figure, axes = _new_panels(len(landscapes), 3.4, 3.5, margin=1.4, sharex=True, sharey=True)
@@ -236,11 +236,11 @@ def landscape_contours(landscapes: Mapping[str, dict[str, Any]]) -> Figure:
 
 
 def landscape_surfaces(landscapes: Mapping[str, dict[str, Any]], highest: float | None = None) -> Figure:
-    """The loss as a surface, one panel a model, all with the same axes.
+    """The loss as a surface, one panel per model, all with the same axes.
 
     Args:
         landscapes: As for `landscape_contours`.
-        highest: Where the axis of the loss ends; None for the highest loss of all.
+        highest: Upper end of the loss axis; None for the highest loss of all.
     """
     highest = highest or loss_range(landscapes.values())[1]
     rows, columns = math.ceil(len(landscapes) / 3), min(len(landscapes), 3)

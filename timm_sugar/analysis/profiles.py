@@ -21,22 +21,22 @@ BINS = 50  # of the activation-count histograms
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What one activation did on a data set; a unit is active where its pre-activation is above 0.
+    """Statistics of one activation on a data set; a unit is active where its pre-activation is above 0.
 
     A unit is a channel of a convolution or a feature of a linear layer; an element is a unit at one position (c, h, w)
-    of a feature map or one token, which is what the paper calls a neuron.
+    of a feature map or one token; the paper calls it a neuron.
 
     Attributes:
         name: Name of the activation in the network; ``name:2`` is its second call in a forward pass.
-        kind: What it is, a key of `timm_sugar.activations.KINDS`, such as "sugar" or "relu".
+        kind: A key of `timm_sugar.activations.KINDS`, such as "sugar" or "relu".
         units: Number of units.
         elements: Number of elements.
         dead: Units that were active nowhere.
         always_active: Units that were active everywhere: at every position of every image.
         dead_elements: Elements that were active for no image.
         sparsity: Fraction of the pre-activations that were not above 0.
-        probability: Of each unit, the fraction of its pre-activations that were above 0.
-        histogram: Elements by the share of the images for which they were active, in `BINS` equal bins from 0 to 1;
+        probability: For each unit, the fraction of its pre-activations that were above 0.
+        histogram: Number of elements by the share of images that activate them, in `BINS` equal bins from 0 to 1;
             the paper's figures 4 and 10.
     """
 
@@ -54,7 +54,7 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """The activations of a network on a data set.
+    """Statistics of a network's activations on a data set.
 
     Attributes:
         images: Number of images.
@@ -63,7 +63,7 @@ class Profile:
         dead_elements: Fraction of all elements that were active for no image.
         sparsity: Fraction of all pre-activations that were not above 0.
         layers: One record for each activation, in the order of the forward pass.
-        unseen: Activations that a forward calls by name, such as ``{"layer1.0": ["relu"]}``: not counted.
+        unseen: Activation functions that a forward calls, such as ``{"layer1.0": ["relu"]}``: not counted.
     """
 
     images: int
@@ -75,25 +75,25 @@ class Profile:
     unseen: dict[str, list[str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold; probabilities have 4 significant digits."""
+        """Return a JSON-serialisable dict; probabilities have 4 significant digits."""
         return asdict(self)
 
 
 def profile(model: nn.Module, batches: Iterable[Any], shared: bool = True) -> Profile:
-    """Profile the activations of `model` in one pass over the data, in eval mode; its mode is left as it was.
+    """Profile the activations of `model` in one pass over the data, in eval mode; its mode is restored.
 
-    Which activations are counted and which dimension holds the units is said at `count_units`. Memory does not depend
-    on the number of images.
+    `count_units` documents which activations are counted and which dimension holds the units. Memory use does not
+    depend on the number of images.
 
     Args:
         model: Any network, on any device.
-        batches: What the network is called with, as a data loader gives it: tensors (N, ...), tuples or lists that
-            begin with such a tensor (the labels after it are not used), or mappings of keyword arguments, as
-            transformers' models take them. They are moved to the network's device.
-        shared: In a process group each process gives its own images, and the result is that of all of them.
+        batches: Batches of a data loader: tensors (N, ...), tuples or lists that begin with such a tensor (labels
+            after it are ignored), or mappings of keyword arguments, as for transformers' models. They are moved to
+            the network's device.
+        shared: In a process group, each process passes its own images, and the result covers all of them.
 
     Raises:
-        ValueError: there are no images, or no activation was seen.
+        ValueError: there are no images, or no activation was found.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -140,21 +140,21 @@ def profile(model: nn.Module, batches: Iterable[Any], shared: bool = True) -> Pr
 def gradient_norms(
     model: nn.Module, inputs: Tensor, labels: Tensor, surrogate: str = "bsilu"
 ) -> list[dict[str, str | float]]:
-    """Return the gradient norm of each layer's weights with SUGAR, and with plain ReLU, on the same weights and batch.
+    """Return the gradient norm of each layer's weights with SUGAR and with plain ReLU, on the same weights and batch.
 
-    The loss is the cross-entropy, the mode is eval, so that both have the same outputs, and copies are used.
+    The loss is the cross-entropy. Copies of the model in eval mode are used, so both have the same outputs.
 
     Args:
         model: Classifier with SUGAR or ReLU activations, inputs (N, ...) -> logits (N, classes).
         inputs: One batch, on the model's device.
         labels: int64, (N,).
-        surrogate: Of the SUGAR twin of a model that has ReLU.
+        surrogate: Surrogate to use if the model has ReLU.
 
     Returns:
         For each convolution and linear layer ``{"name": "layer1.0.conv1", "sugar": 0.21, "relu": 0.17}``, L2 norms.
 
     Raises:
-        ValueError: the model has other activations, so that its ReLU twin is another function.
+        ValueError: the model has other activations, so its ReLU version is a different function.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -184,13 +184,13 @@ def _weight_gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[
 
 
 def _run(model: nn.Module, batch: Any, device: torch.device) -> int:
-    """Call the network with a batch and return the number of its images."""
+    """Call the network with a batch and return its number of images."""
     if isinstance(batch, Mapping):
         arguments = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         model(**arguments)
         return len(next(value for value in arguments.values() if torch.is_tensor(value)))
     inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-    if len(inputs):  # a process's share of the last images may be none
+    if len(inputs):  # a process may have no share of the last images
         model(inputs.to(device))
     return len(inputs)
 
@@ -217,15 +217,15 @@ def revived_units(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[d
     """Compare the dead units of one network before and after training, on the same data, layer by layer.
 
     Args:
-        before: A profile as `Profile.to_dict` gives it, or the content of a profile.json.
-        after: Likewise.
+        before: The result of `Profile.to_dict`, or the content of a profile.json.
+        after: As `before`.
 
     Returns:
-        ``{"name", "units", "dead_before", "dead_after", "revived", "died"}`` for each layer: `revived` units were dead
-        and are not, `died` the other way round.
+        ``{"name", "units", "dead_before", "dead_after", "revived", "died"}`` for each layer: `revived` units are dead
+        only before, `died` only after training.
 
     Raises:
-        ValueError: the profiles have other layers or units.
+        ValueError: the layers or units of the profiles differ.
     """
     layouts = [[(layer["name"], layer["units"]) for layer in found["layers"]] for found in (before, after)]
     if layouts[0] != layouts[1]:

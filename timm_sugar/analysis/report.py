@@ -1,4 +1,4 @@
-"""The report: one run, or several compared, on a self-contained HTML page, with pictures beside it for print."""
+"""The report: a self-contained HTML page about one run or several, with pictures for print next to it."""
 
 import importlib.util
 import io
@@ -37,27 +37,27 @@ from .run import RunRecord, finite, read_run, unique_names
 from .seeds import counted, group_by_seed, interval
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_WORDS = ("activation", "state", "model")  # columns of the summary that hold no numbers
+_WORDS = ("activation", "state", "model")  # columns of the summary without numbers
 _NOTHING = "–"  # noqa: RUF001
-Groups = Mapping[str, Sequence[RunRecord]]  # name of each curve -> its run, or runs that differ in their seed alone
+Groups = Mapping[str, Sequence[RunRecord]]  # name of each curve -> its run, or runs that differ only in their seed
 Table = tuple[list[str], list[list[str]]]
 
 
 def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
-    """Write a self-contained HTML page about one or several runs, and pictures beside it.
+    """Write a self-contained HTML page about one or several runs, and pictures next to it.
 
-    Runs that are not finished are shown as far as they are.
+    For unfinished runs the page shows the results so far.
 
     Args:
-        runs: Folders that training has written to, or of a comparison, of which the chosen runs are taken.
-        output: The page, NAME.html. The pictures are NAME_curves.png and so on, each as PDF too.
+        runs: Folders of training runs, or of comparisons, from which the selected runs are taken.
+        output: The page, NAME.html. The pictures are NAME_curves.png and so on, each also as PDF.
 
     Returns:
         The files that were written.
 
     Raises:
         FileNotFoundError: a folder holds no run.
-        ValueError: a file of a run is not what a run writes, the same run is given twice, or `output` is not .html.
+        ValueError: a file of a run is invalid, the same run is given twice, or `output` is not .html.
         OSError: the page or a picture cannot be written.
         ModuleNotFoundError: the extra "report" is not installed.
     """
@@ -97,7 +97,7 @@ def _landscapes(groups: Groups) -> dict[str, dict[str, Any]]:
 
 
 def _draw_pictures(groups: Groups, path: Path) -> list[Path]:
-    """Draw what the runs have as PNG and PDF, whose names begin with `path`, and return the PNG files."""
+    """Draw the available plots as PNG and PDF, with names that begin with `path`, and return the PNG files."""
     figures: dict[str, Figure] = {}
     styles = _styles(groups)
     if begun := {name: runs for name, runs in _metrics(groups).items() if runs}:
@@ -117,7 +117,7 @@ def _draw_pictures(groups: Groups, path: Path) -> list[Path]:
 
 
 def _surface(found: dict[str, Any], highest: float, look: dict[Any, Any]) -> str:
-    """Return a landscape as a surface: a PNG in base64."""
+    """Return a landscape as a surface plot, a PNG in base64."""
     content = io.BytesIO()
     with rc_context(look):
         landscape_surfaces({"": found}, highest).savefig(content, format="png", dpi=110, transparent=True)
@@ -125,7 +125,7 @@ def _surface(found: dict[str, Any], highest: float, look: dict[Any, Any]) -> str
 
 
 def _render(groups: Groups, compared: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page about runs, and what comparisons that they are from say."""
+    """Return the page about runs, and about the comparisons that contain them."""
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -172,12 +172,11 @@ def _render(groups: Groups, compared: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary_table(groups: Groups) -> tuple[list[str], dict[str, list[tuple[str, bool]]]]:
-    """Return the heads of the columns that any run has values for, and for each group of runs its cells.
+    """Return the headers of the columns for which any run has values, and the cells of each group of runs.
 
-    Of several runs, which differ in their seed alone, a cell is the mean with its 95% t-interval, of the finished ones
-    where there are any. A cell is its text, and whether it is the best of its column. None is marked where all are
-    equal, where only one group with a finished run has a value, or where values cannot be compared because the runs
-    have other data.
+    A cell is its text, and whether it is the best of its column. For a group of runs with different seeds it is the
+    mean with its 95% t-interval, over the finished runs if there are any. No cell is marked as best if all are equal,
+    if only one group with a finished run has a value, or if the runs have different data.
     """
     records = [record for group in groups.values() for record in group]
     same_data = len({tuple(r.settings.get(name) for name in names_of("data")) for r in records}) == 1
@@ -206,9 +205,9 @@ def summary_table(groups: Groups) -> tuple[list[str], dict[str, list[tuple[str, 
 
 
 def _values(group: Sequence[RunRecord], key: str) -> list[float]:
-    """Return a metric of each run that counts: of its best epoch, or of the whole run where it is finished."""
+    """Return a metric of each counted run: of its best epoch, or of the whole run if it is finished."""
     shown = counted(group)
-    if key == "seconds" and not shown[0].summary:  # then none is finished
+    if key == "seconds" and not shown[0].summary:  # no run is finished
         values = [sum(finite(line.get(key)) or 0 for line in record.metrics) or None for record in shown]
     else:
         values = [finite({**record.best_line, **(record.summary or {})}.get(key)) for record in shown]
@@ -216,7 +215,7 @@ def _values(group: Sequence[RunRecord], key: str) -> list[float]:
 
 
 def _facts(group: Sequence[RunRecord]) -> dict[str, str | None]:
-    """Return what the summaries say of runs besides their metrics."""
+    """Return the facts about runs apart from their metrics."""
     shown = counted(group)
     finished = sum(record.summary is not None for record in group)
     epochs = [(r.summary or {}).get("best_epoch", r.best_line.get("epoch")) for r in shown]
@@ -235,13 +234,13 @@ def _facts(group: Sequence[RunRecord]) -> dict[str, str | None]:
 
 
 def _inline_script(code: str) -> str:
-    """Return JavaScript as HTML may hold it: nothing that ends the element, control characters as escapes."""
+    """Escape JavaScript for an inline script element: end tags and control characters."""
     code = code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     return re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", code)
 
 
 def compare_settings(groups: Groups) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return the settings that differ, by name with those of each group of runs, and those that all have in common."""
+    """Return the settings that differ, by name with the value of each group, and those that all groups share."""
     flat = [[_texts(run.settings) for run in group] for group in groups.values()]
     names = dict.fromkeys(name for group in flat for texts in group for name in texts)
     values = {
@@ -254,7 +253,7 @@ def compare_settings(groups: Groups) -> tuple[dict[str, list[str]], dict[str, st
 
 
 def _texts(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return settings as text, nested ones by names with dots."""
+    """Return settings as text; names of nested ones contain dots."""
     texts: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -266,7 +265,7 @@ def _texts(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def reproduce_commands(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """Return, for each run, its name and the shell commands that train and measure it again."""
+    """Return the name of each run and the shell commands that reproduce and measure it."""
     found = []
     for record in records:
         settings, name = record.settings, record.name.replace("/", "-")
@@ -285,7 +284,7 @@ def reproduce_commands(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
 
 
 def class_tables(summary: Mapping[str, Any]) -> tuple[Table, Table | None]:
-    """Return heads and rows of the accuracy by class, the lowest first, and of the confusion matrix, None without."""
+    """Return header and rows of the accuracy by class, lowest first, and of the confusion matrix, or None."""
     accuracy, confusion = summary["test_class_top1"], summary.get("test_confusion")
     names, metric = [*accuracy], find_metric("test_class_top1")
     order = sorted(range(len(names)), key=lambda i: (accuracy[names[i]] is None, accuracy[names[i]]))
@@ -301,7 +300,7 @@ def class_tables(summary: Mapping[str, Any]) -> tuple[Table, Table | None]:
 
 
 def epoch_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of the metrics by epoch, for people who cannot see the curves."""
+    """Return header and rows of the metrics by epoch, as a text alternative to the curves."""
     shown = [metric for metric in METRICS if any(line.get(metric.key) is not None for line in metrics)]
     rows = []
     for line in metrics:

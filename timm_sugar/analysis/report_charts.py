@@ -1,6 +1,6 @@
-"""What the interactive charts of the report show, as plotly.js takes it. How they look is said in report.html.
+"""Data of the report's interactive charts, in plotly.js's format. report.html defines their style.
 
-A chart has an `id`, `title`, `description`, `data` and `layout`; each of its traces the number of its curve in `meta`.
+A chart has an `id`, `title`, `description`, `data` and `layout`; `meta` of each trace is the number of its curve.
 """
 
 import html
@@ -16,11 +16,11 @@ from .seeds import band, dead_by_layer, interval, mean_by_epoch
 
 Chart = dict[str, Any]
 Profiles = Mapping[str, Sequence[dict[str, Any]]]  # name of each curve -> the profile.json of each seed that has one
-_MOST_TICKS = 24  # of layers, by name
+_MOST_TICKS = 24  # layer names on an axis
 
 
 def curve_charts(metrics: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> list[Chart]:
-    """Line charts of the metrics that have one, by epoch; of several seeds the mean, and a band for its interval.
+    """Line charts by epoch of the metrics that have one; for several seeds the mean, and a band for its interval.
 
     Args:
         metrics: Name of each curve -> for each seed, the lines of its metrics.jsonl.
@@ -43,14 +43,14 @@ def curve_charts(metrics: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> l
             layout = _axes("epoch", axis)
             epochs = max(epoch for trace in traces for epoch in trace["x"])
             layout["xaxis"] |= {"tickformat": "d"} | ({"dtick": 1} if epochs <= 10 else {})
-            if len({y for trace in traces for y in trace["y"]}) == 1:  # else plotly.js puts it between -1 and 1
+            if len({y for trace in traces for y in trace["y"]}) == 1:  # else plotly.js uses the range -1 to 1
                 layout["yaxis"] |= {"rangemode": "tozero"}
             charts.append(_chart(title.lower().replace(" ", "-"), title, description, traces, layout))
     return charts
 
 
 def dead_unit_totals(profiles: Profiles) -> list[str]:
-    """Say of each profile how many units are dead."""
+    """Return a text for each profile: how many units are dead."""
     return [
         f"{name}: {_mean_text([sum(layer['dead'] for layer in found['layers']) for found in seeds])} of "
         f"{sum(layer['units'] for layer in seeds[0]['layers']):,} units"
@@ -60,7 +60,7 @@ def dead_unit_totals(profiles: Profiles) -> list[str]:
 
 
 def dead_unit_charts(profiles: Profiles) -> list[Chart]:
-    """Dead units of each layer, a bar for each run, or for the mean of several seeds; none where no unit is dead."""
+    """Dead units of each layer, one bar per run, or for the mean of several seeds; no chart if no unit is dead."""
     traces = []
     for run, (name, seeds) in enumerate(profiles.items()):
         if not seeds:
@@ -94,7 +94,7 @@ def dead_unit_charts(profiles: Profiles) -> list[Chart]:
 def gradient_charts(profiles: Profiles) -> list[Chart]:
     """Norm of the gradient of each layer's weights with SUGAR and, on the same weights and images, with ReLU.
 
-    Of several seeds the mean is shown; there is no chart where no profile has gradients.
+    For several seeds it shows the mean; no chart if no profile has gradients.
     """
     traces, layers = [], []
     for run, (name, seeds) in enumerate(profiles.items()):
@@ -116,7 +116,7 @@ def gradient_charts(profiles: Profiles) -> list[Chart]:
 
 
 def _layer_ticks(networks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Ticks of an axis of layers: their names, where all networks have the same, else whole numbers."""
+    """Ticks of a layer axis: the names if all networks have the same ones, else whole numbers."""
     names, *others = [[layer["name"] for layer in layers] for layers in networks]
     count = max(map(len, networks))
     if any(other != names for other in others):
@@ -136,11 +136,11 @@ def _mean_text(counts: Sequence[int]) -> str:
 
 
 def activation_charts(profiles: Mapping[str, dict[str, Any]], curve_of: Mapping[str, int]) -> list[Chart]:
-    """How often the elements of each layer are active: the histograms of figures 4 and 10 as rows of a heat map.
+    """Heat map of how often the elements of each layer are active; its rows are the histograms of figures 4 and 10.
 
     Args:
         profiles: Name of each run -> the content of its profile.json.
-        curve_of: Name of each run -> the number of the curve that it belongs to.
+        curve_of: Name of each run -> the number of its curve.
     """
     charts = []
     for place, (name, found) in enumerate(profiles.items()):
@@ -152,7 +152,7 @@ def activation_charts(profiles: Mapping[str, dict[str, Any]], curve_of: Mapping[
             "meta": curve_of[name],
             "x": [round(100 * (i + 0.5) / bins, 2) for i in range(bins)],
             "y": list(range(1, len(layers) + 1)),
-            "z": [[round(math.sqrt(share), 4) for share in row] for row in shares],  # else a full bin hides all others
+            "z": [[round(math.sqrt(share), 4) for share in row] for row in shares],  # else a full bin hides the rest
             "customdata": [
                 [[html.escape(layer["name"]), round(100 * share, 2)] for share in row]
                 for layer, row in zip(layers, shares, strict=True)
@@ -208,7 +208,7 @@ def landscape_charts(landscapes: Mapping[str, dict[str, Any]], curve_of: Mapping
 
 
 def number(value: float | None) -> str:
-    """A number for a person to read: 4 digits, or a dash where there is none."""
+    """Format a number with 4 digits; a dash for None."""
     return "–" if value is None else f"{value:.4g}"  # noqa: RUF001
 
 
@@ -229,7 +229,7 @@ def _line(run: int, name: str, part: str, dash: str, points: Sequence[Point]) ->
 
 
 def _band(run: int, ends: Sequence[tuple[float, float, float]]) -> list[dict[str, Any]]:
-    """The area of the intervals around a line, where there are any."""
+    """The area of the intervals around a line, if there are any."""
     if not ends:
         return []
     outline = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]

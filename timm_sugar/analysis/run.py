@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-_KEYS = {  # without which a file of a run cannot be shown
+_KEYS = {  # required keys of each file
     "config.yaml": ("data", "model"),
     "metrics.jsonl": ("epoch",),
     "summary.json": (),
@@ -26,9 +26,9 @@ class RunRecord:
         name: Name of the run on the page.
         settings: config.yaml.
         metrics: The lines of metrics.jsonl; none before the first epoch has ended.
-        summary: summary.json; None where the run is not finished.
-        profile: profile.json, None where there is none.
-        landscape: landscape.json; None where there is none, or not one with all its points and a finite loss.
+        summary: summary.json; None if the run is not finished.
+        profile: profile.json, or None.
+        landscape: landscape.json; None if it does not exist, is incomplete, or has no finite loss.
     """
 
     name: str
@@ -40,7 +40,7 @@ class RunRecord:
 
     @property
     def best_line(self) -> dict[str, Any]:
-        """The metrics of the epoch that counts: the best so far by validation accuracy, or else the last."""
+        """The metrics of the best epoch so far by validation accuracy, or else of the last epoch."""
         validated = [line for line in self.metrics if finite(line.get("val_top1")) is not None]
         if validated:
             return max(validated, key=lambda line: line["val_top1"])
@@ -56,7 +56,7 @@ class RunRecord:
 
     @property
     def look(self) -> str:
-        """The activation as `assign_styles` takes it."""
+        """The activation as a name for `assign_styles`."""
         return self._latest.get("surrogate") or self.settings.get("act_layer") or ""
 
     @property
@@ -89,7 +89,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Return what a file holds, where there is one: a mapping, or, by its suffix, one a line."""
+    """Return the mappings in a file, one, or by its suffix one per line; none if the file does not exist."""
     if not path.is_file():
         return []
     parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
@@ -114,10 +114,10 @@ def _is_complete(landscape: dict[str, Any]) -> bool:
 
 
 def unique_names(paths: Sequence[str | PurePath]) -> list[str]:
-    """Return the last part of each path, or as many parts as tell them apart.
+    """Return the last part of each path, or as many parts as needed to make the names unique.
 
     Raises:
-        ValueError: a path is there twice.
+        ValueError: a path occurs twice.
     """
     parts = [Path(path).resolve().parts if Path(path).exists() else PurePath(path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
@@ -128,6 +128,6 @@ def unique_names(paths: Sequence[str | PurePath]) -> list[str]:
 
 
 def finite(value: Any) -> float | None:
-    """Return a finite number as it is, and None for anything else."""
+    """Return a finite number unchanged, and None for anything else."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if real else None

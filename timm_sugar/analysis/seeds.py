@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone: which belong together, their means and the intervals of these."""
+"""Runs that differ only in their seed: grouping, means and confidence intervals."""
 
 import math
 import re
@@ -10,18 +10,18 @@ from ..metrics import Metric
 from ..settings import names_of
 from .run import RunRecord, finite
 
-Point = tuple[float, float, float | None]  # x, mean, and half the width of its interval, where it has one
+Point = tuple[float, float, float | None]  # x, mean, and half the width of its interval, or None
 
 
 def group_by_seed(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Gather runs whose settings differ in nothing but the seed.
+    """Group runs whose settings differ only in the seed.
 
     Args:
         records: Runs, finished or not.
 
     Returns:
-        Name of each group -> its runs, both in the order in which they are given. A run alone keeps its name; a group
-        is called by what the names of its runs have in common: "relu" for "seed0/relu" and "seed1/relu".
+        Name of each group -> its runs, both in the given order. A single run keeps its name; the name of a group is
+        the common part of its runs' names: "relu" for "seed0/relu" and "seed1/relu".
     """
     compared = sorted({*names_of("data", "result"), "processes", "data_fingerprint"} - {"seed"})
     by_settings: dict[str, list[RunRecord]] = {}
@@ -30,7 +30,7 @@ def group_by_seed(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     groups: list[list[RunRecord]] = []
     for runs in by_settings.values():
         seeds = {run.settings.get("seed") for run in runs}
-        groups += [runs] if len(seeds) == len(runs) else [[run] for run in runs]  # a run twice is no other seed
+        groups += [runs] if len(seeds) == len(runs) else [[run] for run in runs]  # no group if a seed occurs twice
     groups.sort(key=lambda runs: records.index(runs[0]))
     names = [_common_name([run.name for run in runs]) for runs in groups]
     doubtful = {name for name in names if not name or names.count(name) > 1}
@@ -41,7 +41,7 @@ def group_by_seed(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def counted(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs of a group whose mean is shown: the finished ones; all where none is finished."""
+    """Return the runs of a group that the mean covers: the finished ones, or all if none is finished."""
     return [record for record in records if record.summary] or list(records)
 
 
@@ -64,12 +64,12 @@ def mean_by_epoch(
     metric: Metric,
     spread: Callable[[Sequence[float]], float | None] = interval,
 ) -> list[Point]:
-    """Return the mean of a metric by epoch, in its unit, for the epochs in which all runs have it.
+    """Return the mean of a metric by epoch, in its unit, for the epochs that all runs have.
 
     Args:
         runs: The lines of each run's metrics.jsonl.
-        metric: Which.
-        spread: What takes the values of several runs and returns half the width of the interval.
+        metric: The metric.
+        spread: Function from the values of several runs to half the width of the interval.
     """
     found = [
         {line["epoch"]: metric.scale * value for line in run if (value := finite(line.get(metric.key))) is not None}
@@ -82,7 +82,7 @@ def mean_by_epoch(
 
 
 def band(points: Sequence[Point], limits: tuple[float, float]) -> list[tuple[float, float, float]]:
-    """Return x, lower and upper end of the intervals of those that have one, cut off at `limits`."""
+    """Return x, lower and upper end of each interval, clipped to `limits`; skip points without one."""
     low, high = limits
     return [(x, max(mean - half, low), min(mean + half, high)) for x, mean, half in points if half is not None]
 
@@ -94,7 +94,7 @@ def dead_by_layer(seeds: Sequence[Mapping[str, Any]]) -> tuple[list[float], list
         seeds: For each seed, the content of a profile.json.
 
     Returns:
-        The means, and how far their intervals reach down and up, two lists; none for one seed.
+        The means, and two lists with the lower and upper lengths of their intervals; none for one seed.
     """
     columns = zip(*(found["layers"] for found in seeds), strict=True)
     shares = [[100 * layer["dead"] / layer["units"] for layer in column] for column in columns]
@@ -106,7 +106,7 @@ def dead_by_layer(seeds: Sequence[Mapping[str, Any]]) -> tuple[list[float], list
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """Return the parts, between separators, that all names have at the same place."""
+    """Return the parts, between separators, that all names share at the same position."""
     parts = [re.findall(r"[/_.\s-]|[^/_.\s-]+", name) for name in names]
     if len({len(each) for each in parts}) > 1:
         return ""

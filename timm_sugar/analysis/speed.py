@@ -1,4 +1,4 @@
-"""What an activation costs in training: the time of a step of a whole network, and the memory kept for its backward."""
+"""Cost of an activation in training: time per step of a whole network, and memory saved for the backward pass."""
 
 import random
 import statistics
@@ -20,7 +20,7 @@ from ..surrogates import get_surrogate, unknown_name
 
 
 class Injected(nn.Module):
-    """Forward gradient injection as the paper writes it, direct (eq. 5) or indirect (eq. 4)."""
+    """Forward gradient injection as in the paper, direct (eq. 5) or indirect (eq. 4)."""
 
     def __init__(self, surrogate: str, direct: bool, inplace: bool = False):
         super().__init__()
@@ -35,7 +35,7 @@ class Injected(nn.Module):
 
 
 def activations(surrogate: str) -> dict[str, Callable[..., nn.Module]]:
-    """Return what `bench` compares, by name. ReLU and SiLU work in place, as in timm's networks."""
+    """Return the activations that `bench` compares, by name. ReLU and SiLU work in place, as in timm's networks."""
     get_surrogate(surrogate)
     return {
         "relu": partial(nn.ReLU, inplace=True),
@@ -70,23 +70,23 @@ def bench(
 
     Args:
         model: A timm model that takes `act_layer`; all of ours do. It is built for 10 classes, from a fixed seed.
-        img_size: Side of the random images, pixels.
-        batch_size: Images in a step.
+        img_size: Size of the random images in pixels.
+        batch_size: Images per step.
         surrogate: The surrogate of SUGAR and of forward gradient injection.
-        only: Names of `activations`; "relu", which the others are compared with, is always among them.
-        rounds: Steps of each, every round in a new random order, after two to warm up.
-        compiled: Train through ``torch.compile(fullgraph=True)``, in the mode that is named.
-        device: Where; a GPU is waited for after each step.
+        only: Names of `activations`; "relu", the baseline, is always included.
+        rounds: Steps per activation, every round in a new random order, after two warm-up rounds.
+        compiled: Mode of ``torch.compile(fullgraph=True)`` to train with.
+        device: Device; a GPU is synchronised after each step.
         precision: "float32", or "bfloat16" or "float16" for autocast with the network and images in channels_last.
         kwargs: Further arguments of the model.
 
     Returns:
-        A dict for each activation: its name, the median milliseconds of a step, images a second, the time relative to
-        ReLU, and the MiB of the distinct storages that autograd saves in eager mode, parameters and buffers left out,
+        A dict for each activation: its name, the median milliseconds per step, images per second, the time relative to
+        ReLU, and the MiB of the distinct storages that autograd saves in eager mode, without parameters and buffers,
         with their ratio to ReLU's.
 
     Raises:
-        ValueError: no such model, surrogate or activation, or a model that takes no act_layer.
+        ValueError: unknown model, surrogate or activation, or a model without act_layer.
     """
     known = activations(surrogate)
     for name in only or ():
@@ -131,7 +131,7 @@ def bench(
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
-    """Return the bytes of the distinct storages saved for the backward of one forward pass, weights left out."""
+    """Return the bytes of the distinct storages that one forward pass saves for the backward, without weights."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -140,14 +140,14 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(images)  # alive until the bytes are summed, so that no address is used twice
+        y = model(images)  # keep alive until the bytes are summed, so that no address is reused
     return sum(storage.nbytes() for address, storage in saved.items() if address not in own) if y.requires_grad else 0
 
 
 def time_shuffled(contestants: dict[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, float]:
-    """Return each contestant's median seconds over `rounds`, every round in a new random order, after two to warm up.
+    """Return each contestant's median seconds over `rounds`, each in a new random order, after two warm-up rounds.
 
-    A contestant does its work once and returns the seconds that count.
+    A contestant does its work once and returns the measured seconds.
     """
     order = random.Random(seed)
     names = list(contestants)

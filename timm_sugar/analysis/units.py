@@ -1,4 +1,4 @@
-"""Which units of a network are active: counted at its activations during an evaluation pass."""
+"""Count the active units of a network at its activations during an evaluation pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +20,11 @@ class LayerCounts:
     A unit is a channel of a convolution or a feature of a linear layer; an element is a unit at one position.
 
     Attributes:
-        kind: What the activation is, a key of `timm_sugar.activations.KINDS`.
-        channels_last: Whether units are on the last dimension instead of the first.
+        kind: Kind of the activation, a key of `timm_sugar.activations.KINDS`.
+        channels_last: Whether units are the last dimension instead of the first.
         active: int64 counts of active images, shape of the input without the batch dimension.
         images: Length of the batch dimension, summed over the passes.
-        seen: Pre-activations, summed likewise.
+        seen: Number of pre-activations, summed over the passes.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class LayerCounts:
     seen: int = 0
 
     def add(self, active: Tensor, images: int, seen: int) -> None:
-        """Add the counts of a pass, whose input may have had more or fewer positions."""
+        """Add the counts of a pass, whose input may have another number of positions."""
         if active.shape != self.active.shape:
             shape = tuple(map(max, active.shape, self.active.shape))
             self.active, active = _pad(self.active, shape), _pad(active, shape)
@@ -52,7 +52,7 @@ class LayerCounts:
 
 @dataclass
 class UnitCounts:
-    """Counts of all activations of a network by name, in the order in which a forward pass comes to them.
+    """Counts of all activations of a network by name, in the order of the forward pass.
 
     A unit is active where its pre-activation is above 0, and dead if it is active nowhere.
     """
@@ -79,7 +79,7 @@ class UnitCounts:
         return 1 - active / seen if seen else 0.0
 
     def add_up_processes(self, device: torch.device) -> None:
-        """Replace the counts of each process of a process group by their sum; one that saw no images counts as 0."""
+        """Sum the counts over a process group, in place; a process without images counts as 0."""
         mine = [(n, c.kind, c.channels_last, tuple(c.active.shape), c.images, c.seen) for n, c in self.layers.items()]
         of_all: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_all, mine)
@@ -98,18 +98,18 @@ class UnitCounts:
 def count_units(model: nn.Module) -> Iterator[UnitCounts]:
     """Count the active units of every activation of `model` during the forward passes inside this context.
 
-    Counted are the modules and the function-valued attributes that `timm_sugar.convert` knows as activations, and
-    PReLU; those in gates are left out, as there. What a forward calls by name (``F.relu(x)``) is nowhere to be counted:
-    `timm_sugar.activations.called_activations` names it. An activation that is called several times in a forward pass
-    counts as several, in order of calls. `timm_sugar.activations.watch_activations` says which dimension the units are.
+    Counts the modules and function-valued attributes that `timm_sugar.convert` knows as activations, and PReLU, outside
+    of gates. Functions that a forward calls directly (``F.relu(x)``) cannot be counted:
+    `timm_sugar.activations.called_activations` lists them. An activation that is called several times in a forward pass
+    counts as several, in order of calls. `timm_sugar.activations.watch_activations` documents the dimension of units.
 
-    Memory does not depend on the number of images: one int64 for each element of a single image.
+    Memory use does not depend on the number of images: one int64 for each element of a single image.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
         >>> with torch.no_grad(), count_units(model) as counts:
         ...     _ = model[0].weight.fill_(-1), model[0].bias.fill_(0), model(torch.ones(8, 2))  # (8, 2) -> (8, 4)
-        >>> counts.dead_units, counts.layers["1"].active.shape  # of each of the 4 units
+        >>> counts.dead_units, counts.layers["1"].active.shape  # one count for each of the 4 units
         (1.0, torch.Size([4]))
     """
     counts = UnitCounts()
@@ -119,10 +119,10 @@ def count_units(model: nn.Module) -> Iterator[UnitCounts]:
         calls[name] = calls.get(name, 0) + 1
         key = name if calls[name] == 1 else f"{name}:{calls[name]}"
         if key not in counts.layers:
-            with torch.inference_mode(False):  # so that it may be added to outside that mode, too
+            with torch.inference_mode(False):  # so that in-place updates work outside of inference mode too
                 active = torch.zeros(x.shape[1:], dtype=torch.int64, device=x.device)
             counts.layers[key] = LayerCounts(kinds[name], channels_last, active)
-        # Up to 255 images fit a sum of bytes, which takes a tenth of the time of one of int64.
+        # A uint8 sum holds up to 255 images, and takes a tenth of the time of an int64 sum.
         for part in (x > 0).view(torch.uint8).split(255):
             counts.layers[key].add(part.sum(0, dtype=torch.uint8), len(part), part.numel())
 

@@ -1,4 +1,4 @@
-"""Arrays made from images, kept on disk: the next start, and other runs, map them instead of decoding again."""
+"""Disk cache of decoded images: later and concurrent runs map the arrays instead of decoding again."""
 
 import hashlib
 import math
@@ -21,31 +21,31 @@ _PIECE = 2**24
 
 
 class ArrayCache:
-    """Keeps uint8 arrays in files below `timm_sugar.files.cache_folder()`, one copy for all processes of a machine.
+    """Cache of uint8 arrays in files below `timm_sugar.files.cache_folder()`, shared by all processes of a machine.
 
-    One process makes an array and renames its file into place, while others that want the same one wait. A file whose
-    size or checksum is wrong is made again. Those used longest ago make room for new ones, except where a process has
-    them mapped. After the first failure, such as a folder that cannot be written, nothing more is kept or looked up.
+    One process computes an array and renames its file into place, while others that need it wait. A file with a wrong
+    size or checksum is computed again. The least recently used files are evicted, unless a process has them mapped.
+    The first failure, such as a folder that is not writable, disables the cache.
 
     Args:
-        limit: Bytes of all files together; 0 keeps nothing.
-        say: Takes a line about a wait or a failure.
+        limit: Total size of all files in bytes; 0 disables the cache.
+        say: Called with a message about a wait or a failure.
     """
 
     def __init__(self, limit: float, say: Callable[[str], None] = lambda line: None):
         self._limit, self._say = limit, say
         try:
             self._folder = cache_folder() / "images"
-        except RuntimeError as error:  # a user without a home
+        except RuntimeError as error:  # a user without a home directory
             self._give_up(str(error))
 
     def array(self, key: str | None, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what `make` returns, from disk where it is kept; what is written to the result stays in this process.
+        """Return the result of `make`, from the cache if possible, as a private copy of this process.
 
         Args:
-            key: Says everything that decides the content; None where that is not known, and nothing is kept.
-            shape: Of the array.
-            make: Returns it, uint8.
+            key: Identifies the content completely; None skips the cache.
+            shape: Shape of the array.
+            make: Function that computes the uint8 array.
         """
         if key is None or not self._limit:
             return make()
@@ -53,24 +53,24 @@ class ArrayCache:
         found = self._map(path, shape)
         if found is not None:
             return found
-        with self._alone(path.with_suffix(".part")) as part:
-            found = self._map(path, shape)  # another process may have made it meanwhile
+        with self._exclusive(path.with_suffix(".part")) as part:
+            found = self._map(path, shape)  # another process may have written it meanwhile
             if found is not None:
                 return found
             made = make()
             if part is not None:
                 self._write(made, part, path)
-        found = self._map(path, shape)  # the copy that processes share
+        found = self._map(path, shape)  # the mapping shared by processes
         return made if found is None else found
 
     def _map(self, path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Return the array in a file, None where it is not there or not whole."""
+        """Map the array in a file; None if the file does not exist or is damaged."""
         import fcntl  # Unix only
 
         size = math.prod(shape)
         try:
             with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH)  # held until the mapping, which has a duplicate of `file`, is gone
+                fcntl.flock(file, fcntl.LOCK_SH)  # held as long as the mapping, which duplicates the descriptor
                 if os.fstat(file.fileno()).st_size == size + 4:
                     content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
                     if content[size:].tobytes() == _checksum(content[:size]):
@@ -87,8 +87,8 @@ class ArrayCache:
         return None
 
     @contextmanager
-    def _alone(self, path: Path) -> Iterator[BinaryIO | None]:
-        """Open a file for one process at a time, None where that fails; removed at the end if it is still there."""
+    def _exclusive(self, path: Path) -> Iterator[BinaryIO | None]:
+        """Open and lock a file, and remove it at the end if it still exists; None if that fails."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = self._lock(path)
@@ -107,7 +107,7 @@ class ArrayCache:
     def _lock(self, path: Path) -> BinaryIO:
         told = False
         while True:
-            # Opened anew each time: whoever has the lock renames the file and keeps it mapped, and so locked.
+            # Reopen it each time: the lock holder renames the file and keeps it mapped, and so locked.
             file = path.open("ab", buffering=0)
             if _locked(file, path):
                 return file
@@ -118,13 +118,13 @@ class ArrayCache:
             time.sleep(0.05)
 
     def _write(self, array: np.ndarray, part: BinaryIO, path: Path) -> None:
-        """Write an array to its temporary file and rename that to `path`, where there is room."""
+        """Write an array to its temporary file and rename that to `path`, if it fits into the cache."""
         try:
             if not self._make_room(array.nbytes + 4, besides=Path(part.name)):
                 self._say(f"{array.nbytes / 2**30:.1f} GiB of decoded images are not kept: --cache-limit is too small")
                 return
             part.truncate(0)
-            # No fsync: what a crash of the machine leaves is found by its checksum.
+            # No fsync: the checksum detects files that a system crash damaged.
             for piece in (array.reshape(-1).data, memoryview(_checksum(array))):
                 while piece:
                     piece = piece[part.write(piece) :]
@@ -155,7 +155,7 @@ class ArrayCache:
 
 
 def _locked(file: BinaryIO, path: Path) -> bool:
-    """Lock a file that was opened by its path, unless another process has locked, renamed or removed it."""
+    """Try to lock an open file; fail if another process has locked, renamed or removed it."""
     import fcntl
 
     with suppress(BlockingIOError, FileNotFoundError):
@@ -166,6 +166,6 @@ def _locked(file: BinaryIO, path: Path) -> bool:
 
 def _checksum(array: np.ndarray) -> bytes:
     flat = array.reshape(-1)
-    with ThreadPoolExecutor(available_cpus()) as pool:  # zlib computes without the interpreter's lock
+    with ThreadPoolExecutor(available_cpus()) as pool:  # zlib releases the GIL
         sums = [*pool.map(zlib.crc32, (flat[at : at + _PIECE] for at in range(0, len(flat), _PIECE)))]
     return zlib.crc32(np.array(sums, "<u4").tobytes()).to_bytes(4, "little")

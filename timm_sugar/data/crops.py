@@ -1,4 +1,4 @@
-"""Random crops and flips of whole batches in memory: the pixels that `train_transform` gives image by image."""
+"""Random crops and flips of whole batches in memory, with the same pixels as `train_transform` per image."""
 
 from dataclasses import dataclass
 
@@ -26,12 +26,12 @@ class CropFlip:
     hflip: float
 
     def draw(self, seed: int, epoch: int, indices: Tensor) -> Tensor:
-        """Return what torchvision's transforms draw when torch is seeded by (seed, epoch, index).
+        """Return the random numbers that torchvision's transforms draw if torch is seeded by (seed, epoch, index).
 
         Args:
-            seed: Of the run, below 2^32.
-            epoch: Below 2^32.
-            indices: Of the images, int64, (N,).
+            seed: Seed of the run, below 2^32.
+            epoch: Epoch, below 2^32.
+            indices: Indices of the images, int64, (N,).
 
         Returns:
             Top and left of the crop in the padded image, and whether it is flipped; int64, (N, 3).
@@ -43,11 +43,11 @@ class CropFlip:
         return torch.from_numpy(np.stack([*offsets, flipped], 1).astype(np.int64))
 
     def __call__(self, pixels: Tensor, drawn: Tensor) -> Tensor:
-        """Crop and flip.
+        """Crop and flip a batch.
 
         Args:
             pixels: uint8, (N, C, H, W).
-            drawn: Of `draw`, on the same device.
+            drawn: Result of `draw`, on the same device.
         """
         height, width = pixels.shape[-2:]
         top, left, flip = (part[:, None] for part in drawn.unbind(1))
@@ -88,7 +88,7 @@ def _mixed_seeds(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
 
 
 def _random32(seeds: np.ndarray, count: int) -> np.ndarray:
-    """Return the first `count` numbers of a Mersenne twister for each seed, uint32, (count, N)."""
+    """Return the first `count` numbers of a Mersenne Twister for each seed, uint32, (count, N)."""
     state, kept = seeds, {0: seeds}
     for i in range(1, 397 + count):
         state = (state ^ state >> np.uint32(30)) * np.uint32(1812433253) + np.uint32(i)

@@ -1,4 +1,4 @@
-"""Evaluation of a classifier, the same for training, cards and verification, by one process or by many."""
+"""Evaluation of a classifier, shared by training, model cards and verification, in one or several processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Evaluation:
     """Mean cross-entropy in nats, top-1 and top-5 accuracy as fractions of 1, and the number of images.
 
     Attributes:
-        class_top1: Top-1 accuracy of each class, None for a class without images; () where it was not asked for.
-        confusion: How often images of each class were taken for each, by class, then prediction; None for more than
+        class_top1: Top-1 accuracy of each class, None for a class without images; () if not requested.
+        confusion: Confusion matrix of counts, rows are classes, columns are predictions; None for more than
             `MOST_CONFUSED` classes.
     """
 
@@ -33,13 +33,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class NormalizedBatches:
-    """Images in memory as batches for a network, to be gone through any number of times.
+    """Images in memory as batches for a network; can be iterated any number of times.
 
     Attributes:
         pixels: uint8, (N, 3, H, W).
         labels: int64, (N,).
-        mean, std: Of each channel, of pixels in [0, 1].
-        batch_size: Images in a batch.
+        mean, std: Statistics of each channel, for pixels in [0, 1].
+        batch_size: Images per batch.
     """
 
     pixels: Tensor
@@ -63,14 +63,14 @@ def evaluate_batches(
     after_batch: Callable[[], None] | None = None,
     classes: int = 0,
 ) -> Evaluation:
-    """Evaluate `model` in eval mode and float32, and leave its mode as it was.
+    """Evaluate `model` in eval mode and float32, and restore its mode.
 
     Args:
         model: Classifier, normalised images (N, 3, H, W) -> logits (N, classes).
         batches: uint8 images (N, 3, H, W) and int64 labels (N,); N may be 0.
-        mean: Of each channel, of pixels in [0, 1].
-        std: Likewise.
-        shared: In a process group each process gives its own images, and the result is that of all of them.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel.
+        shared: In a process group, each process passes its own images, and the result covers all of them.
         after_batch: Called after each batch.
         classes: Number of classes, for accuracy by class; 0 for none.
 
@@ -84,7 +84,7 @@ def evaluate_batches(
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    # By class: predictions, or only wrong and right ones.
+    # Counts per class: by prediction, or only wrong and right.
     columns = classes if classes <= MOST_CONFUSED else 2
     counts = torch.zeros(classes * columns, dtype=torch.int64, device=device)
     try:

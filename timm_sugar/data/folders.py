@@ -1,4 +1,4 @@
-"""Local folders of images, SPLIT/CLASS/any depth, and of parquet files by split."""
+"""Local folders of images, SPLIT/CLASS/any depth, and of parquet files for each split."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# Names of folders, and first words of the names of parquet files, in either case.
+# Names of folders, and first words of parquet file names, case-insensitive.
 _SPLIT_OF = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -19,7 +19,7 @@ HELD_OUT = ("test", "validation", "valid", "val")  # in order of preference, as 
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return the first `most` names for a message, and the number of the others."""
+    """Return the first `most` names for a message, and the number of further ones."""
     shown = ", ".join(repr(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
@@ -52,7 +52,7 @@ def _visible(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def is_image_name(path: str) -> bool:
-    """Whether Pillow opens files with this extension."""
+    """Whether Pillow supports this file extension."""
     extensions = Image.registered_extensions()
     return extensions.get(os.path.splitext(path)[1].lower()) in Image.OPEN
 
@@ -63,7 +63,7 @@ def split_of(name: str) -> str | None:
 
 
 def split_folders(folder: Path) -> dict[str, str]:
-    """Return the folders of the first level that hold a split, by split; refuse two that name the same one."""
+    """Return the top-level folders that hold a split, by split; ValueError if two name the same one."""
     found: dict[str, str] = {}
     for entry in sorted(_visible(folder), key=lambda entry: entry.name):
         split = split_of(entry.name)
@@ -76,9 +76,9 @@ def split_folders(folder: Path) -> dict[str, str]:
 
 
 def images_by_class(folder: str, files: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Return path and class of those of `files` that are images in the folder of a split; None outside of all classes.
+    """Return path and class of the images among `files` in the folder of a split; None outside of class folders.
 
-    A warning names files that are not images, which are left out, and class folders without images.
+    Files that are not images are skipped; a warning names them, and class folders without images.
     """
     found: list[tuple[str, str | None]] = []
     others = []
@@ -88,7 +88,7 @@ def images_by_class(folder: str, files: Sequence[str]) -> list[tuple[str, str | 
         if path.startswith(above):
             first, _, rest = path.removeprefix(above).partition(os.sep)
             if is_image_name(path):
-                # macOS may decompose accented letters.
+                # macOS may decompose accented letters (NFD).
                 found.append((path, unicodedata.normalize("NFC", first) if rest else None))
                 empty.discard(first)
             else:

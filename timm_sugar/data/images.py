@@ -39,7 +39,7 @@ class LabelledImages:
         labels: Class of each image, int64, shape (N,).
         place: Row number -> location of the image, for messages.
         stored: Row number -> encoded image; None if the source holds decoded images.
-        digests: SHA-256 of what `content` gives for each image, uint8, shape (N, 32); None where it is not known.
+        digests: SHA-256 of `content` of each image, uint8, shape (N, 32); None if not computed.
     """
 
     read: Callable[[int], Image.Image]
@@ -66,7 +66,7 @@ class LabelledImages:
         return self._named(self.stored, index)
 
     def _named(self, get: Callable[[int], _T], index: int) -> _T:
-        """Return `get(row)`; its errors become one that names the image."""
+        """Return `get(row)`; errors are raised as BadImageError with the location of the image."""
         row = int(self.rows[index])
         try:
             return get(row)
@@ -81,7 +81,7 @@ class LabelledImages:
 
 
 def why_unreadable(error: Exception) -> str:
-    """Return "cannot be read: ..." or "cannot be decoded: ..." for what reading or decoding an image raised."""
+    """Return "cannot be read: ..." or "cannot be decoded: ..." for an error of reading or decoding an image."""
     if is_system_error(error):
         return f"cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
     unknown = isinstance(error, UnidentifiedImageError)

@@ -1,4 +1,4 @@
-"""Batches: images decoded once into memory, or by workers as they are needed, always in the order that is asked for."""
+"""Batches in a given order, of images decoded once into memory, or decoded on demand by workers."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ def decode(images: LabelledImages, transform: ImageTransform, title: str | None 
     Args:
         images: At least one.
         transform: RGB image -> array or tensor (3, H, W).
-        title: Of the progress bar; None for none.
+        title: Title of the progress bar; None for no bar.
 
     Returns:
         uint8 tensor (N, 3, H, W).
@@ -48,11 +48,11 @@ def decode(images: LabelledImages, transform: ImageTransform, title: str | None 
 def decode_kept(
     images: LabelledImages, data_config: dict[str, Any], cache: ArrayCache, title: str | None = None
 ) -> Tensor:
-    """Decode every image as for evaluation, or take what a cache has of it.
+    """Decode every image as for evaluation, or take the array from the cache.
 
     Returns:
-        uint8 tensor (N, 3, H, W) of the data config's input_size, as `eval_transform` gives it. What is written to it
-        is written to this process's copy.
+        uint8 tensor (N, 3, H, W) of the data config's input_size, as `eval_transform` gives it, private to this
+        process.
 
     Raises:
         BadImageError: as for `decode`.
@@ -64,9 +64,9 @@ def decode_kept(
 
 
 def content_key(images: LabelledImages, *what: object) -> str | None:
-    """Return a key of what is computed from images: their content in order, the code and libraries that decode, `what`.
+    """Return a cache key for a result computed from images: their ordered content, the decoding code, and `what`.
 
-    It is None where their `digests` are not known, or they are not encoded.
+    It is None if their `digests` are not known, or if they are not encoded.
     """
     if images.stored is None or images.digests is None:
         return None
@@ -82,10 +82,10 @@ def _decoder() -> tuple[str, ...]:
 
 
 def with_digests(source: Source) -> Source:
-    """Return a source whose images carry their digests, by which `fingerprint` and `decode_kept` tell their content.
+    """Return a source with the digests of its images, which `fingerprint` and `decode_kept` use as identity.
 
-    Images are hashed by content rather than by size and modification time, because a run may resume on another machine
-    with a copy of the data. This reads the data once, as an epoch does; decoding takes much longer than hashing.
+    Images are hashed by content instead of size and modification time, because a run may resume on another machine
+    with a copy of the data. This reads the data once, like an epoch; decoding takes much longer than hashing.
 
     Raises:
         BadImageError: an image cannot be read.
@@ -101,14 +101,14 @@ def with_digests(source: Source) -> Source:
 
 
 def fingerprint(source: Source) -> dict[str, int | str]:
-    """Return counts and hashes by which two data sets differ if their classes, labels or images differ.
+    """Return counts and hashes that identify the classes, labels and images of a data set.
 
     Args:
-        source: As `with_digests` returns it, else the images are read.
+        source: A result of `with_digests`; otherwise the images are read.
 
     Returns:
         "train_images", "test_images" and "classes" (numbers); "class_names", "labels" and "images" (the first 16
-        hexadecimal digits of SHA-256). Independent of file names and of how the images are divided into files.
+        hexadecimal digits of SHA-256). Independent of file names and of the number of images per file.
 
     Raises:
         BadImageError: an image cannot be read.
@@ -131,11 +131,11 @@ def fingerprint(source: Source) -> dict[str, int | str]:
 
 @dataclass
 class Split:
-    """The images of one split, ready to be taken in batches.
+    """The images of one split, from which batches are taken.
 
     Attributes:
         labels: Class of each image, int64, (N,).
-        pixels: The images as `transform` gives them, uint8, (N, 3, H, W), where they are held in memory.
+        pixels: The transformed images, uint8, (N, 3, H, W), if they are held in memory.
         images: The same images undecoded.
         transform: RGB image -> array or tensor (3, H, W).
     """
@@ -155,13 +155,13 @@ class Split:
         seed: Callable[[int], int] | None = None,
         pin_memory: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches whose indices are given, as tensors (B, 3, H, W) and labels (B,).
+        """Yield batches as tensors (B, 3, H, W) and labels (B,).
 
         Args:
-            order: The indices of each batch; tensors where nothing is to wait for the device that the images are on.
-            workers: Processes that decode images which are not in memory; what is yielded does not depend on it.
-            seed: Index -> seed of whatever is random in the transform of that image.
-            pin_memory: Put batches into memory from which they are copied to a GPU faster.
+            order: The indices of each batch; pass tensors on the device of the images to avoid a synchronisation.
+            workers: Processes that decode images which are not in memory; the batches do not depend on it.
+            seed: Index -> seed of the random transform of that image.
+            pin_memory: Copy batches into pinned memory.
 
         Raises:
             BadImageError: an image cannot be decoded; the message names its file or row.
@@ -172,13 +172,13 @@ class Split:
             return
         loader: DataLoader[Any] = DataLoader(
             _Batches(self, seed),
-            batch_size=None,  # an item of the data set is a batch
+            batch_size=None,  # an item of the dataset is a batch
             sampler=[[int(index) for index in indices] for indices in order],
             num_workers=min(workers, available_cpus()),
-            multiprocessing_context="fork" if workers else None,  # what reads an image cannot be pickled
+            multiprocessing_context="fork" if workers else None,  # the functions that read images cannot be pickled
             worker_init_fn=partial(_begin_worker, os.getpid()),
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else it draws from the global one
+            generator=torch.Generator(),  # else it draws from the global generator
         )
         for batch in loader:
             if isinstance(batch, BadImageError):
@@ -189,7 +189,7 @@ class Split:
 
 @dataclass
 class _Batches(Dataset[Any]):
-    """What DataLoader's workers read: the batch of given indices, or the error that an image of it gave."""
+    """Dataset for DataLoader's workers: the batch of given indices, or the error of one of its images."""
 
     split: Split
     seed: Callable[[int], int] | None
@@ -202,23 +202,23 @@ class _Batches(Dataset[Any]):
             try:
                 images.append(torch.as_tensor(self.split.transform(self.split.images[index])))
             except BadImageError as error:
-                return error  # a worker's exceptions arrive as text with a traceback in it
-        # A process's share of the last images may be none.
+                return error  # DataLoader would turn a raised exception into text with a traceback
+        # A process may have no share of the last images.
         pixels = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
         return pixels, self.split.labels[indices]
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators that transforms and Mixup draw from: Python's, NumPy's and torch's on the CPU."""
+    """Seed the global generators that transforms and Mixup use: Python's, NumPy's and torch's on the CPU."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 def _begin_worker(parent: int, worker: int) -> None:
-    # Killed before its worker began, the training process leaves an orphan, whose new parent torch would watch instead.
+    # If the training process was killed before this point, torch would watch the new parent of the orphan instead.
     if os.getppid() != parent:
         os._exit(1)
-    # Ctrl-C and a batch system's SIGTERM reach the workers too; the training process saves first, then ends them.
+    # Ctrl-C and a scheduler's SIGTERM reach the workers too; the training process saves first, then ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

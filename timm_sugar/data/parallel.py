@@ -1,4 +1,4 @@
-"""Work on many images by processes: in threads, decoding waits for the interpreter's lock."""
+"""Process many images in parallel, by processes, since the GIL limits decoding in threads."""
 
 import math
 import mmap
@@ -19,9 +19,9 @@ import torch
 from ..terminal import progress_bars
 from .images import BadImageError, LabelledImages, available_cpus, is_system_error
 
-_FIRST, _PART = 16, 64  # rows that are computed here, and by a process at a time
-_WORTH_PROCESSES = 0.5  # seconds; starting them takes a tenth of that
-_SAY_EVERY = 10.0  # seconds between lines where there is no terminal
+_FIRST, _PART = 16, 64  # rows computed in this process first, and rows per work item
+_WORTH_PROCESSES = 0.5  # seconds; starting processes takes a tenth of that
+_SAY_EVERY = 10.0  # seconds between progress lines without a terminal
 
 
 def compute_rows(
@@ -29,19 +29,18 @@ def compute_rows(
 ) -> np.ndarray:
     """Return the uint8 array of this shape whose entry i is ``row(i)``.
 
-    Where that takes long, processes forked from this one do it, which need no pickling and no imports, under a progress
-    bar on standard error. They share nothing but memory: no queue or lock, with which a fork could be caught in a wrong
-    moment.
+    Long computations run in forked processes, which need no pickling and no imports, with a progress bar on standard
+    error. The processes share only memory: a queue or lock could be in an inconsistent state at the time of the fork.
 
     Args:
-        row: Returns an array or tensor of ``shape[1:]``.
-        shape: Of the result, in memory that processes share.
-        title: Stands before the bar; None for no bar.
-        processes: At most; None for one a CPU core.
+        row: Function that returns an array or tensor of ``shape[1:]``.
+        shape: Shape of the result, which is in shared memory.
+        title: Title of the progress bar; None for no bar.
+        processes: Maximum number of processes; None for one per CPU core.
 
     Raises:
-        Exception: `row` raised it, for the first i in order.
-        OSError: a process was killed, as for want of memory.
+        Exception: `row` raised it, for the smallest such i.
+        OSError: a process was killed, for example because memory ran out.
     """
     count = shape[0]
     rows = _shared(shape, np.uint8)
@@ -51,7 +50,7 @@ def compute_rows(
             rows[index] = row(index)
 
     head = min(_FIRST, count)
-    fill(range(min(1, head)))  # loads what the first image needs
+    fill(range(min(1, head)))  # the first image may trigger imports
     began = time.perf_counter()
     fill(range(1, head))
     short = (time.perf_counter() - began) / _FIRST * count < _WORTH_PROCESSES
@@ -68,7 +67,7 @@ def compute_rows(
 
     with ExitStack() as held:
         running = [held.enter_context(_forked(work, first)) for first in range(processes)]
-        # After the forks, since its thread writes to standard error.
+        # After the forks, since the progress bar starts a thread.
         bars = held.enter_context(progress_bars(*([] if short or title is None else [title]), every=_SAY_EVERY))
 
         def show() -> None:
@@ -84,7 +83,7 @@ def compute_rows(
             failed = any(status)
             running = [process for process, code in zip(running, status, strict=True) if code is None]
             show()
-        # Without processes everything; after an error what is not done, which raises the first error in order.
+        # Everything, without processes; or the rest after an error, which raises the first error in order.
         for number in np.flatnonzero(~done):
             fill(parts[number])
             done[number] = True
@@ -100,10 +99,10 @@ def _shared(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @contextmanager
 def _forked(work: Callable[[int], None], number: int) -> Iterator[Any]:
-    """Fork a process that calls ``work(number)`` and ends with status 1 if that raises; end it if it is still there."""
+    """Fork a process that calls ``work(number)``, exits with status 1 if that raises, and is killed at the end."""
     process = multiprocessing.get_context("fork").Process(target=_run, args=(work, number, os.getpid()), daemon=True)
     with warnings.catch_warnings():
-        # Python 3.12 warns where there are threads; DataLoader's workers are forked beside them too.
+        # Python 3.12 warns about a fork with threads; DataLoader forks its workers with threads too.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     try:
@@ -115,7 +114,7 @@ def _forked(work: Callable[[int], None], number: int) -> Iterator[Any]:
 
 def _run(work: Callable[[int], None], number: int, parent: int) -> None:
     torch.set_num_threads(1)
-    # The parent ends the others; where it is killed, they would go on for nothing.
+    # The parent handles signals and ends its processes; if the parent is killed, `_follow` ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
@@ -123,7 +122,7 @@ def _run(work: Callable[[int], None], number: int, parent: int) -> None:
         work(number)
     except Exception:
         os._exit(1)
-    os._exit(0)  # without what the parent has left to do at its end
+    os._exit(0)  # skips the parent's exit handlers
 
 
 def _follow(parent: int) -> None:

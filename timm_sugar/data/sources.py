@@ -1,4 +1,4 @@
-"""Where labelled images come from: scikit-learn's digits, data sets of the Hub and local folders, and their splits."""
+"""Sources of labelled images: scikit-learn's digits, Hub data sets and local folders, and their splits."""
 
 import bisect
 import glob
@@ -72,13 +72,13 @@ def load_source(
             tiny-imagenet-200 layout, or anything else that `datasets.load_dataset` reads.
         label_column: Column of the class labels; None takes label, labels or fine_label.
         split_seed: Seed of the stratified 20% that is held out if the source has no test split (digits).
-        streaming: Read the files once, as stored, into memory, instead of through a copy in the cache on disk. Splits,
-            order and images are the same.
+        streaming: Read the files once, as stored, into memory, without a copy in the disk cache. Splits, order and
+            images are the same.
         image_column: Column of the images; None takes image, img, or the only column that holds images.
         skip_bad_images: Decode every image once and exclude those that cannot be decoded.
 
     The test images are those of the test split, or of the validation split if there is no labelled test split.
-    Labels are matched by class name, whatever numbers each file gives the classes. A warning names classes without
+    Labels are matched by class name, even if files number the classes differently. A warning names classes without
     training images or without test images.
 
     Raises:
@@ -127,7 +127,7 @@ def _without_bad_images(source: Source) -> Source:
 
 
 def split_validation(images: LabelledImages, fraction: float, split_seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Split a stratified `fraction` off for validation; the same one for the same `split_seed`.
+    """Split off a stratified `fraction` for validation, determined by `split_seed`.
 
     Raises:
         ValueError: a class would have no training image left.
@@ -145,7 +145,7 @@ def split_validation(images: LabelledImages, fraction: float, split_seed: int) -
 
 
 def stratified_sample(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draw `count` indices with every class in proportion, to within one image, whatever order the labels are in.
+    """Draw `count` indices with every class in proportion, to within one image, for any order of the labels.
 
     Returns:
         Sorted indices into `labels`, int64, shape (min(count, len(labels)),).
@@ -172,7 +172,7 @@ def _load_digits(split_seed: int) -> Source:
 
 
 def _load_tiny_imagenet(folder: Path) -> Source:
-    """Read the layout of the original archive: train/WNID/images/*.JPEG and val/images with val_annotations.txt."""
+    """Read the original archive's layout: train/WNID/images/*.JPEG and val/images with val_annotations.txt."""
     train = [
         (path, Path(path).parts[-3])
         for path in files_below(folder / "train")
@@ -206,7 +206,7 @@ def _load_folder(folder: Path, label_column: str | None, image_column: str | Non
             raise FileNotFoundError(f"data folder {data!r} has images but no folder train; they belong in train/CLASS")
         return _load_columns(data, label_column, image_column, streaming, path=data)
     metadata = {os.path.join(splits["train"], f"metadata.{kind}") for kind in ("csv", "jsonl", "parquet")}
-    if has_images and metadata.isdisjoint(files):  # else labels are in that file
+    if has_images and metadata.isdisjoint(files):  # else labels are in the metadata file
         return _load_images(data, {name: images_by_class(path, files) for name, path in splits.items()})
     # Without patterns, datasets infers splits from every name in a path, class names included.
     patterns = {name: f"{glob.escape(path)}/**" for name, path in splits.items()}
@@ -232,7 +232,7 @@ class _Labels:
 
     Attributes:
         classes: Name of the class of each image; None if there is no label.
-        names: All names that the file gives to classes, in its order.
+        names: All class names of the file, in its order.
         kind: "names" if the file defines the order of the classes; "text" or "numbers" if they are sorted as such.
     """
 
@@ -309,7 +309,7 @@ def _from_files(files: Sequence[tuple[str, str]]) -> _Split:
 def _load_parquet(
     data: str, files: dict[str, list[str]], label_column: str | None, image_column: str | None, streaming: bool
 ) -> Source:
-    """Read parquet files, each with its own class names; `datasets` would apply those of the first file to all."""
+    """Read parquet files, each with its own class names; `datasets` would use those of the first file for all."""
     _require("datasets")
     import datasets
     import pyarrow.parquet as parquet
@@ -358,7 +358,7 @@ def _load_parquet(
                 "parquet",
                 # The cache of datasets identifies files by path and modification time only.
                 name=hashlib.sha256(repr([os.path.getsize(path) for path in paths]).encode()).hexdigest()[:16],
-                data_files={split: [glob.escape(path) for path in filled]},  # it fails on files without rows
+                data_files={split: [glob.escape(path) for path in filled]},  # datasets fails on files without rows
                 columns=[image_column],
                 features=datasets.Features({image_column: datasets.Image()}),
             )
@@ -434,7 +434,7 @@ def _misplaced(builder: Any) -> str | None:
     for split, files in builder.config.data_files.items():
         places = [str(file).removeprefix(f"{builder.base_path}/") for file in files]
         if any(os.path.basename(place).startswith("metadata.") for place in places):
-            continue  # labels come from that file
+            continue  # labels come from the metadata file
         for place in filter(is_image_name, places):
             folders = place.split("/")[:-1]
             if len(folders) < 2 or split_of(folders[-2]) != split:
@@ -474,7 +474,7 @@ def _labels(column: Any, feature: Any, file: str, name: str) -> _Labels:
 
 
 def _find_columns(data: str, features: Mapping[str, Any], label: str | None, image: str | None) -> tuple[str, str]:
-    """Return the columns of labels and images: those that are named, else those of the usual names."""
+    """Return the columns of labels and images: the given ones, else those with the usual names."""
     for kind, wanted in (("label", label), ("image", image)):
         if wanted is not None and wanted not in features:
             raise ValueError(f"data set {data!r}: " + unknown_name(f"{kind} column", wanted, list(features)))
@@ -499,7 +499,7 @@ def _find_columns(data: str, features: Mapping[str, Any], label: str | None, ima
 
 
 def _holds_images(feature: Any) -> bool:
-    """Whether a column is of images, or of what stores them: bytes, or a struct of bytes and path."""
+    """Whether a column holds images, or stored images: bytes, or a struct of bytes and path."""
     import datasets
 
     if isinstance(feature, dict):

@@ -1,4 +1,4 @@
-"""From images to tensors: timm's transforms for training and evaluation, and normalisation."""
+"""Transforms from images to tensors: timm's for training and evaluation, and normalisation."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -14,14 +14,14 @@ from torchvision import transforms
 from .._timm import replace_augmentation
 
 ImageTransform = Callable[[Image.Image], Any]
-EVALUATION = ("input_size", "interpolation", "crop_pct", "crop_mode")  # what `eval_transform` takes of a data config
+EVALUATION = ("input_size", "interpolation", "crop_pct", "crop_mode")  # keys of a data config for `eval_transform`
 
 
 def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
     """timm's evaluation transform for a data config (`timm.data.resolve_data_config`), without the normalisation.
 
     Returns:
-        RGB image -> uint8 tensor (3, H, W). `normalize` does the rest, to the bit as timm's own transform does.
+        RGB image -> uint8 tensor (3, H, W). With `normalize` it is bit-identical to timm's own transform.
     """
     return create_transform(is_training=False, use_prefetcher=True, **{k: data_config[k] for k in EVALUATION})
 
@@ -36,16 +36,16 @@ def train_transform(
     re_mode: Literal["const", "rand", "pixel"] = "pixel",
     re_count: int = 1,
 ) -> transforms.Compose:
-    """timm's training transform. What it draws comes from the global generators of Python, NumPy and torch.
+    """timm's training transform. It draws from the global generators of Python, NumPy and torch.
 
     Args:
-        data_config: input_size, interpolation, mean, std, and for crop "none" also crop_pct and crop_mode.
+        data_config: input_size, interpolation, mean, std; for crop "none" also crop_pct and crop_mode.
         crop: "none", as in evaluation; "resized", timm's random resized crop; "padded", a random crop after 4 pixels
             of padding on each side, as is usual at 32 px.
         hflip: Probability of a horizontal flip.
-        color_jitter: Strength; as in timm, it has no effect beside `auto_augment`.
+        color_jitter: Strength; as in timm, it has no effect together with `auto_augment`.
         auto_augment: timm's policy string.
-        re_prob, re_mode, re_count: Random erasing.
+        re_prob, re_mode, re_count: Options of random erasing.
 
     Returns:
         RGB image -> normalised float32 tensor (3, H, W).
@@ -53,7 +53,7 @@ def train_transform(
     Raises:
         ValueError: timm does not know the policy.
     """
-    jitter: Any = color_jitter  # timm takes None too, unlike its annotation
+    jitter: Any = color_jitter  # timm accepts None too, unlike its annotation
     try:
         compose = create_transform(
             is_training=True,
@@ -77,13 +77,13 @@ def train_transform(
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    # At its strongest timm keeps 0 bits, a black image, which Pillow refuses since version 13.
+    # timm's strongest level keeps 0 bits, a black image, which is an error since Pillow 13.
     kept: Image.Image = policies.posterize(image, max(1, bits), **kwargs)
     return kept
 
 
 def channel_counts(pixels: Tensor) -> Tensor:
-    """Return how often each channel of uint8 pixels (N, C, H, W) has each value, int64 (C, 256)."""
+    """Return the histogram of each channel of uint8 pixels (N, C, H, W), int64 (C, 256)."""
     counts = torch.zeros(pixels.shape[1], 256, dtype=torch.int64)
     for part in pixels.split(4096):
         counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(1)])
@@ -91,10 +91,10 @@ def channel_counts(pixels: Tensor) -> Tensor:
 
 
 def channel_statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, of pixels in [0, 1], to 4 digits.
+    """Return mean and standard deviation of each channel, for pixels in [0, 1], to 4 digits.
 
     Args:
-        counts: As `channel_counts` returns them.
+        counts: Result of `channel_counts`.
     """
     weights = counts.double()
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -111,6 +111,6 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @lru_cache(maxsize=64)
 def _constants(mean_and_std: tuple[float, ...], device: torch.device) -> list[Tensor]:
-    """Return mean and standard deviation on the device, (1, C, 1, 1), made once: a copy would wait for it."""
+    """Return mean and standard deviation on the device, (1, C, 1, 1), cached, since a copy would synchronise."""
     with torch.inference_mode(False):
         return [part.view(1, -1, 1, 1) for part in torch.tensor(mean_and_std, device=device).chunk(2)]

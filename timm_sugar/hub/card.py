@@ -1,4 +1,4 @@
-"""Model cards: Hub metadata and the text around numbers that come from a run's own files."""
+"""Model cards: Hub metadata, and text with numbers from the files of a run."""
 
 import json
 import re
@@ -33,13 +33,13 @@ def model_card(
     Args:
         config: The folder's config.json.
         run: The run's summary (see `timm_sugar.training`), with `settings`, its training settings.
-        repo_id: ORG/NAME that it will be published as; None for a folder.
-        facts: What no file of the run says, as `read_facts` returns it.
-        curves: File beside the card with the training curves.
+        repo_id: ORG/NAME of the repository; None for a local folder.
+        facts: Additional facts that are not in the run's files, from `read_facts`.
+        curves: File with the training curves, next to the card.
 
     Returns:
-        Markdown with Hub metadata in front, whose model-index holds the measured test accuracy. Nothing in it is a
-        path of the machine that it was trained on, and text from the files is escaped.
+        Markdown with Hub metadata, whose model-index holds the measured test accuracy. It contains no paths of the
+        training machine, and text from the files is escaped.
     """
     facts = facts or {}
     settings = run["settings"]
@@ -98,7 +98,7 @@ def model_card(
 
 
 def _origin(source: str | None) -> tuple[str | None, str | None]:
-    """Return what the card calls the weights that a run started from, and their repository on the Hub."""
+    """Return the name of the initial weights of a run on the card, and their repository on the Hub."""
     if source is None:
         return None, None
     kind, _, place = source.rpartition(":")
@@ -113,7 +113,7 @@ def _origin(source: str | None) -> tuple[str | None, str | None]:
 
 
 def _results(run: dict[str, Any], facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of the table of results: this run, the baseline's and the paper's figure."""
+    """Return header and rows of the results table: this run, the baseline and the paper."""
     baseline, paper = facts.get("baseline"), facts.get("paper")
     columns = ["", "this model"] + ["plain ReLU"] * bool(baseline) + ["the paper"] * bool(paper)
     rows = []
@@ -131,14 +131,14 @@ def _results(run: dict[str, Any], facts: dict[str, Any]) -> tuple[list[str], lis
 
 
 def dataset_of(data: str) -> tuple[str | None, str]:
-    """Return the Hub id of a data set, None where it has none, and a name that says nothing of the machine."""
+    """Return the Hub id of a data set, or None, and a name without local paths."""
     dataset = NAMES.get(data, data)
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset) and not Path(data).exists()
     return dataset if is_hub_id else None, _file_name(data)
 
 
 def public_settings(settings: dict[str, Any], dataset_id: str | None) -> dict[str, Any]:
-    """Return training settings without what only says something of the machine: its paths become file names."""
+    """Return training settings without those that describe the machine; paths become file names."""
     kept = {key: value for key, value in settings.items() if key not in names_of("start")}
     if "data" in kept:
         kept["data"] = public_data(kept["data"], dataset_id)
@@ -147,7 +147,7 @@ def public_settings(settings: dict[str, Any], dataset_id: str | None) -> dict[st
 
 
 def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a card tells: those that differ from the defaults, and what the images were."""
+    """Return the settings that a card shows: those that differ from the defaults, and those of the data."""
     usual = defaults()
     kept = {name for name in names_of("data", "result") if settings.get(name) != usual[name]}
     kept |= {name for name in names_of("data") if settings.get(name) is not None}
@@ -156,7 +156,7 @@ def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_data(data: str, dataset_id: str | None) -> str:
-    """Return what --data can be elsewhere: a name, the data set's Hub id, or of a local folder the last part."""
+    """Return --data for another machine: a name, the data set's Hub id, or the last part of a local folder."""
     return data if data in NAMES else dataset_id or _file_name(data)
 
 
@@ -177,22 +177,22 @@ def _file_name(path: str) -> str:
 
 
 def escape(value: Any) -> str:
-    """Return text as Markdown and HTML show it literally, on one line."""
+    """Escape text for Markdown and HTML, on one line."""
     line = " ".join(str(value).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", line)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Read what a card says besides the run's numbers.
+    """Read additional facts for a card.
 
     Args:
         path: YAML with any of license; dataset, its Hub id; dataset_note and limits, text; paper, with top1 and std as
-            fractions of 1 and where, the place in the paper; baseline, the summary.json, relative to this file, of a
-            run that differs in having plain ReLU.
+            fractions of 1 and where, the place in the paper; baseline, the path, relative to this file, of the
+            summary.json of a run that differs only in having plain ReLU.
 
     Returns:
-        The same, with the content of the baseline's file in place of its name.
+        The same, with the content of the baseline's file instead of its path.
 
     Raises:
         ValueError: an unknown name, or a value of the wrong kind.

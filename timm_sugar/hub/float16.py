@@ -1,4 +1,4 @@
-"""Weights in float16, except one-dimensional tensors, and the accuracy of the stored file."""
+"""Weights in float16, except one-dimensional tensors, and the accuracy of the saved file."""
 
 import importlib.util
 import json
@@ -23,21 +23,21 @@ _BATCH = 256
 def to_float16(output: Path, folder: Path, data: str | None = None) -> Path:
     """Copy a finished run with its weights in float16, one-dimensional tensors in float32.
 
-    The accuracy in the copy's summary.json is that of the stored file, on all test images, loaded by timm; loaded by
-    transformers, with its own image processor, it must be as good. That of the float32 weights is kept beside it.
+    The copy's summary.json holds the accuracy of the saved file on all test images, loaded by timm, next to that of
+    the float32 weights. Loaded by transformers, with its own image processor, the accuracy must agree too.
 
     Args:
         output: Folder of a finished run.
-        folder: Where to copy it to.
-        data: Where the test images are now; None for where they were.
+        folder: Destination folder.
+        data: Current location of the test images; None for that in training.
 
     Returns:
-        `folder`, a run as `published_files` takes it.
+        `folder`, a run for `published_files`.
 
     Raises:
         ValueError: the accuracy differs from that of the float32 weights by more than 0.05 points, or the weights are
             not finite in float16.
-        OSError, ModuleNotFoundError: the test images or transformers are not at hand.
+        OSError, ModuleNotFoundError: the test images or transformers are not available.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ModuleNotFoundError("--half measures the accuracy in transformers: pip install transformers")

@@ -1,4 +1,4 @@
-"""Models and data as a command line names them: a run's folder, a published folder, or a repository on the Hub."""
+"""Models and data by command-line name: the folder of a run or of a published model, or a Hub repository."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -33,12 +33,12 @@ from ..models._download import download
 
 @dataclass(frozen=True)
 class NamedModel:
-    """Where a model is, and its card.
+    """Location of a model, and its card.
 
     Attributes:
-        name: As it was given.
-        source: ``local-dir:FOLDER``, ``hf-hub:ORG/NAME`` or a name in the registry, as `create_model` takes it.
-        card: File of the model card, None where there is none.
+        name: The name as given.
+        source: ``local-dir:FOLDER``, ``hf-hub:ORG/NAME`` or a registered name, for `create_model`.
+        card: File of the model card, or None.
     """
 
     name: str
@@ -46,11 +46,11 @@ class NamedModel:
     card: Path | None
 
     def load(self) -> nn.Module:
-        """Build the network, with the surrogate that it was trained with, and load its weights."""
+        """Build the network with the surrogate of its training, and load its weights."""
         return create_model(self.source, pretrained=True)
 
     def claim(self) -> EvalResult | None:
-        """Return the accuracy that the card claims, with the data that it was measured on; None if it claims none.
+        """Return the accuracy on the card, with the data that it was measured on; None if there is none.
 
         Raises:
             ValueError: the card cannot be read.
@@ -67,7 +67,7 @@ class NamedModel:
     def load_data(
         self, network: nn.Module, data: str, label_column: str | None = None, image_column: str | None = None
     ) -> Source:
-        """Load the data for the network as `load_any_data` does; raise ValueError where it has other classes."""
+        """As `load_any_data`, but raise ValueError if the classes of data and network differ."""
         images = self.load_any_data(data, label_column, image_column)
         cfg: Any = network.pretrained_cfg
         names = list(cfg.get("label_names") or [])
@@ -83,11 +83,11 @@ class NamedModel:
         return images
 
     def load_any_data(self, data: str, label_column: str | None = None, image_column: str | None = None) -> Source:
-        """Load data that may have other classes, split as in the network's training where the card tells how.
+        """Load data, possibly with other classes, split as in the network's training if the card specifies it.
 
         Args:
-            data: As `timm_sugar.data.load_source` takes it.
-            label_column, image_column: Likewise; None for the one that the card names.
+            data: As for `timm_sugar.data.load_source`.
+            label_column, image_column: As for `load_source`; None for the column on the card.
         """
         claim = self.claim()
         told: dict[str, Any] = (claim and claim.dataset_args) or {}
@@ -95,7 +95,7 @@ class NamedModel:
         return load_as_in_training(data, told | {name: column for name, column in given.items() if column})
 
     def settings(self) -> dict[str, Any]:
-        """Return the training settings of a run's folder, else those that its card shows, else {}."""
+        """Return the training settings of a run's folder, else those on its card, else {}."""
         path = Path(self.name, "config.yaml")
         if path.is_file():
             return read_mapping(path)
@@ -105,9 +105,9 @@ class NamedModel:
         return settings
 
     def validation_images(self, source: Source) -> tuple[str, LabelledImages]:
-        """Return "val" and the images that a run was validated on, else "test" and the test images.
+        """Return "val" and the validation images of the run, or "test" and the test images.
 
-        The test images stand in for them where no settings of a run are there, or where it validated on none.
+        The latter are used if there are no training settings, or if the run had no validation images.
         """
         settings = self.settings()
         if not settings.get("val_fraction"):
@@ -118,7 +118,7 @@ class NamedModel:
 
 
 def load_as_in_training(data: str, settings: Mapping[str, Any]) -> Source:
-    """Load data by the settings of a run, as many of them as are known: its columns, split and test images."""
+    """Load data with the known settings of a run: its columns, split and test images."""
     seed, columns = settings.get("split_seed") or 0, (settings.get("label_column"), settings.get("image_column"))
     skip_bad_images = bool(settings.get("skip_bad_images"))
     source = load_source(data, columns[0], seed, image_column=columns[1], skip_bad_images=skip_bad_images)
@@ -130,7 +130,7 @@ def _limited(images: LabelledImages, limit: int | None, seed: int) -> LabelledIm
 
 
 def image_batches(network: nn.Module, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
-    """Decode images as they are needed; yield them as the network was evaluated on them in training, and their labels.
+    """Decode images on demand with the evaluation transform of the training run; yield batches with labels.
 
     Returns:
         Batches of float32 (B, 3, H, W) and int64 (B,) on the network's device.
@@ -143,7 +143,7 @@ def image_batches(network: nn.Module, images: LabelledImages) -> Iterator[tuple[
 
 
 def sample_batches(network: nn.Module, images: LabelledImages, limit: int, seed: int) -> NormalizedBatches:
-    """Decode a stratified sample of `limit` images as the network was evaluated on them in training."""
+    """Decode a stratified sample of `limit` images with the evaluation transform of the training run."""
     images = _limited(images, limit, seed)
     cfg: Any = network.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
@@ -151,24 +151,24 @@ def sample_batches(network: nn.Module, images: LabelledImages, limit: int, seed:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError, in one line, where `repo_id` is not a legal ORG/NAME."""
+    """Raise a one-line ValueError if `repo_id` is not a valid ORG/NAME."""
     validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
         raise ValueError(f"a repository is named ORG/NAME, got {repo_id!r}")
 
 
 def find_model(model: str, revision: str | None = None) -> NamedModel:
-    """Find a model by the name that a user gives.
+    """Find a model by a name given by the user.
 
     Args:
-        model: A folder with config.json and weights that this package, timm or transformers wrote, a run's folder,
-            ORG/NAME on the Hub, or a model of timm's registry that has published weights. ``local-dir:`` and
-            ``hf-hub:`` may stand before the former and the latter.
-        revision: Of a repository: branch, tag or commit.
+        model: A folder with config.json and weights written by this package, timm or transformers, a run's folder,
+            ORG/NAME on the Hub, or a registered model with published weights. A folder may have the prefix
+            ``local-dir:``, a repository ``hf-hub:``.
+        revision: Branch, tag or commit of a repository.
 
     Raises:
-        OSError: there is no such model, the run is not finished, or the card is corrupted.
-        ValueError: the name is not legal.
+        OSError: the model does not exist, the run is not finished, or the card is corrupted.
+        ValueError: the name is invalid.
     """
     kind, place = parse_model_name(model) if model.startswith(("local-dir:", "hf-hub:")) else (None, model)
     if kind == "hf-hub":

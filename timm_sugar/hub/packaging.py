@@ -29,24 +29,24 @@ def write_model_folder(
     data_config: dict[str, Any],
     run: dict[str, Any],
 ) -> None:
-    """Write `folder` with config.json, model.safetensors and README.md, replacing an earlier one as a whole.
+    """Write `folder` with config.json, model.safetensors and README.md, replacing an existing folder as a whole.
 
-    Where timm has the architecture, config.json names the stock one, so that timm and transformers load the folder
-    without this package, as the plain ReLU network that it is at inference. What it was trained with is recorded
-    under ``"timm_sugar"``, for `timm_sugar.create_model`. Before the folder is there, it is loaded back as its card
-    says, see `timm_sugar.hub.reload.check_reload`.
+    If timm has the architecture, config.json names the stock one, so that timm and transformers load the folder
+    without this package, as the equivalent plain ReLU network. The training activation is recorded under
+    ``"timm_sugar"``, for `timm_sugar.create_model`. Before the folder is moved into place, it is loaded as described
+    on its card, see `timm_sugar.hub.reload.check_reload`.
 
     Args:
         folder: Output folder.
         model: A model built by `timm.create_model`, on any device.
-        architecture: The registered name that it was built by.
+        architecture: Its registered name.
         class_names: Names of the classes, in the order of the logits.
         data_config: input_size, interpolation, mean, std and crop_pct of the evaluation transform.
-        run: What the card tells, see `timm_sugar.hub.card.model_card`.
+        run: Content of the card, see `timm_sugar.hub.card.model_card`.
 
     Raises:
-        ValueError: as many class names as logits are needed; or the package does not load as its card says, or as
-            another network. Then nothing is left behind, and an earlier folder stays.
+        ValueError: the number of class names is not that of the logits, or the package does not load, or loads as a
+            different network. No files are left, and an existing folder stays.
     """
     if len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
@@ -74,14 +74,14 @@ def _write_config(
     given = (timm_arguments(model) or {}).get("act_layer")
     stock = stock_architecture(architecture)
     arguments = stock_arguments(model, stock) if stock else None
-    if arguments is None:  # timm has none that is the same network: it is named as it is, which timm alone refuses
+    if arguments is None:  # timm has no equivalent: keep our architecture, which timm alone cannot load
         stock, hidden = architecture, {"num_classes"}
         if is_own(architecture) and activation.surrogate not in (None, *BUILT_IN):
-            hidden |= {"surrogate", "alpha"}  # which no other process knows; the record has them
+            hidden |= {"surrogate", "alpha"}  # registered only in this process; the record has them
     else:
         hidden = {"num_classes", *OURS_ALONE, *({"act_layer"} - arguments.keys())}
         if given and not arguments and activation.surrogate is None:
-            record["act_layer"] = "relu"  # which the architecture of the record does not have by itself
+            record["act_layer"] = "relu"  # not the default of the recorded architecture
     save_config_for_hf(
         model,
         str(path),
@@ -90,7 +90,7 @@ def _write_config(
         data_config=data_config,
     )
     config: dict[str, Any] = json.loads(path.read_text())
-    # transformers passes num_classes itself and fails on a second one.
+    # transformers passes num_classes itself and fails on a duplicate.
     config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in hidden}
     config["pretrained_cfg"]["hf_hub_filename"] = WEIGHTS  # so that timm does not fall back to a pickled .bin
     path.write_text(json.dumps(config, indent=2) + "\n")

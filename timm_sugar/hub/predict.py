@@ -1,4 +1,4 @@
-"""The classes of images, by a network as it is loaded, whatever it was trained by."""
+"""Predict the classes of images by any loaded network."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +18,12 @@ from ..layers import Activation
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes of an image.
+    """Predicted classes of an image.
 
     Attributes:
-        file: The image, as it was given.
-        classes: The most probable classes, the first first: number, name and probability.
-        error: Why there are none.
+        file: The image file as given.
+        classes: The most probable classes in descending order: number, name and probability.
+        error: Reason if there are none.
     """
 
     file: str
@@ -32,10 +32,10 @@ class Prediction:
 
 
 def image_files(paths: Sequence[str]) -> list[str]:
-    """Return the files that `paths` name, in that order; those of a folder at any depth, sorted, by their extensions.
+    """Return the given files in order; folders are searched recursively for image extensions, and sorted.
 
     Raises:
-        FileNotFoundError: there is no such file, or a folder holds no image.
+        FileNotFoundError: a file does not exist, or a folder holds no image.
     """
     found = []
     for path in paths:
@@ -52,10 +52,10 @@ def image_files(paths: Sequence[str]) -> list[str]:
 
 
 def class_names(network: nn.Module) -> list[str]:
-    """Return the names of a network's classes: those recorded with it, ImageNet's, or else their numbers.
+    """Return the class names of a network: the recorded names, ImageNet's, or else numbers.
 
     Raises:
-        ValueError: it has no classes, or other names than classes.
+        ValueError: it has no classes, or the number of names differs.
     """
     cfg: Any = network.pretrained_cfg
     count: Any = network.num_classes
@@ -72,7 +72,7 @@ def class_names(network: nn.Module) -> list[str]:
 
 
 def summary_line(network: nn.Module) -> str:
-    """Return what a network is, as it was loaded: architecture, activation, classes and images."""
+    """Return a summary of a loaded network: architecture, activation, classes and images."""
     cfg: Any = network.pretrained_cfg
     own = Activation.of(network)
     alpha = "" if own.alpha is None else f" {own.alpha:g}"
@@ -88,14 +88,14 @@ def predict(network: nn.Module, files: Sequence[str], top: int = 5, batch_size: 
     """Yield the most probable classes of each file, in order.
 
     Args:
-        network: A classifier of RGB images that timm or this package loaded, on any device. Images are transformed as
-            its pretrained_cfg says, as in evaluation: no test-time resolution of its own.
+        network: A classifier of RGB images loaded by timm or this package, on any device. Its pretrained_cfg defines
+            the evaluation transform; a separate test resolution is ignored.
         files: Images in any format that Pillow reads.
-        top: Classes of each image.
-        batch_size: Images in a forward pass.
+        top: Number of classes per image.
+        batch_size: Images per forward pass.
 
     Raises:
-        ValueError: the network has no classes, or takes images of other channels.
+        ValueError: the network has no classes, or does not take RGB images.
     """
     cfg: Any = network.pretrained_cfg
     if cfg["input_size"][0] != 3:

@@ -1,4 +1,4 @@
-"""Publishing a finished run: what goes up, the checks before, and the one commit."""
+"""Publish a finished run: the files to upload, the checks before, and a single commit."""
 
 import importlib.util
 import io
@@ -28,19 +28,19 @@ from .card import dataset_of, model_card, public_data, public_settings, read_fac
 from .loading import check_repo_id, load_as_in_training
 from .reload import check_reload
 
-# What timm and transformers look for beside model.safetensors, or in its place.
+# Weights that timm and transformers look for besides or instead of model.safetensors.
 _OTHER_WEIGHTS = re.compile(
     r"(pytorch_model|model|tf_model|flax_model|open_clip_(pytorch_)?model)[^/]*"
     r"\.(bin|pth|pt|safetensors|h5|msgpack|index\.json)"
 )
-_SAMPLE = 1000  # test images that the weights are checked on
+_SAMPLE = 1000  # test images for the check of the weights
 RUN_FILES = ("summary.json", "metrics.jsonl", "config.yaml")
 MODEL_FILES = ("config.json", WEIGHTS, "README.md")
 
 
 @dataclass(frozen=True)
 class Published:
-    """Where a run is now: its page, and whether there was anything to change."""
+    """URL of a published run, and whether anything changed."""
 
     url: str
     commit: str
@@ -48,10 +48,10 @@ class Published:
 
 
 def model_folder(output: Path) -> Path:
-    """Return where config.json and the weights are: ``model`` in a run's folder, a folder of `write_folder` itself.
+    """Return the folder of config.json and the weights: ``model`` in a run, or `output` if `write_folder` wrote it.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: `output` is neither.
     """
     model = output if (output / WEIGHTS).is_file() else output / "model"
     needed = [output / name for name in RUN_FILES] + [model / name for name in MODEL_FILES]
@@ -62,22 +62,22 @@ def model_folder(output: Path) -> Path:
 
 
 def published_files(output: Path, repo_id: str, facts: dict[str, Any] | None = None) -> dict[str, bytes | Path]:
-    """Return what is published of a run: content or file, by its name in the repository.
+    """Return the files to publish of a run: name in the repository -> content or path.
 
     Args:
-        output: Folder of a finished run, or one that `write_folder` wrote.
-        repo_id: ORG/NAME that the card is written for.
-        facts: What the card says besides the numbers, see `timm_sugar.hub.read_facts`.
+        output: Folder of a finished run, or one written by `write_folder`.
+        repo_id: ORG/NAME for the card.
+        facts: Additional facts for the card, see `timm_sugar.hub.read_facts`.
 
     Raises:
         FileNotFoundError: the run is not finished.
-        ValueError: the name is not legal, or a file is not what a run writes.
+        ValueError: the name is invalid, or a file of the run is invalid.
     """
     check_repo_id(repo_id)
     model = model_folder(output)
     config, summary = read_mapping(model / "config.json"), read_mapping(output / "summary.json")
     metrics, settings = read_lines(output / "metrics.jsonl"), read_mapping(output / "config.yaml")
-    # At the end of training it was known whether ORG/NAME is a folder; here it need not be there any more.
+    # Training recorded whether ORG/NAME was a local folder, which may no longer exist.
     known = summary["dataset_id"] if "dataset_id" in summary else dataset_of(summary["data"])[0]
     facts = {"dataset": known} | (facts or {})
     public = public_settings(settings, facts["dataset"])
@@ -100,7 +100,7 @@ def published_files(output: Path, repo_id: str, facts: dict[str, Any] | None = N
 
 
 def _training_curves(lines: list[dict[str, Any]], activation: str) -> bytes | None:
-    """Draw loss and accuracy by epoch as PNG; None without matplotlib, which comes with the extra "report"."""
+    """Draw loss and accuracy by epoch as PNG; None without matplotlib (extra "report")."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from ..analysis.palette import assign_styles
@@ -117,10 +117,10 @@ def _training_curves(lines: list[dict[str, Any]], activation: str) -> bytes | No
 def write_folder(
     output: Path, repo_id: str, folder: Path, facts: dict[str, Any] | None = None
 ) -> dict[str, bytes | Path]:
-    """Write what would be published into a folder, with the summary, from which it can be published later.
+    """Write the files to publish into a folder, with the summary, so that it can be published later.
 
-    Other files in the folder stay, a facts.yaml that says the same as `facts` among them. The arguments besides, what
-    is returned and what is raised are those of `published_files`.
+    Other files in the folder stay, including a facts.yaml with the content of `facts`. See `published_files` for the
+    other arguments, the result and the exceptions.
     """
     files = published_files(output, repo_id, facts)
     summary = read_mapping(output / "summary.json")
@@ -145,10 +145,10 @@ def _content(file: bytes | Path) -> bytes:
 
 
 def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
-    """Return the images that a run was tested on, from `data` or from where they were, which is not downloaded for it.
+    """Return the test images of a run, from `data` or from their location in training, without a download.
 
     Raises:
-        OSError, ValueError, ModuleNotFoundError: they are not at hand.
+        OSError, ValueError, ModuleNotFoundError: they are not available.
     """
     settings = read_mapping(output / "config.yaml")
     if data is None:
@@ -162,19 +162,19 @@ def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
 def check_weights(output: Path, data: str | None = None) -> str:
     """Check that the weights of a run give the accuracy that its summary records.
 
-    All of a test set of up to 1000 images must give the recorded accuracy; a sample of a larger one must give it to
-    within four standard deviations of what such a sample scatters.
+    A test set of up to 1000 images must give exactly the recorded accuracy; for a larger one, a sample must agree
+    within four standard deviations of the sampling error.
 
     Args:
         output: Folder of the run.
-        data: Where the test images are now; None for where they were, which is not downloaded for it.
+        data: Current location of the test images; None for that in training, without a download.
 
     Returns:
-        What was found, for a person to read.
+        A message with the result.
 
     Raises:
-        ValueError, OSError, RuntimeError: the weights do not load, here or where the card says that they do, give no
-            numbers, or not the recorded accuracy.
+        ValueError, OSError, RuntimeError: the weights do not load, here or by the libraries on the card, are not
+            finite, or do not give the recorded accuracy.
     """
     summary = read_mapping(output / "summary.json")
     folder = model_folder(output)
@@ -200,7 +200,7 @@ def check_weights(output: Path, data: str | None = None) -> str:
 
 
 def evaluate_images(model: nn.Module, images: LabelledImages) -> Evaluation:
-    """Evaluate a network on images, prepared as its `pretrained_cfg` says."""
+    """Evaluate a network on images with the transform of its `pretrained_cfg`."""
     cfg: Any = model.pretrained_cfg
     pixels = decode(images, eval_transform(cfg))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,18 +209,18 @@ def evaluate_images(model: nn.Module, images: LabelledImages) -> Evaluation:
 
 
 def check_destination(repo_id: str, create_pr: bool = False) -> None:
-    """Check that the token may write to a repository, which need not exist yet.
+    """Check that the token can write to a repository, which need not exist yet.
 
     Args:
         repo_id: ORG/NAME.
-        create_pr: Only a pull request is opened; any token that can write may do that.
+        create_pr: Only open a pull request, for which any token with write access is sufficient.
 
     Raises:
-        ValueError: the name is not legal.
-        PermissionError: there is no token, the Hub does not accept it, or it may not write there.
+        ValueError: the name is invalid.
+        PermissionError: there is no token, the Hub rejects it, or it has no write access.
         FileNotFoundError: a pull request needs a repository that exists.
         ConnectionError: the Hub cannot be reached.
-        HfHubHTTPError: it refuses for another reason, or stays busy.
+        HfHubHTTPError: another error of the Hub, or the Hub stays busy.
     """
     check_repo_id(repo_id)
     if get_token() is None:
@@ -260,24 +260,24 @@ def publish(
     create_pr: bool = False,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Published:
-    """Upload files in one commit, or none where the repository holds them already.
+    """Upload files in one commit, or none if the repository holds them already.
 
     Large files that an earlier attempt uploaded are not sent again. Other weights in the repository, which a library
-    might load in place of these, are removed in the same commit; all else in it stays.
+    might load instead, are removed in the same commit; all other files stay.
 
     Args:
         files: See `published_files`.
-        repo_id: ORG/NAME; created where it does not exist.
+        repo_id: ORG/NAME; created if it does not exist.
         private: Create a private repository.
-        revision: Branch to commit to; created where it does not exist.
+        revision: Branch to commit to; created if it does not exist.
         create_pr: Open a pull request instead.
-        announce: Called before anything is sent with a line that says what of the repository is replaced or removed.
+        announce: Called before the upload with a message about the files that are replaced or removed.
 
     Raises:
         PermissionError, FileNotFoundError, ValueError, ConnectionError: see `timm_sugar.hub.check_destination`.
         FileExistsError: another commit was made meanwhile, or the existing repository is public.
         ConnectionError: the upload was interrupted; another call resumes it.
-        OSError: the Hub refuses, or stored something else than what was sent.
+        OSError: the Hub rejects the upload, or stored different content.
     """
     api = HfApi()
     check_destination(repo_id, create_pr)
@@ -296,7 +296,7 @@ def publish(
             announce(f"{what} {repo_id}: {', '.join(names)}")
 
     def commit() -> CommitInfo:
-        # Built for each attempt, since operations that the repository holds by then are dropped.
+        # Built for each attempt, since operations whose files the repository already holds are dropped.
         operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         return api.create_commit(

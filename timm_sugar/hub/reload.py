@@ -1,4 +1,4 @@
-"""Loading a package back where its card says that it loads, in a process of its own, and comparing the logits."""
+"""Load a package in a separate process with each library that its card names, and compare the logits."""
 
 import copy
 import json
@@ -18,9 +18,9 @@ from .._timm import parse_model_config
 from ..models import is_own
 from ..models._weights import unwrap
 
-_TOLERANCE = 1e-4  # of the largest logit: as far as two processes round differently
+_TOLERANCE = 1e-4  # relative to the largest logit: rounding differs between processes
 
-# Run by `python -c`, so that no import of this package comes first. It answers a line of JSON with another.
+# Run by `python -c`, so that this package is not imported first. It answers each line of JSON with one line.
 _LOADER = """
 import json, os, sys
 answers = os.fdopen(os.dup(1), "w")
@@ -53,9 +53,9 @@ for line in sys.stdin:
 
 
 def loads_in(config: dict[str, Any]) -> str:
-    """Return what a packaged network needs by its config.json: "timm" alone, timm with our "plugin", or "timm_sugar".
+    """Return what loading a config.json needs: "timm" alone, timm with our "plugin", or "timm_sugar".
 
-    The last is an architecture of timm which timm cannot build with ReLU, so that `timm_sugar.create_model` must.
+    The last is for timm architectures that timm cannot build with ReLU: `timm_sugar.create_model` must build them.
     """
     if is_own(config["architecture"]):
         return "plugin"
@@ -63,13 +63,13 @@ def loads_in(config: dict[str, Any]) -> str:
 
 
 def check_reload(folder: Path, model: nn.Module) -> None:
-    """Load a folder in another process as its card says, and compare the logits with those of `model` on fixed images.
+    """Load a folder in another process as described on its card, and compare the logits with `model` on fixed images.
 
-    timm does it without this package where config.json names what timm has, and transformers where it is installed; it
-    alone where it wrote the folder.
+    If config.json names an architecture of timm, this uses timm without this package, and transformers if installed;
+    only transformers for a folder that it wrote.
 
     Raises:
-        ValueError: it does not load, or computes something else.
+        ValueError: it does not load, or the logits differ.
         RuntimeError: the process did not answer.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def check_reload(folder: Path, model: nn.Module) -> None:
 
 
 def _ask(plugin: bool, request: list[Any]) -> dict[str, list[Any] | str]:
-    loader: Any = _loader(plugin)  # for its streams, which are there
+    loader: Any = _loader(plugin)  # Any: its streams are not None
     try:
         loader.stdin.write(json.dumps(request) + "\n")
         loader.stdin.flush()
@@ -114,13 +114,13 @@ def _ask(plugin: bool, request: list[Any]) -> dict[str, list[Any] | str]:
 
 @cache
 def _loader(plugin: bool) -> "subprocess.Popen[str]":
-    """Start the process once: importing torch takes longer than loading a network. It ends with this one."""
+    """Start the process once, since importing torch takes longer than loading a network. It ends with this process."""
     launched = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
     return subprocess.Popen(
         [sys.executable, "-c", _LOADER, "plugin" if plugin else "alone"],
         env=environment | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=tempfile.gettempdir(),  # which is the first entry of its sys.path
+        cwd=tempfile.gettempdir(),  # the first entry of its sys.path
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Verifying a published model: every number that its card claims, measured again."""
+"""Verify a published model: measure every number on its card again."""
 
 import re
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from .card import dataset_of
 from .loading import find_model
 from .reload import check_reload
 
-# A claim has four digits, and float32 rounds differently on other hardware: one image in 10,000.
+# A claim has four digits, and float32 rounding on other hardware can change one image in 10,000.
 TOLERANCE = 0.5e-4 + 1e-4
-# What is not of the test images is of the weights before they were stored, in float16 perhaps (see `to_float16`).
+# Metrics on other images were measured before the weights were saved, perhaps in float16 (see `to_float16`).
 _BEFORE_STORING = 0.5e-4 + 5e-4
 _BATCH = 256
 
@@ -29,11 +29,11 @@ class Claim:
     """A number on a card.
 
     Attributes:
-        label: What it is, such as "test top-1 accuracy".
+        label: Description, such as "test top-1 accuracy".
         place: "model-index" or "table".
-        claimed: A fraction of 1; None for what is no number.
-        key: Of the metric that it is a value of; None for what is not measured, such as on another data set.
-        measured: The same as measured, if it was.
+        claimed: The value on the card, a fraction of 1; None if it is not a number.
+        key: Key of the metric; None if it is not measured, for example on another data set.
+        measured: The measured value, or None.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the two agree but for rounding."""
+        """Whether both values agree up to rounding."""
         if self.key is None or self.claimed is None or self.measured is None:
             return False
         of_file = find_metric(self.key).split == "test"
@@ -53,7 +53,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verification:
-    """The claims of a card, and the number of test images."""
+    """The claims on a card, and the number of test images."""
 
     claims: list[Claim]
     images: int
@@ -72,18 +72,18 @@ def verify(
     image_column: str | None = None,
     show_progress: bool = False,
 ) -> Verification:
-    """Measure again what the card of a published model claims: all entries of its model-index, and its table.
+    """Measure the claims on a published model's card again: all entries of its model-index, and its table.
 
     Args:
         model: A folder with config.json, model.safetensors and README.md, a run's folder, or ORG/NAME on the Hub.
-        data: As `timm_sugar.data.load_source` takes it.
-        label_column, image_column: Likewise; None for the one that the card names.
-        revision: Of a repository: branch, tag or commit.
-        show_progress: Say on standard error what is done, and how far it is.
+        data: As for `timm_sugar.data.load_source`.
+        label_column, image_column: As for `load_source`; None for the column on the card.
+        revision: Branch, tag or commit of a repository.
+        show_progress: Show progress on standard error.
 
     Raises:
-        ValueError: the card claims no accuracy, the network does not load as it says, or the data has other classes.
-        OSError: there is no such model, or a file of it is missing or corrupted.
+        ValueError: the card claims no accuracy, the network does not load as described, or the data has other classes.
+        OSError: the model does not exist, or one of its files is missing or corrupted.
     """
     found = find_model(model, revision)
     if found.card is None:
@@ -103,13 +103,13 @@ def verify(
         split, images = found.validation_images(source)
         if split == "val":
             measured |= _measure(network, images, "val", show_progress)
-        elif "val_top1" in keys:  # on images that nobody can tell any more
+        elif "val_top1" in keys:  # the validation images are unknown
             measured = {key: value for key, value in measured.items() if key.startswith("test")}
     return Verification([replace(claim, measured=measured.get(claim.key or "")) for claim in claims], len(source.test))
 
 
 def _of_model_index(results: list[EvalResult], data: str) -> list[Claim]:
-    """Return the claim of each entry."""
+    """Return one claim per entry of the model-index."""
 
     def data_of(result: EvalResult) -> tuple[Any, ...]:
         return result.dataset_type, result.dataset_name, result.dataset_config, result.dataset_split
@@ -129,7 +129,7 @@ def _of_model_index(results: list[EvalResult], data: str) -> list[Claim]:
 
 
 def _of_table(text: str) -> list[Claim]:
-    """Return the claim of each row of the card's tables that have a column "this model"."""
+    """Return one claim per row of the card's tables with a column "this model"."""
     keys = {metric.label: metric.key for metric in METRICS if metric.card}
     claims, inside = [], False
     for line in text.splitlines():
@@ -146,7 +146,7 @@ def _of_table(text: str) -> list[Claim]:
 
 
 def _measure(network: nn.Module, images: LabelledImages, split: str, show_progress: bool) -> dict[str, float]:
-    """Return the metrics of a network on images, by key, as training measures them."""
+    """Return the metrics of a network on images, by key, computed as in training."""
     cfg: Any = network.pretrained_cfg
     title = f"{dict(test='test', val='validation')[split]} images"
     pixels = decode(images, eval_transform(cfg), title=f"decoding {title}" if show_progress else None)

@@ -1,1 +1,1 @@
-"""`DeadUnitMonitor` in other people's loops: a module for each library, which alone imports it."""
+"""`DeadUnitMonitor` in other libraries' training loops: one module per library, the only one that imports it."""

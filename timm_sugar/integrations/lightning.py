@@ -1,4 +1,4 @@
-"""`DeadUnitMonitor` in Lightning, under either of its names."""
+"""`DeadUnitMonitor` in Lightning, for both package names."""
 
 from contextlib import ExitStack
 from importlib import import_module
@@ -11,9 +11,9 @@ Callback: Any = import_module("lightning.pytorch" if find_spec("lightning") else
 
 
 class DeadUnitCallback(Callback):  # type: ignore[misc]
-    """Log dead units every `log_every_n_steps` of the trainer, to its loggers; over all processes.
+    """Log dead units of all processes to the trainer's loggers, every `log_every_n_steps`.
 
-    Options are those of `DeadUnitMonitor`. A training batch is one step, however often it calls the network.
+    Options are those of `DeadUnitMonitor`. A training batch is one step, no matter how often it calls the network.
     >>> trainer = lightning.Trainer(callbacks=[DeadUnitCallback()])
     """
 

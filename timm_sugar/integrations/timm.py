@@ -1,4 +1,4 @@
-"""`DeadUnitMonitor` in timm's train.py, and in every script that uses timm's `create_model` and `update_summary`."""
+"""`DeadUnitMonitor` in timm's train.py, and in other scripts that use timm's `create_model` and `update_summary`."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from ..monitor import DeadUnitMonitor
 
 @contextmanager
 def monitored(**options: Any) -> Iterator[None]:
-    """Monitor the first network that timm creates inside; its dead units go where `timm.utils.update_summary` writes.
+    """Monitor the first network that timm creates in this context, and log its dead units by `update_summary`.
 
-    That is summary.csv and W&B: ``train_dead_units`` and so on, since the last line, of the first process.
-    ``python -m timm_sugar --monitor train.py ...`` runs a script inside. Options: as `DeadUnitMonitor`.
+    summary.csv and W&B get ``train_dead_units`` and so on, for the steps since the last line, of the first process.
+    ``python -m timm_sugar --monitor train.py ...`` runs a script in this context. Options: as `DeadUnitMonitor`.
     """
     create: Any = models.create_model
     update: Any = utils.update_summary

@@ -8,11 +8,11 @@ from ..monitor import DeadUnitMonitor
 
 
 class DeadUnitCallback(TrainerCallback):
-    """Log dead units with every training loss, to whatever the trainer reports to; over all processes.
+    """Log dead units of all processes with every training loss, to the trainer's reporting integrations.
 
     Args:
-        trainer: Whose `log` it calls.
-        **options: As `DeadUnitMonitor` takes them; the window is what was trained since the last log.
+        trainer: The trainer; the callback calls its `log`.
+        **options: Options of `DeadUnitMonitor`; the window covers the steps since the last log.
 
     Example:
         >>> trainer.add_callback(DeadUnitCallback(trainer))  # before trainer.train()

@@ -1,4 +1,4 @@
-"""Kernels for eager mode, where a formula is one pass over memory: exact and lean, for the CPU and for GPUs."""
+"""Fused kernels for eager mode, exact and lean, for the CPU and for GPUs."""
 
 import torch
 
@@ -9,16 +9,16 @@ from . import cpu, cuda
 def gradient_path(
     surrogate: str, save: str = "exact", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> str:
-    """Return how eager mode computes the gradient of a surrogate here, after compiling what it needs.
+    """Compile the kernel that eager mode needs for a surrogate, and return which one it is.
 
     Args:
-        surrogate: A name of the table.
+        surrogate: Name of a surrogate.
         save: "exact", "uint8" or "uint4".
-        dtype: Of the pre-activation.
-        device: Where it is.
+        dtype: Dtype of the pre-activation.
+        device: Device of the pre-activation.
 
     Returns:
-        "cpp" (CPU), "jiterator" or "triton" (CUDA and ROCm), or "composed": plain operations, right but slower.
+        "cpp" (CPU), "jiterator" or "triton" (CUDA and ROCm), or "composed": plain operations, correct but slower.
     """
     entry, kind = get_surrogate(surrogate), torch.device(device).type
     if kind == "cpu":

@@ -1,4 +1,4 @@
-"""Kernels for the CPU: kernels.cpp, compiled by the host's compiler at first use and kept in a cache folder."""
+"""Kernels for the CPU: kernels.cpp, compiled by the host's compiler at first use and cached on disk."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ _libraries: dict[Surrogate | None, CDLL | None] = {}
 _exact: dict[tuple[Surrogate, torch.dtype], Any] = {}
 _said: set[str] = set()
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-# Without the last two, loops that compute exponentials or compare do not vectorise.
+# Without the last two, loops with exponentials or comparisons do not vectorise.
 _FLAGS = [
     "-x",
     "c++",
@@ -39,7 +39,7 @@ _FLAGS = [
     "-fno-trapping-math",
 ]
 _FLAGS_OF_EXACT = ["-ffinite-math-only", "-fno-signed-zeros"]
-_ARGUMENTS = {  # of the functions in kernels.cpp
+_ARGUMENTS = {  # signatures of the functions in kernels.cpp
     "multiply": [c_void_p, c_void_p, c_void_p, c_int64, c_double, c_int],
     "encode": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int],
     "decode": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int],
@@ -47,9 +47,9 @@ _ARGUMENTS = {  # of the functions in kernels.cpp
 
 
 def library(surrogate: Surrogate | None) -> CDLL | None:
-    """Return the exact passes of a surrogate, or those of lean saving for None; None where they cannot be compiled.
+    """Return the library of a surrogate's exact kernels, or, for None, of lean saving; None if compiling fails.
 
-    Why not is said once, at WARNING. The functions run without the interpreter's lock.
+    The reason for a failure is logged once, at WARNING. The functions release the GIL.
     """
     try:
         return _libraries[surrogate]
@@ -67,7 +67,7 @@ def library(surrogate: Surrogate | None) -> CDLL | None:
 
 
 def exact(surrogate: Surrogate, dtype: torch.dtype) -> Any:
-    """Return the exact pass of a surrogate for a dtype, a C function; None where it cannot be compiled."""
+    """Return the exact kernel of a surrogate for a dtype, a C function; None if it cannot be compiled."""
     try:
         return _exact[surrogate, dtype]
     except KeyError:
@@ -77,9 +77,9 @@ def exact(surrogate: Surrogate, dtype: torch.dtype) -> Any:
 
 
 def tell_why_not(name: str, error: Exception) -> None:
-    """Say at WARNING that a kernel's place is taken by composed operations, which are right and slower, and why.
+    """Log at WARNING why there is no kernel, so that composed operations are used: correct, but slower.
 
-    Each reason is said once.
+    Each reason is logged once.
     """
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason not in _said:
@@ -114,8 +114,8 @@ def _load(source: str, flags: list[str], name: str) -> CDLL:
             if done.returncode or not made.exists():
                 said = done.stderr.strip().partition("\n")[0]
                 raise OSError(f"{' '.join(compiler)} failed with status {done.returncode}{said and ': '}{said}")
-            # The loader ignores what follows the library; a file that was cut short or altered is not loaded.
-            CDLL(str(made))  # raises before it is kept
+            # A hash is appended, which the loader ignores; it detects a truncated or modified file.
+            CDLL(str(made))  # raises before the file is cached
             content, kept = made.read_bytes(), Path(work, "kept")
             kept.write_bytes(content + hashlib.sha256(content).digest())
             os.replace(kept, path)
@@ -158,7 +158,7 @@ def _version(compiler: list[str]) -> list[str]:
 
 @lru_cache
 def processor() -> str:
-    """Return what of the processor decides the code: its model and its instructions."""
+    """Return the properties of the processor that affect the compiled code: its model and instruction set."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         wanted = ("model name", "flags", "Features", "CPU part")

@@ -1,4 +1,4 @@
-"""Kernels for CUDA and ROCm: exact ones by torch's jiterator, those of lean saving in Triton."""
+"""Kernels for CUDA and ROCm: exact ones by torch's jiterator, lean ones in Triton."""
 
 import importlib
 import threading
@@ -17,9 +17,9 @@ _kernels: dict[tuple[Surrogate, bool], Any] = {}
 
 
 def exact(surrogate: Surrogate, dtype: torch.dtype) -> Any:
-    """Return a function of x, the gradient and ``alpha=``; None where there is no jiterator or no C++ form.
+    """Return a function of x, the gradient and ``alpha=``; None without a jiterator or a C++ form.
 
-    It takes any strides and broadcasts, and tensors of more than 2^31 elements. torch compiles it at its first call
+    It supports any strides, broadcasting, and tensors of more than 2^31 elements. torch compiles it at the first call
     for each dtype.
     """
     key = surrogate, dtype is torch.float64
@@ -40,7 +40,7 @@ def exact(surrogate: Surrogate, dtype: torch.dtype) -> Any:
 
 
 def exact_source(surrogate: Surrogate, dtype: torch.dtype) -> str:
-    """Return the kernel's C++: a function of one element, for each dtype that is computed in that of `dtype`."""
+    """Return the C++ code of the elementwise kernel, for all dtypes with the same compute dtype as `dtype`."""
     computed = "double" if dtype == torch.float64 else "float"
     statements, result = derivative_source(surrogate, torch.float64 if computed == "double" else torch.float32)
     return (
@@ -51,7 +51,7 @@ def exact_source(surrogate: Surrogate, dtype: torch.dtype) -> str:
 
 @lru_cache
 def lean() -> Any:
-    """Return the module of Triton kernels, or None where there is no Triton."""
+    """Return the module of Triton kernels, or None without Triton."""
     try:
         return importlib.import_module("timm_sugar.kernels.lean_triton")
     except ImportError as error:

@@ -9,16 +9,16 @@ from .memory import as_laid_out, may_read, opmath
 
 
 def times_derivative(grad: Tensor, x: Tensor, surrogate: Surrogate, alpha: float | None) -> Tensor:
-    """Return ``grad * s'(x)``, computed in float32 or wider.
+    """Return ``grad * s'(x)``, computed in float32 or float64.
 
     Args:
-        grad: Gradient with respect to the output, of the shape of x.
+        grad: Gradient with respect to the output, same shape as x.
         x: Pre-activation, float16, bfloat16, float32 or float64.
-        surrogate: An entry of the table.
-        alpha: Its shape parameter, or None where it has none.
+        surrogate: The surrogate.
+        alpha: Its shape parameter, or None if it has none.
 
     Returns:
-        The gradient with respect to x, in its shape, dtype and memory format. Differentiable where grad mode is on.
+        The gradient with respect to x, in its shape, dtype and memory format. Differentiable if grad mode is on.
     """
     if may_read(grad, x) and grad.dtype == x.dtype:
         if x.is_cuda:

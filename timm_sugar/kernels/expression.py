@@ -1,7 +1,7 @@
 """The derivative of a surrogate as C++, traced from its Python function, so that the formula is written once.
 
-The text is one constant an operation. It calls ``exp``, ``tanh`` and the like by these names, which a host compiler
-resolves to the functions of kernels.cpp, CUDA and HIP to their own.
+The code defines one constant per operation. It calls ``exp``, ``tanh`` and so on by name: on the CPU these are the
+functions of kernels.cpp, in CUDA and HIP their own.
 """
 
 import math
@@ -47,11 +47,11 @@ _FORMULAS = {
 }
 
 
-_LAYOUT = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy")  # not of values
+_LAYOUT = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy")  # do not affect values
 
 
 class UnknownOperation(Exception):
-    """A derivative uses an operation that has no C++ form here; the text names it."""
+    """A derivative uses an operation without a C++ form; the message names it."""
 
     def __init__(self, name: str):
         super().__init__(f"{name} has no C++ form")
@@ -61,15 +61,15 @@ def derivative_source(surrogate: Surrogate, dtype: torch.dtype) -> tuple[str, st
     """Return s'(x) in C++, over ``T x`` and ``T alpha``, where T is float or double.
 
     Args:
-        surrogate: An entry of the table.
-        dtype: What T is, torch.float32 or torch.float64.
+        surrogate: The surrogate.
+        dtype: The type T, torch.float32 or torch.float64.
 
     Returns:
-        Statements and an expression. Those of ``alpha * torch.exp(x)`` are
+        Statements and an expression. For ``alpha * torch.exp(x)`` they are
         ``"const T v0 = exp(x); const T v1 = alpha * v0;"`` and ``"v1"``.
 
     Raises:
-        UnknownOperation: the derivative is not elementwise, or uses an operation that is not known here.
+        UnknownOperation: the derivative is not elementwise, or uses an unsupported operation.
     """
     statements: list[str] = []
     with torch.no_grad():
@@ -79,7 +79,7 @@ def derivative_source(surrogate: Surrogate, dtype: torch.dtype) -> tuple[str, st
 
 
 class _Traced(Tensor):
-    """Stands for a value of the C++ function: each operation on it becomes a statement."""
+    """Represents a value of the C++ function: each operation on it adds a statement."""
 
     text: str
     statements: list[str]
@@ -113,7 +113,7 @@ def _formula(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         args = (args[1], args[0], *args[2:]) if name == "rsub" else args
         scaled = _text(args[1]) if scale == 1 else f"{_text(args[1])} * {_text(scale)}"
         return f"{_text(args[0])} {'+' if name == 'add' else '-'} {scaled}"
-    if name in ("clamp", "clamp_min", "clamp_max"):  # NaN stays
+    if name in ("clamp", "clamp_min", "clamp_max"):  # keeps NaN
         low, high = {"clamp_min": (args[-1], None), "clamp_max": (None, args[-1])}.get(
             name, (*args[1:], None, None)[:2]
         )

@@ -1,15 +1,15 @@
-"""Lean saving: one byte or half a byte an element stands for the pre-activation.
+"""Lean saving: the backward pass keeps a code of one byte or half a byte per element instead of the pre-activation.
 
-Every code is an interval of x and stands for the surrogate's derivative in the middle of it. The intervals are fitted
-to the surrogate: narrow where its derivative bends, and wider by a factor on either side. The outermost are open. 0 has
-a code of its own and no interval crosses it, so that neither a step of the derivative at 0 nor its sign is lost. Code 0
-means NaN and the largest code 0.0; those between number the intervals from the lowest up. The derivative is looked up
-in a table, whose error is that of its few entries and not of the arithmetic. Few-bit backward passes: Novikov et al.,
-arXiv:2202.00441.
+Every code is an interval of x and represents the surrogate's derivative at its midpoint. The intervals are fitted to
+the surrogate: narrow where its derivative bends, and wider by a factor on either side. The outermost are open. 0 has
+its own code and no interval crosses it, so that a step of the derivative at 0 and its sign are preserved. Code 0 means
+NaN and the largest code 0.0; the codes in between number the intervals in ascending order. The derivative is looked up
+in a table, so the error comes from the few entries and not from the arithmetic. Few-bit backward passes: Novikov et
+al., arXiv:2202.00441.
 
-Two codes of half a byte share a byte: one from the first half of the flat tensor and one from the second, so that
-loads stay contiguous; where there is an odd number of elements, both hold the middle one. On the CPU the passes are
-those of kernels.cpp, on a GPU those of lean_triton.py.
+Two codes of half a byte share a byte: one from the first half of the flattened tensor and one from the second, so that
+loads stay contiguous; if the number of elements is odd, both hold the middle one. The CPU kernels are in kernels.cpp,
+the GPU kernels in lean_triton.py.
 """
 
 import math
@@ -29,23 +29,23 @@ from .memory import as_laid_out, may_read, opmath, opmath_dtype
 
 
 class Grid(NamedTuple):
-    """Intervals of x, counted in steps from 0, negative ones below it."""
+    """Intervals of x, in units of `step`; negative values are below 0."""
 
     step: Tensor  # width of the narrow intervals
-    negative: Tensor  # how many intervals are below 0; an integer
+    negative: Tensor  # number of intervals below 0; an integer
     below: Tensor  # the narrow ones reach from -below * step ...
-    above: Tensor  # ... to above * step, and need not end at the end of an interval
+    above: Tensor  # ... to above * step; these need not be interval boundaries
     coarse: Tensor  # width, in steps, of the intervals below and above them
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """What encoder and decoder take.
+    """Parameters of the encoder and the decoder.
 
     Attributes:
-        encoder: For `_number`.
-        table: The derivative that each code stands for.
-        kept: Both as kernels take them, made once.
+        encoder: Arguments of `_number`.
+        table: The derivative that each code represents.
+        kept: Cache of both in the forms that kernels take.
     """
 
     encoder: tuple[float, ...]
@@ -53,14 +53,14 @@ class Levels:
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def as_doubles(self, name: str) -> Array[c_double]:
-        """Return `encoder` or `table` for C."""
+        """Return `encoder` or `table` as a C array."""
         if name not in self.kept:
             values = getattr(self, name)
             self.kept[name] = (c_double * len(values))(*values)
         return self.kept[name]  # type: ignore[no-any-return]
 
     def as_tensor(self, name: str, like: Tensor) -> Tensor:
-        """Return `encoder` or `table` in the dtype that `like` is computed in and on its device."""
+        """Return `encoder` or `table` in the compute dtype of `like` and on its device."""
         key = name, like.dtype, like.device
         if key not in self.kept:
             self.kept[key] = torch.tensor(getattr(self, name), dtype=opmath_dtype(like.dtype), device=like.device)
@@ -68,9 +68,9 @@ class Levels:
 
 
 class Code(NamedTuple):
-    """Pre-activations, encoded, and what is needed to decode them."""
+    """Encoded pre-activations, and the parameters to decode them."""
 
-    codes: Tensor  # uint8, one byte or half a byte an element
+    codes: Tensor  # uint8, one byte or half a byte per element
     save: str
     levels: Levels
     strides: tuple[int, ...] | None  # of the dense tensor whose memory was encoded; None where its elements were
@@ -81,17 +81,17 @@ _CODES = {"uint8": 256, "uint4": 16}
 
 @lru_cache(maxsize=256)
 def levels_of(surrogate: Surrogate, alpha: float | None, save: str) -> Levels:
-    """Fit the levels to a surrogate, in a quarter of a second and once.
+    """Fit the levels to a surrogate; takes a quarter of a second, and is cached.
 
     Args:
-        surrogate: An entry of the table.
+        surrogate: The surrogate.
         alpha: Its shape parameter, or None.
         save: "uint8" or "uint4".
 
     Raises:
         ValueError: the derivative is not bounded.
     """
-    # In a thread of its own, where no tracer or transform of the caller's sees the tensors.
+    # In a separate thread, so that no tracer or transform of the caller sees the tensors.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_levels, surrogate, alpha, save).result()
 
@@ -123,10 +123,10 @@ def _is_bounded(derivative: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _fit(derivative: Callable[[Tensor], Tensor], intervals: int) -> Grid:
-    """Search the grid with the least squared error of the derivative, relative to its square.
+    """Search for the grid with the least squared error of the derivative, relative to its square.
 
-    The error is that for inputs from N(0, 1), plus a part of that for inputs from N(0, 9): what half a byte can tell
-    apart is needed where inputs are likely; a byte has room for unlikely ones.
+    The error is that for inputs from N(0, 1), plus a fraction of that for inputs from N(0, 9). The fraction is smaller
+    for 4-bit codes, which have too few intervals for unlikely inputs.
     """
     normal = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400)
     x = torch.stack([normal, 3 * normal])
@@ -138,7 +138,7 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int) -> Grid:
         found = derivative(_middle(_number(x, *_encoder(columns, intervals + 2)), *_decoder(columns)))
         return ((found - exact).square().sum(2) * weights).sum(1)
 
-    many = intervals / 14  # as many intervals for each that a 4-bit code has
+    many = intervals / 14  # number of intervals, relative to a 4-bit code
     starts = [
         (step / many, negative, 0.8 * negative, 0.6 * (intervals - negative), 4.0)
         for step in torch.logspace(-6, 2, 17, base=2).tolist()
@@ -149,7 +149,7 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int) -> Grid:
     factor = torch.full((len(grids), 1), 1.3, dtype=torch.float64)
     shift = torch.zeros(5, dtype=torch.float64)
     shift[1] = round(many)
-    for _ in range(25):  # one value at a time up or down; by less where none of that helps
+    for _ in range(25):  # coordinate search: one value up or down; a smaller factor if nothing improves
         scaled = [torch.where(torch.arange(5) == i, factor**sign, 1.0) for i in (0, 2, 3, 4) for sign in (1, -1)]
         tried = torch.stack([grids, *(grids * scale for scale in scaled), grids + shift, grids - shift])
         tried[..., 1].clamp_(1, intervals - 1)
@@ -161,7 +161,7 @@ def _fit(derivative: Callable[[Tensor], Tensor], intervals: int) -> Grid:
 
 
 def _encoder(grid: Grid, codes: int) -> tuple[Any, ...]:
-    """Return what `_number` takes beside x; the ends are within the outermost intervals, so that these are open."""
+    """Return the other arguments of `_number`. x is clamped to the outermost midpoints, so these intervals are open."""
     lowest, highest = (_middle(torch.full_like(grid.step, code), *_decoder(grid)) for code in (1, codes - 2))
     below, above = torch.maximum(-grid.below * grid.step, lowest), torch.minimum(grid.above * grid.step, highest)
     outer = 1 / (grid.coarse * grid.step)
@@ -169,7 +169,7 @@ def _encoder(grid: Grid, codes: int) -> tuple[Any, ...]:
 
 
 def _decoder(grid: Grid) -> tuple[Any, ...]:
-    """Return what `_middle` takes beside codes."""
+    """Return the other arguments of `_middle`."""
     return grid.step, grid.negative + 0.5, -grid.below, grid.above, grid.coarse - 1
 
 
@@ -184,7 +184,7 @@ def _number(
     offset: float,
     zero: float,
 ) -> Tensor:
-    """Return the code of x, as a number of x's dtype; NaN has that of the lowest."""
+    """Return the code of x, in x's dtype; NaN gets the code of the lowest interval."""
     within = torch.where(x > lowest, x, lowest)
     within = torch.where(within < highest, within, highest)
     near = torch.where(x > below, x, below)
@@ -194,14 +194,14 @@ def _number(
 
 
 def _middle(codes: Tensor, step: float, offset: float, below: float, above: float, more: float) -> Tensor:
-    """Return the middle of intervals by code, a number; of an open one, where it would be at the usual width."""
+    """Return the midpoint of the interval of each code; an open interval counts as one of the usual width."""
     steps = codes - offset
     steps = steps + more * (torch.relu(steps - above) - torch.relu(below - steps))
     return step * steps
 
 
 def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
-    """Return relu(x), and the codes of x, from one pass over memory."""
+    """Return relu(x) and the codes of x, in one pass over memory."""
     if not _has_kernel(x):
         return torch.relu(x), Code(_pack(_codes(x, *levels.encoder), save), save, levels, None)
     y, count = torch.empty_like(x), x.numel()
@@ -212,7 +212,7 @@ def encode(x: Tensor, save: str, levels: Levels) -> tuple[Tensor, Code]:
 
 
 def times_decoded(grad: Tensor, code: Code) -> Tensor:
-    """Return `grad` times the derivative at what `code` holds, in the shape, dtype and memory format of the input."""
+    """Return `grad` times the derivative that `code` holds, in the shape, dtype and memory format of the input."""
     codes, save, levels, strides = code
     if strides is not None and _has_kernel(grad, codes):
         out = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
@@ -245,7 +245,7 @@ def _call(name: str, source: Tensor, out: Tensor, code: Code) -> None:
 
 
 def _parts(x: Tensor, save: str) -> tuple[Tensor, ...]:
-    """Return what of a 1-D tensor goes into one byte: the whole, or one half each."""
+    """Return the parts of a 1-D tensor that share bytes: the whole tensor, or its two halves."""
     half = (x.shape[0] + 1) // 2
     return (x,) if save == "uint8" else (x[:half], x[x.shape[0] - half :])
 
@@ -256,7 +256,7 @@ def _codes(x: Tensor, *encoder: float) -> Tensor:
 
 
 def _pack(codes: Tensor, save: str) -> Tensor:
-    """Return codes as bytes."""
+    """Pack codes into bytes."""
     if save == "uint8":
         return codes.to(torch.uint8)
     low, high = _parts(codes.reshape(-1), save)
@@ -264,6 +264,6 @@ def _pack(codes: Tensor, save: str) -> Tensor:
 
 
 def _unpack(codes: Tensor, save: str, count: int) -> Tensor:
-    """Return the codes that bytes hold, in one dimension."""
+    """Unpack bytes into a 1-D tensor of codes."""
     codes = codes.reshape(-1)
     return codes if save == "uint8" else torch.cat([codes & 15, codes[2 * codes.shape[0] - count :] >> 4])

@@ -1,4 +1,4 @@
-"""The registered models; the files carry timm's own module names, so timm.list_models(module="resnet") counts them."""
+"""The registered models. Files have the names of timm's modules, so timm.list_models(module="resnet") lists them."""
 
 from ..convert import is_own
 from . import conv2next, resnet, swin_transformer, vgg

@@ -1,4 +1,4 @@
-"""Downloads from the Hub: with retries, and with a check of the hash that the Hub gave."""
+"""Downloads from the Hub, with retries and a check of the file's hash."""
 
 import hashlib
 import json
@@ -28,14 +28,13 @@ _reached: set[str] = set()
 
 
 def retry(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs: Any) -> T:
-    """Return ``call(*args, **kwargs)``, repeated with backoff while the server is busy or the connection fails.
+    """Return ``call(*args, **kwargs)``, retried with backoff while the server is busy or the connection fails.
 
-    huggingface_hub's own http_backoff takes a URL, and not all calls of HfApi go through it.
+    huggingface_hub's own http_backoff takes a URL, and not all calls of HfApi use it.
 
     Args:
         call: Any call of huggingface_hub.
-        unsafe: The call is not idempotent: a lost answer is an error, and only a call that the server refused is
-            repeated.
+        unsafe: The call is not idempotent: it is retried only if the server refused it, not if the response was lost.
     """
     wait: float
     for wait in _WAITS:
@@ -44,24 +43,24 @@ def retry(call: Callable[..., T], *args: Any, unsafe: bool = False, **kwargs: An
         except HfHubHTTPError as error:
             if error.response.status_code not in _BUSY:
                 raise
-            wait = _asked_wait(error.response, wait)
-        except (httpx.TransportError, json.JSONDecodeError):  # the latter: a proxy's page in place of an answer
+            wait = _retry_after(error.response, wait)
+        except (httpx.TransportError, json.JSONDecodeError):  # the latter: a proxy returned its own page
             if unsafe:
                 raise
         time.sleep(wait)
     return call(*args, **kwargs)
 
 
-def _asked_wait(response: Any, otherwise: float) -> float:
+def _retry_after(response: Any, otherwise: float) -> float:
     """Return the seconds in the server's Retry-After header, else `otherwise`."""
     asked = response.headers.get("retry-after", "")
     return min(int(asked) + 1, _LONGEST_WAIT) if asked.isdigit() else otherwise
 
 
 def reach_hub() -> None:
-    """Raise ConnectionError, within seconds, where the Hub cannot be reached; it is asked once in a process.
+    """Raise ConnectionError within seconds if the Hub cannot be reached; success is remembered for the process.
 
-    huggingface_hub itself tries for half a minute before it says so.
+    huggingface_hub itself retries for half a minute before it raises.
     """
     endpoint = constants.ENDPOINT
     if endpoint in _reached or constants.HF_HUB_OFFLINE:
@@ -74,11 +73,11 @@ def reach_hub() -> None:
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
             failures.append(str(error) or type(error).__name__)
             return
-        except httpx.TransportError:  # slow or broken off, but there
+        except httpx.TransportError:  # slow or interrupted, but reachable
             pass
         failures.clear()
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent has no time limit of ours
+    thread = threading.Thread(target=ask, daemon=True)  # the timeout does not cover DNS lookups
     thread.start()
     thread.join(_TO_CONNECT + 0.5)
     if failures:
@@ -88,12 +87,12 @@ def reach_hub() -> None:
 
 @contextmanager
 def cache_alone_out_of_reach() -> Iterator[None]:
-    """Have libraries that download by themselves look into the cache alone where the Hub cannot be reached.
+    """Context in which libraries that download by themselves use only the cache if the Hub cannot be reached.
 
-    They would try for most of a minute before they say so.
+    Otherwise they would retry for most of a minute before they raise.
 
     Raises:
-        ConnectionError: it cannot, and what they wanted is not in the cache.
+        ConnectionError: the Hub cannot be reached, and a file is not in the cache.
     """
     before = constants.HF_HUB_OFFLINE
     try:
@@ -111,15 +110,15 @@ def cache_alone_out_of_reach() -> Iterator[None]:
 
 
 def download(repo_id: str, name: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """Return a file of a repository, from huggingface_hub's cache where it is there, and checked.
+    """Return the path of a repository's file, from huggingface_hub's cache or the Hub, with its hash checked.
 
     Raises:
-        ValueError: the repository's name is not legal.
+        ValueError: invalid repository name.
         RemoteEntryNotFoundError: the repository has no such file.
-        FileNotFoundError: there is no such repository, or the token may not see it.
-        ConnectionError: the Hub is out of reach, and the file not in the cache.
-        PermissionError: the Hub does not accept the token.
-        OSError: the Hub refuses for another reason or stays busy, or the file is corrupted.
+        FileNotFoundError: there is no such repository, or the token has no access to it.
+        ConnectionError: the Hub cannot be reached, and the file is not in the cache.
+        PermissionError: the Hub rejects the token.
+        OSError: another error of the Hub, the Hub stays busy, or the file is corrupted.
     """
     arguments: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir)
     try:
@@ -145,16 +144,16 @@ def download(repo_id: str, name: str, revision: str | None = None, cache_dir: st
 
 
 def check_token(error: HfHubHTTPError) -> None:
-    """Raise PermissionError if the Hub rejects the token; it does so for public repositories too."""
+    """Raise PermissionError if the Hub rejects the token, which affects public repositories too."""
     if error.response.status_code == 401:
         raise PermissionError(f"{constants.ENDPOINT} does not accept the token; check HF_TOKEN") from error
 
 
 def _check(path: Path) -> None:
-    """Raise OSError if a file in huggingface_hub's cache does not have the hash that the Hub gave for it.
+    """Raise OSError if a file in huggingface_hub's cache does not match its hash from the Hub.
 
-    The cache names a file by the hash that came with it: SHA-256 for a large file, git's SHA-1 of a blob for others.
-    The client itself compares sizes only, and HfApi.verify_repo_checksums needs the network.
+    The cache names a file by this hash: SHA-256 for large files, git's SHA-1 of a blob for others. The client itself
+    compares only sizes, and HfApi.verify_repo_checksums needs the network.
     """
     blob = path.resolve()
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
@@ -164,7 +163,7 @@ def _check(path: Path) -> None:
 
 
 def file_hash(path: Path, git: bool = False) -> str:
-    """Return the SHA-256 of a file in hexadecimal, or with `git` the SHA-1 that git gives it as a blob."""
+    """Return the SHA-256 of a file in hexadecimal, or with `git` its SHA-1 as a git blob."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if git else hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

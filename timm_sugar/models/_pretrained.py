@@ -1,4 +1,4 @@
-"""What every registered model shares: default_cfgs, construction, and the loading of published weights."""
+"""Shared by all registered models: default_cfgs, construction, and loading of published weights."""
 
 import warnings
 from collections.abc import Callable
@@ -36,7 +36,7 @@ IMAGENET_INPUT = dict(
     mean=IMAGENET_DEFAULT_MEAN,
     std=IMAGENET_DEFAULT_STD,
 )
-# What the networks for CIFAR expect; the statistics are those of CIFAR-10's training pixels (Krizhevsky, 2009).
+# Input of the networks for CIFAR; mean and std of CIFAR-10's training pixels (Krizhevsky, 2009).
 CIFAR_INPUT = dict(
     num_classes=10,
     input_size=(3, 32, 32),
@@ -48,10 +48,10 @@ CIFAR_INPUT = dict(
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
-    """Return a default_cfg with what all models here share. Weights are safetensors: never a pickled .bin.
+    """Return a default_cfg with the fields that all models share. Weights are safetensors, never a pickled .bin.
 
-    Published weights are one more line in `default_cfgs`, ``"ARCHITECTURE.TAG"``, with their input and ``hf_hub_id``,
-    before the network by itself, which then is ``"ARCHITECTURE.*"``: so timm marks what the bare name stands for.
+    To publish weights, add ``"ARCHITECTURE.TAG"`` to `default_cfgs`, with their input and ``hf_hub_id``, before the
+    entry without weights, and rename the latter to ``"ARCHITECTURE.*"``, timm's mark for the default entry.
     """
     return {
         "hf_hub_filename": WEIGHTS,
@@ -65,12 +65,12 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """What an entrypoint declares of its network.
+    """Properties that an entrypoint declares for its network.
 
     Attributes:
-        activation: Its own surrogate and alpha; None where it has another activation.
-        stock: timm's network with the same weights and, at inference, the same function; None where timm has none.
-        stock_args: Arguments with which that also starts from the same weights.
+        activation: Default surrogate and alpha; None if it has another activation.
+        stock: timm's equivalent network at inference, with the same weights; None if timm has none.
+        stock_args: Arguments that give `stock` the same initial weights.
     """
 
     activation: Activation | None
@@ -84,7 +84,7 @@ _VARIANTS: dict[str, Variant] = {}
 def register_variant(
     activation: Activation | None = None, stock: str | None = None, **stock_args: Any
 ) -> Callable[[EntrypointT], EntrypointT]:
-    """Register an entrypoint with timm, and declare what `Variant` says."""
+    """Register an entrypoint with timm, with the properties of `Variant`."""
 
     def register(entrypoint: EntrypointT) -> EntrypointT:
         _VARIANTS[entrypoint.__name__] = Variant(activation, stock, stock_args)
@@ -101,19 +101,19 @@ def build_variant(
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
     **kwargs: Any,
 ) -> ModelT:
-    """`timm.models.build_model_with_cfg` with the activation arguments of all models here, and checked weights.
+    """`timm.models.build_model_with_cfg` with our activation arguments, and with a check of the weights.
 
     Args:
         model_cls: Class of the model; its constructor takes act_layer, a callable.
         variant: Name of the entrypoint.
         pretrained: Load the weights.
-        filter_fn: timm's converter of checkpoints of this family in other formats.
-        kwargs: As for timm's function, and the fields of `timm_sugar.layers.Activation`.
+        filter_fn: timm's function that converts other checkpoint formats of this family.
+        kwargs: Arguments of timm's function, and the fields of `timm_sugar.layers.Activation`.
 
     Raises:
         ValueError: as `Activation.resolve`.
-        RuntimeError: there are no weights, or they are those of another architecture, or of another number of classes
-            than the network has without `num_classes`.
+        RuntimeError: there are no weights, they belong to another architecture, or `num_classes` is not given and
+            they have another number of classes.
     """
     activation = Activation.pop(kwargs)
     if pretrained and not _has_source(kwargs):
@@ -132,14 +132,14 @@ def build_variant(
         return state_dict
 
     model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
-    set_model_args(model, activation.given())  # a saved model comes back with them
+    set_model_args(model, activation.given())  # so that a saved model is rebuilt with them
     keep_record(model, activation.given())
     built: ModelT = model
     return built
 
 
 def _has_source(kwargs: dict[str, Any]) -> bool:
-    """Whether a caller says where the weights are, rather than by which tag they are published."""
+    """Whether the caller gives the location of the weights, instead of a tag."""
     if isinstance(kwargs.get("pretrained_cfg"), (dict, PretrainedCfg)):
         return True
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
@@ -147,11 +147,11 @@ def _has_source(kwargs: dict[str, Any]) -> bool:
 
 
 def _check_weights(state_dict: dict[str, Tensor], model: Any, variant: str) -> None:
-    """Raise RuntimeError, in one line, where the weights do not fit in more than the classifier or the channels in."""
+    """Raise a one-line RuntimeError if the weights do not fit, apart from the classifier and the input channels."""
     free = model.pretrained_cfg["first_conv"], model.pretrained_cfg["classifier"]
     expected = {k: v.shape for k, v in model.state_dict().items() if k.rpartition(".")[0] not in free}
     given = {k: v.shape for k, v in state_dict.items() if k.rpartition(".")[0] not in free}
-    conv = f"{free[0]}.weight"  # timm adapts its input channels, nothing else
+    conv = f"{free[0]}.weight"  # timm adapts only its input channels
     if conv in state_dict:
         expected[conv], given[conv] = (v[conv].shape[:1] + v[conv].shape[2:] for v in (model.state_dict(), state_dict))
     problems = {
@@ -165,10 +165,10 @@ def _check_weights(state_dict: dict[str, Tensor], model: Any, variant: str) -> N
 
 
 def _keep_classifier(state_dict: dict[str, Tensor], model: Any, num_classes: int | None) -> None:
-    """Have timm load the classifier of a file wherever it fits, whatever number of classes is registered.
+    """Make timm load the classifier of a file if it fits, even if another number of classes is registered.
 
     Raises:
-        RuntimeError: it does not fit, and nobody asked for another number of classes.
+        RuntimeError: it does not fit, and `num_classes` was not given.
     """
     weight = state_dict.get(f"{model.pretrained_cfg['classifier']}.weight")
     if weight is None:
@@ -184,18 +184,18 @@ def _keep_classifier(state_dict: dict[str, Tensor], model: Any, num_classes: int
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, which for a published model also restores the surrogate that it was trained with.
 
-    A published folder names timm's stock architecture wherever there is one, since at inference a SUGAR network is a
-    plain ReLU network; `timm.create_model` builds exactly that. Here the architecture and surrogate recorded under
-    ``"timm_sugar"`` in its config.json are built instead, so that fine-tuning uses SUGAR.
+    A published folder names timm's stock architecture if there is one, since at inference a SUGAR network is a plain
+    ReLU network; `timm.create_model` builds this one. This function builds the architecture and surrogate recorded
+    under ``"timm_sugar"`` in its config.json instead, so that fine-tuning uses SUGAR.
 
     Args:
         model_name: A model of timm's registry, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``.
         pretrained: Load the weights.
-        kwargs: As for `timm.create_model`; they win over what the folder records.
+        kwargs: As for `timm.create_model`; they override the recorded values.
 
     Raises:
-        ValueError: unknown surrogate, one that contradicts act_layer, or a config.json that is not to be trusted.
-        OSError: there is no such repository or folder, or a file of it is missing or corrupted.
+        ValueError: unknown surrogate, one that contradicts act_layer, or an invalid config.json.
+        OSError: the repository or folder does not exist, or one of its files is missing or corrupted.
         RuntimeError: unknown architecture.
 
     Examples:
@@ -211,7 +211,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     wanted, recorded = Activation.pop(kwargs), found.activation
     if wanted.act_layer is not None:
         recorded = Activation()
-    elif wanted.surrogate is not None:  # starts from its own default alpha
+    elif wanted.surrogate is not None:  # with its own default alpha
         recorded = Activation(save=recorded.save)
     arguments = {**found.model_args, **recorded.given(), **wanted.given(), **kwargs}
     saved: dict[str, Any] = dict(pretrained_cfg=found.pretrained_cfg, pretrained_model_args=found.model_args)
@@ -229,7 +229,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
 
 def build(architecture: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model` in which `surrogate`, `alpha` and `save` work for stock architectures too, by conversion.
+    """`timm.create_model` with `surrogate`, `alpha` and `save` for stock architectures too, by conversion.
 
     Raises:
         ValueError: alpha or save without a surrogate, or a surrogate with act_layer.
@@ -246,20 +246,20 @@ def build(architecture: str, **kwargs: Any) -> nn.Module:
         model = timm.create_model(architecture, **kwargs)
     if resolved.surrogate is None:
         return model
-    with warnings.catch_warnings():  # whoever calls this keeps the surrogate next to the weights
+    with warnings.catch_warnings():  # callers record the surrogate next to the weights
         warnings.filterwarnings("ignore", message=NOT_RECORDED)
         return convert(model, resolved.surrogate, resolved.alpha, resolved.save or "exact")
 
 
 def stock_architecture(architecture: str) -> str | None:
-    """Return the timm architecture with the same weights and, at inference, the same function.
+    """Return the timm architecture with the same weights that is equivalent at inference.
 
     Args:
-        architecture: A model of the registry. For one that is not ours this is the name itself.
+        architecture: A registered model. For models that are not ours, the result is the same name.
 
     Returns:
-        ``"resnet18"`` for ``"resnet18_sugar_bsilu"``; None where timm has none. timm's Swin has the same weights, but
-        GELU in place of ReLU, so it is not one.
+        ``"resnet18"`` for ``"resnet18_sugar_bsilu"``; None if timm has none. timm's Swin has the same weights, but
+        GELU instead of ReLU, so it does not count.
     """
     name = split_model_name_tag(architecture)[0]
     if not is_own(name):
@@ -268,7 +268,7 @@ def stock_architecture(architecture: str) -> str | None:
 
 
 def size_arguments(name: str, img_size: int) -> dict[str, int]:
-    """Return what `timm.create_model` needs besides to build `name` for square images of `img_size` pixels."""
+    """Return the extra arguments of `timm.create_model` to build `name` for square images of `img_size` pixels."""
     cfg = timm.get_pretrained_cfg(name)
     fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != img_size
     return {"img_size": img_size} if fixed else {}

@@ -28,33 +28,33 @@ from ._download import check_token, download, reach_hub
 ORGANISATION = "timm-sugar"
 WEIGHTS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
-_WRAPPER = "timm_model."  # in which transformers' TimmWrapper holds the model
+_WRAPPER = "timm_model."  # prefix of the model in transformers' TimmWrapper
 CHECKOUT = Path(__file__).parents[2] / "hub_cards"  # not in a wheel
-_MOST_PIXELS = 4096  # a side, before and after the crop
+_MOST_PIXELS = 4096  # per side, before and after the crop
 
-# Said by whoever loads, never by a file: sources of weights, and what timm takes before the model sees it.
+# Set by the caller, never read from a file: sources of weights, and arguments that timm handles itself.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 _NOT_MODEL_ARGUMENTS = {
     *("model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
     *("scriptable", "exportable", "no_jit", "pretrained_model_args", "pretrained_strict", "pretrained_filter_fn"),
 }
-# Arguments that every entrypoint takes from its pretrained_cfg, or whose effect is over once weights are loaded. Drop
-# rates, which have none at inference, are not recorded by timm.
+# Arguments that every entrypoint takes from its pretrained_cfg, or that have no effect once weights are loaded. timm
+# does not record drop rates, which have no effect at inference.
 _OF_ANY_ENTRYPOINT = {"num_classes", "in_chans", "global_pool", "img_size", "zero_init_last", "ls_init_value"}
 
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """What a published config.json says, checked.
+    """The validated content of a published config.json.
 
     Attributes:
         source: ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``.
-        architecture: Name in timm's registry; the recorded one of this package where there is a record.
-        activation: The recorded surrogate, alpha and save, or act_layer where the network has none.
-        model_args: Arguments of the model apart from those.
-        pretrained_cfg: For timm: input, classes, and where the weights are, or themselves as ``"state_dict"`` where it
-            cannot read their file by itself.
-        of_transformers: transformers wrote it, around a model of timm, and it records no activation.
+        architecture: Name in timm's registry; the one recorded by this package if there is a record.
+        activation: The recorded surrogate, alpha and save, or act_layer if the network has no surrogate.
+        model_args: The other arguments of the model.
+        pretrained_cfg: For timm: input, classes, and the location of the weights, or the weights as ``"state_dict"``
+            if timm cannot read their file.
+        of_transformers: transformers' TimmWrapper wrote it, and it records no activation.
     """
 
     source: str
@@ -65,7 +65,7 @@ class PublishedConfig:
     of_transformers: bool = False
 
     def check_arguments(self, variant: str) -> None:
-        """Raise RuntimeError where the weights need arguments that `variant` does not have by itself."""
+        """Raise RuntimeError if the weights need arguments that differ from the defaults of `variant`."""
         others = {k: v for k, v in self.model_args.items() if k not in _OF_ANY_ENTRYPOINT}
         if others:
             given = ", ".join(f"{k}={v!r}" for k, v in others.items())
@@ -81,14 +81,14 @@ def find_weights(variant: str, tag: str | None, cache_dir: str | None = None) ->
     Args:
         variant: Name of the entrypoint.
         tag: Tag of the weights; None for the default one, the first in `default_cfgs` or the only one.
-        cache_dir: In place of huggingface_hub's cache.
+        cache_dir: Replaces huggingface_hub's cache.
 
     Returns:
         ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``, see `list_weights`.
 
     Raises:
-        RuntimeError: there are none, in one line that says where they were looked for and which tags exist.
-        PermissionError: the Hub does not accept the token.
+        RuntimeError: there are no weights; the message names the places searched and the existing tags.
+        PermissionError: the Hub rejects the token.
     """
     found, place = _look(variant, cache_dir)
     default = [cfg_tag for cfg_tag in _registered(variant) if cfg_tag in found] or [*found][: len(found) == 1]
@@ -108,14 +108,14 @@ def _how_to_train(variant: str) -> str:
 
 
 def read_published(variant: str, tag: str | None, cache_dir: str | None = None) -> PublishedConfig:
-    """Return what is published for one of our models, under a tag or the default one.
+    """Return the published config for one of our models and a tag, or the default tag.
 
     Args:
         variant, tag, cache_dir: As for `find_weights`.
 
     Raises:
-        RuntimeError: nothing is published, it cannot be downloaded, or the weights need other arguments
-            than `variant` has by itself; in one line.
+        RuntimeError: nothing is published, it cannot be downloaded, or the weights need arguments that differ from
+            the defaults of `variant`.
         ValueError: as `read_config`.
     """
     source = find_weights(variant, tag, cache_dir)
@@ -134,28 +134,27 @@ def read_published(variant: str, tag: str | None, cache_dir: str | None = None) 
 
 
 def list_weights(variant: str, cache_dir: str | None = None) -> dict[str, str]:
-    """Return the tags under which weights for one of our models are published, each with its source.
+    """Return the published tags for one of our models, each with its source.
 
-    TIMM_SUGAR_HUB decides where it is set: a folder of published folders, or another organisation, which is asked over
-    the network; where that cannot be reached, the cache tells what has been loaded before. Otherwise the tags are those
-    in `default_cfgs`, in the default organisation, and where the package runs from a checkout, the folders of its
-    hub_cards come first.
+    TIMM_SUGAR_HUB can name a folder of published folders, or another organisation on the Hub; if the Hub cannot be
+    reached, the cache is searched. If it is not set, the tags are those in `default_cfgs`, in the default organisation;
+    in a checkout of this package, the folders in hub_cards take precedence.
 
     Raises:
-        PermissionError: the Hub does not accept the token.
+        PermissionError: the Hub rejects the token.
         RuntimeError: TIMM_SUGAR_HUB names neither a folder nor an organisation.
     """
     return _look(variant, cache_dir)[0]
 
 
 def _registered(variant: str) -> dict[str, str]:
-    """Return the tags of one of our models in `default_cfgs` that have weights, each with its repository."""
+    """Return the tags with weights of one of our models in `default_cfgs`, each with its repository."""
     cfgs = get_arch_pretrained_cfgs(variant).values()
     return {cfg.tag: cfg.hf_hub_id for cfg in cfgs if cfg.hf_hub_id and cfg.tag}
 
 
 def _look(variant: str, cache_dir: str | None) -> tuple[dict[str, str], str]:
-    """Return the sources of one of our models by tag, and in words where they are."""
+    """Return the sources of one of our models by tag, and a description of the place searched."""
     hub = os.environ.get("TIMM_SUGAR_HUB", "")
     folder = Path(hub).expanduser()
     if not hub:
@@ -190,26 +189,26 @@ def _in_folder(variant: str, folder: Path) -> dict[str, str]:
 def read_config(source: str, cache_dir: str | None = None, weights: bool = True) -> PublishedConfig:
     """Read and validate the config.json of a published model: only arguments of a registered model are accepted.
 
-    It may be written by this package, by timm's `save_for_hf`, or by transformers for its TimmWrapper.
+    This package, timm's `save_for_hf`, or transformers' TimmWrapper may have written it.
 
     Args:
         source: ``hf-hub:ORG/NAME``, with or without ``@REVISION``, or ``local-dir:FOLDER``.
-        cache_dir: In place of huggingface_hub's cache.
-        weights: Check that there are weights too, as safetensors, with the hash that the Hub gives. Those of a folder
-            may be pytorch_model.bin, of which nothing but tensors is read.
+        cache_dir: Replaces huggingface_hub's cache.
+        weights: Check the weights too: safetensors, with the hash from the Hub. A folder may hold pytorch_model.bin
+            instead, from which only tensors are read.
 
     Raises:
-        ValueError: the file is no model's config.json, names an unregistered model or weights that are not
-            safetensors, or asks for more than a model or for another one than the weights are of; or the network was
-            converted in a way that the file does not express.
-        OSError: there is no such repository or folder, or a file of it is missing or corrupted.
+        ValueError: the file is not a model's config.json, names an unregistered model or weights that are not
+            safetensors, has arguments that are not those of a model, or does not match the weights; or it cannot
+            express how the network was converted.
+        OSError: the repository or folder does not exist, or one of its files is missing or corrupted.
     """
     kind, _, model_id = source.partition(":")
     wanted = ["config.json", WEIGHTS] if weights else ["config.json"]
     if kind == "hf-hub":
         repo_id, _, revision = model_id.partition("@")
         paths = [download(repo_id, wanted[0], revision or None, cache_dir)]
-        commit = paths[0].parent.name  # of which the weights are to be too, whatever is committed meanwhile
+        commit = paths[0].parent.name  # take the weights from the same commit
         paths += [download(repo_id, name, commit, cache_dir) for name in wanted[1:]]
         where = {"hf_hub_id": f"{repo_id}@{commit}", "hf_hub_filename": WEIGHTS, "source": "hf-hub"}
     else:
@@ -239,7 +238,7 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
         if refused:
             raise ValueError(f"its model_args hold {', '.join(refused)}, which are not arguments of a model")
         file = cfg.get("hf_hub_filename") or WEIGHTS
-        if file not in (WEIGHTS, _PICKLE):  # in place of the latter timm takes the former where it is
+        if file not in (WEIGHTS, _PICKLE):  # timm prefers the former if both exist
             raise ValueError(f"it names {file!r} as its weights; only {WEIGHTS} is loaded")
         fields = {field.name for field in dataclasses.fields(PretrainedCfg)} - _SOURCES
         cfg = {key: value for key, value in cfg.items() if key in fields} | where
@@ -262,10 +261,10 @@ def read_config(source: str, cache_dir: str | None = None, weights: bool = True)
 
 
 def unwrap(config: dict[str, Any]) -> bool:
-    """Make the config.json of transformers' TimmWrapper what timm writes; return whether it was one.
+    """Convert a config.json of transformers' TimmWrapper to timm's format, in place; return whether it was one.
 
     Raises:
-        ValueError: it is of another model of transformers.
+        ValueError: it belongs to another transformers model.
     """
     kind = config.get("model_type")
     if kind is not None and kind != "timm_wrapper" and "architecture" not in config:
@@ -276,16 +275,16 @@ def unwrap(config: dict[str, Any]) -> bool:
     if kind != "timm_wrapper":
         return False
     config["model_args"] = config.get("model_args") or {}
-    # transformers builds the model as timm does by default, for images of the default size where that is fixed.
+    # transformers builds the model with timm's defaults; if the image size is fixed, that is the default size.
     default = timm.get_pretrained_cfg(config["architecture"]) if is_model(config["architecture"]) else None
     if default is not None:
         config["pretrained_cfg"] = config.get("pretrained_cfg") or default.to_dict()
         if default.fixed_input_size:
             config["model_args"].setdefault("img_size", default.input_size[1:])
-    for name in ("hf_hub_filename", "custom_load", "label_offset"):  # of the file that timm publishes
+    for name in ("hf_hub_filename", "custom_load", "label_offset"):  # these describe the file that timm publishes
         config["pretrained_cfg"].pop(name, None)
     names = config.get("label_names") or []
-    if names == [f"LABEL_{number}" for number in range(len(names))]:  # which stand for none
+    if names == [f"LABEL_{number}" for number in range(len(names))]:  # placeholders, not names
         config.pop("label_names", None)
     return True
 
@@ -295,7 +294,7 @@ def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> 
     if record is not None:
         architecture = record["architecture"]
         recorded = {key: record[key] for key in ("surrogate", "alpha", "save") if record.get(key) is not None}
-        # Where there is a surrogate, act_layer is the plain ReLU that stands in for it elsewhere.
+        # With a surrogate, act_layer is only the ReLU for loaders without this package.
         plain = {"act_layer": record.get("act_layer", given.get("act_layer")), "alpha": given.get("alpha")}
         plain = {key: value for key, value in plain.items() if value is not None}
         given = recorded or (plain if "act_layer" in plain else {})
@@ -309,7 +308,7 @@ def _read_record(record: Any, architecture: str, model_args: dict[str, Any]) -> 
 
 
 def _check_sizes(cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
-    """Raise ValueError where images would be larger than any network of timm takes."""
+    """Raise ValueError if images would be larger than those of any timm network."""
     given = model_args.get("img_size") or ()
     crop = float(cfg.get("crop_pct") or 1)
     for side in [*cfg.get("input_size", (3, 224, 224))[1:], *([given] if isinstance(given, int) else given)]:
@@ -340,14 +339,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _check_shapes(
     held: dict[str, int], file: str, architecture: str, cfg: dict[str, Any], model_args: dict[str, Any]
 ) -> None:
-    """Raise ValueError where a file of weights is not that of the model, before memory is taken for either."""
+    """Raise ValueError if a weights file does not match the model, before memory is allocated for either."""
     try:
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained_cfg=cfg, **model_args)
     except RuntimeError as error:  # larger than torch can count
         raise ValueError(f"its model cannot be built: {error}") from error
     needed = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    # By their number, since timm converts the layout of some older weights as it loads them.
+    # Compare element counts, not shapes, since timm converts the layout of some older weights on loading.
     for name in held.keys() & needed.keys():
         if held[name] != needed[name] and not cfg.get("label_offset"):
             raise ValueError(f"its model has {needed[name]:,} numbers in {name}, and {file} {held[name]:,}")

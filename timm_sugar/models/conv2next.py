@@ -115,7 +115,7 @@ class Conv2NeXtBlock(nn.Module):
 
 
 class Conv2NeXtStage(nn.Sequential):
-    """Blocks in sequence, their activations recomputed in the backward where `grad_checkpointing` is set."""
+    """A sequence of blocks, with gradient checkpointing if `grad_checkpointing` is set."""
 
     def __init__(self, *blocks: nn.Module):
         super().__init__(*blocks)
@@ -136,21 +136,21 @@ class Conv2NeXt(nn.Module):
 
     Args:
         in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves out the classifier.
-        global_pool: Pooling before the classifier, as in timm; "" leaves it out.
-        depths: Blocks in each of the four stages.
+        num_classes: Number of classes; 0 for no classifier.
+        global_pool: Pooling before the classifier, as in timm; "" for none.
+        depths: Number of blocks in each of the four stages.
         dims: Channels of each stage; stages 0 and 1 have the same number, and so have 2 and 3.
         ls_init_value: Initial layer scale.
         act_layer: Activation of the blocks, by name or class. The attentions' own gates are not affected.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly over the blocks.
-        img_size: Nominal size that timm takes down for the data pipeline; the network takes any.
+        img_size: Nominal size, which timm records for the data pipeline; the network takes any size.
 
     Shape:
         ``(B, in_chans, H, W) -> (B, num_classes)``, any H and W of at least 2.
 
     Raises:
-        ValueError: dims that the attentions, which keep the number of channels, cannot connect.
+        ValueError: invalid dims: the attentions between stages 0 and 1, and 2 and 3, keep the number of channels.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class Conv2NeXt(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling where `global_pool` is given; the final norm stays."""
+        """Replace the classifier, and the pooling if `global_pool` is given; the final norm stays."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=False).train(self.training)
@@ -296,7 +296,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _create_conv2next(variant: str, pretrained: bool, **kwargs: Any) -> Conv2NeXt:
-    # timm's other feature extractors want a network whose children run one after the other.
+    # timm's other feature extractors need a network whose children run in sequence.
     features = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
     return build_variant(Conv2NeXt, variant, pretrained, **dict(feature_cfg=features) | kwargs)
 

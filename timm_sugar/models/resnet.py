@@ -20,8 +20,8 @@ _BSILU = Activation("bsilu")
 class CifarResNet(ResNet):
     """ResNet for 32 x 32 images: a 3x3 stride-1 stem without max-pooling, so every stage has 4 times timm's resolution.
 
-    Takes timm's ResNet arguments; `output_stride` counts from the stem, as if its stride were 4. The stem is always
-    the plain one: `stem_type`, `stem_width`, `replace_stem_pool` and `aa_layer` are refused.
+    Takes timm's ResNet arguments; `output_stride` is counted as if the stem had stride 4. The stem is always
+    the plain one: `stem_type`, `stem_width`, `replace_stem_pool` and `aa_layer` raise an error.
     """
 
     def __init__(self, *args: Any, in_chans: int = 3, zero_init_last: bool = True, **kwargs: Any):
@@ -49,7 +49,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return cfg(**IMAGENET_INPUT | dict(first_conv="conv1", classifier="fc") | kwargs)
 
 
-# With the statistics that the published weights were trained with, those of the JPEG re-encoding.
+# With the statistics that the published weights were trained with: those of the JPEG re-encoding.
 _CIFAR10_INPUT = CIFAR_INPUT | dict(mean=(0.4914, 0.4822, 0.4466), std=(0.2452, 0.2429, 0.2607))
 
 default_cfgs = generate_default_cfgs(

@@ -1,4 +1,4 @@
-"""Swin Transformers with SUGAR: timm's, with the activation that timm's class does not let one choose.
+"""Swin Transformers with SUGAR: timm's, with an `act_layer` argument, which timm's class does not have.
 
 Source: Liu et al., "Swin Transformer", arXiv:2103.14030, as in timm; Horuz et al., arXiv:2505.22074, section 4.2.
 """
@@ -15,7 +15,7 @@ from ._pretrained import IMAGENET_INPUT, build_variant, cfg, register_variant
 
 __all__ = ["SugarSwinTransformer"]
 
-_NELU = Activation("nelu")  # timm's Swin has the same weights, but GELU in place of ReLU: no stock twin
+_NELU = Activation("nelu")  # no stock equivalent: timm's Swin has the same weights, but GELU instead of ReLU
 
 
 class SugarSwinTransformer(SwinTransformer):

@@ -22,9 +22,9 @@ _BSILU = Activation("bsilu")
 class CifarVGG(VGG):
     """VGG for 32 x 32 images: 13 convolutions with BatchNorm, average pooling and one linear layer.
 
-    Takes timm's VGG arguments; `norm_layer` may also be a name of timm's, or "" for the network without normalisation
-    (`timm.create_model` drops an argument that is None); `cfg` lists the channels of each convolution, "M" for a
-    max-pooling. There is no hidden linear layer, so `mlp_ratio` is refused.
+    Takes timm's VGG arguments; `norm_layer` may also be a timm name, or "" for no normalisation (`timm.create_model`
+    drops arguments that are None); `cfg` lists the channels of each convolution, and "M" for max-pooling. There is no
+    hidden linear layer, so `mlp_ratio` raises an error.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class CifarVGG(VGG):
         if "mlp_ratio" in kwargs:
             raise ValueError("the CIFAR head is one linear layer: mlp_ratio cannot be given")
         norm: Any = get_norm_layer(norm_layer) if norm_layer else None
-        # The base class builds the two hidden layers of 4096 units; one channel keeps what is dropped here small.
+        # The base class builds two hidden layers of 4096 units, which are dropped here; one channel keeps them small.
         super().__init__(cfg, mlp_ratio=1 / 4096, norm_layer=norm, device=device, dtype=dtype, **kwargs)
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -98,6 +98,6 @@ def vgg16_bn_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> VGG:
 def vgg16_cifar_sugar_bsilu(pretrained: bool = False, **kwargs: Any) -> VGG:
     """VGG-16 for CIFAR with SUGAR B-SiLU (arXiv:2505.22074, section 4.1).
 
-    That it has BatchNorm and one linear layer is a choice; the paper states neither.
+    BatchNorm and the single linear layer are our choice; the paper does not state them.
     """
     return _create_vgg("vgg16_cifar_sugar_bsilu", pretrained, model_cls=CifarVGG, **kwargs)
