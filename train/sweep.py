@@ -1,4 +1,4 @@
-"""Train every cell of a recipe with every seed, and write the table beside the paper's.
+"""Train every cell of a recipe with every seed, and write the table with the paper's values.
 
     python train/sweep.py --recipe table4_small [--seeds 42 1 10] [--jobs 2] [--minutes 28] [--data DATA] [--output DIR]
 

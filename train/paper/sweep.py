@@ -26,7 +26,7 @@ def main(script: str, description: str, recipe: str) -> None:
     """Run a sweep from the command line and write its table.
 
     Args:
-        script: The ``__file__`` of train/sweep.py; cells are trained by cifar.py beside it.
+        script: The ``__file__`` of train/sweep.py; cells are trained by cifar.py in the same folder.
         description: Its docstring, for --help.
         recipe: The default recipe.
 
@@ -115,7 +115,7 @@ def plan(
     """Return the cells of a sweep, all of the first seed first.
 
     Args:
-        script: train/sweep.py; cifar.py is beside it.
+        script: train/sweep.py; cifar.py is in the same folder.
         recipe: Name or file of a recipe that has a grid.
         folder: A cell's folder is ``folder/seedN/NAME``.
         seeds: None for the recipe's.
