@@ -2,12 +2,12 @@
 
     python benchmarks/activation.py --output activation.json
     python benchmarks/activation.py --sizes 1e6 1.6e7 --only relu gelu sugar_bsilu
-    TIMM_SUGAR_CXXFLAGS='-mavx2 -mfma' ATEN_CPU_CAPABILITY=avx2 python benchmarks/activation.py   # as without AVX-512
+    TIMM_SUGAR_CXXFLAGS='-mavx2 -mfma' ATEN_CPU_CAPABILITY=avx2 python benchmarks/activation.py   # without AVX-512
     python benchmarks/activation.py --device cuda --dtype bfloat16
 
 Each figure is the median over shuffled rounds, in microseconds for one forward and backward of a tensor. The input of
-the activation is the result of another operation, as in a network, so that nn.ReLU(inplace=True) takes part. On a GPU
-the time of the GPU, by its events, and the time of the host, on a tensor of 1024 elements, stand apart.
+the activation is the result of another operation, as in a network, so that nn.ReLU(inplace=True) can be measured. On a
+GPU the GPU time (CUDA events) and the host time (on a tensor of 1024 elements) are reported separately.
 """
 
 import argparse
@@ -51,7 +51,7 @@ CONTESTANTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def step(activation: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> float:
-    """Seconds for the forward and the backward of one activation on the clone of a leaf."""
+    """Return the seconds for the forward and backward of one activation on a clone of a leaf."""
     x = leaf.clone()
     start = time.perf_counter()
     y = activation(x)
@@ -62,9 +62,9 @@ def step(activation: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> 
 
 
 def time_on_gpu(work: Callable[[], Any], repeats: int = 10) -> float:
-    """Return the seconds that a GPU takes for `work`, by its own events, without the time of the host.
+    """Return the GPU time of `work` in seconds, measured with CUDA events, without host time.
 
-    The GPU is kept busy until the host has submitted everything, so that it never waits for it.
+    The GPU is kept busy until the host has queued all work, so that it never waits for the host.
     """
     work()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -78,7 +78,7 @@ def time_on_gpu(work: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def measure_on_gpu(sizes: list[int], names: list[str], dtype: torch.dtype) -> list[dict]:
-    """Time the contestants on a GPU: the GPU at every size, and the host."""
+    """Time the contestants on a GPU: GPU time at every size, and host time."""
 
     def work(name: str, leaf: Tensor, grad: Tensor) -> None:
         torch.autograd.grad(CONTESTANTS[name](leaf), leaf, grad)
@@ -92,7 +92,7 @@ def measure_on_gpu(sizes: list[int], names: list[str], dtype: torch.dtype) -> li
         return (time.perf_counter() - start) / 100
 
     rows = []
-    names = [name for name in names if name != "relu_inplace"]  # of a leaf there is none
+    names = [name for name in names if name != "relu_inplace"]  # not possible on a leaf
     for size in [0, *sizes]:  # 0: the host
         leaf = torch.randn(size or 1024, device="cuda").to(dtype).requires_grad_()
         grad = torch.randn(size or 1024, device="cuda").to(dtype)
@@ -106,7 +106,7 @@ def measure_on_gpu(sizes: list[int], names: list[str], dtype: torch.dtype) -> li
 
 
 def measure(sizes: list[int], names: list[str], elements: int, dtype: torch.dtype) -> list[dict]:
-    """Time the contestants at every size, about `elements` elements in each contestant's rounds."""
+    """Time the contestants at every size, with about `elements` elements over all rounds of a contestant."""
     rows = []
     for size in sizes:
         torch.manual_seed(0)
@@ -124,9 +124,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32", "float64"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--elements", type=float, default=4e8, help="elements that a contestant sees at each size")
+    parser.add_argument("--elements", type=float, default=4e8, help="elements per contestant and size, over all rounds")
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--allocator", choices=ALLOCATORS, help="time in this process, with its allocator as it is")
+    parser.add_argument("--allocator", choices=ALLOCATORS, help="time in this process, with its current allocator")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = [int(size) for size in options.sizes]

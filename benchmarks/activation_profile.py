@@ -1,9 +1,9 @@
-"""What a profile costs beside a plain evaluation pass. Run ``python benchmarks/activation_profile.py``.
+"""Overhead of a profile over a plain evaluation pass. Run ``python benchmarks/activation_profile.py``.
 
-Both passes go over the same images in memory; they take turns in every round, in a new random order, and the ratio is
-that of their median times. `counting` is `timm_sugar.analysis.count_units` around that evaluation, which is what the
-training scripts do after each epoch; `profile` is `timm_sugar.analysis.profile`, with its summary at the end. On a
-machine that is busy with other work, `--clock cpu` counts the seconds of this process alone; use one thread with it.
+All passes use the same images in memory and run once per round in random order; the ratio is that of their median
+times. `counting` is `timm_sugar.analysis.count_units` around the evaluation, as in the training scripts after each
+epoch; `profile` is `timm_sugar.analysis.profile`, including its summary. On a busy machine use `--clock cpu`, which
+measures the CPU time of this process, with one thread.
 """
 
 import argparse
@@ -28,7 +28,7 @@ NETWORKS = {  # name: image size, images a pass, arguments
 
 
 def contestants(name: str, batch_size: int, device: str, clock: Callable[[], float]) -> dict[str, Callable[[], float]]:
-    """Return the passes over one network, each of which gives its seconds."""
+    """Return the passes over one network; each returns its time in seconds."""
     size, count, arguments = NETWORKS[name]
     model = timm.create_model(name, num_classes=10, **arguments).to(device).eval()
     pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)

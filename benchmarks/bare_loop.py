@@ -1,9 +1,9 @@
-"""The fastest bare training loop that torch offers: what a trainer is measured against.
+"""The fastest bare training loop in torch, the baseline for trainers.
 
     python benchmarks/bare_loop.py [--act-layer relu sugar_bsilu] [--compile graph] [--loops 4] [--device cuda]
 
 All images are on the device, as uint8, and are gathered, cropped, flipped and normalised there; the learning rates of
-all steps are a tensor there too. Nothing in a step waits for the device, so a step on a GPU is one CUDA graph.
+all steps are a tensor on the device too. No step synchronises with the device, so a step on a GPU is one CUDA graph.
 """
 
 import argparse
@@ -25,22 +25,22 @@ def place(pixels: Tensor, device: torch.device, padding: int = 0) -> Tensor:
 
 
 class BareLoop:
-    """SGD with Nesterov's momentum on images that are on the device, epoch by epoch.
+    """SGD with Nesterov's momentum on images on the device, epoch by epoch.
 
     Args:
         model: Takes (B, C, side, side); trained in place, in channels_last.
-        images: Of `place`. Where they are padded, they are cropped at random and flipped, each image by itself.
+        images: Images from `place`. If they are padded, each image is cropped and flipped at random.
         labels: Class of each image, int64, (N,), on the same device.
-        mean, std: Of each channel, of pixels in [0, 1].
-        side: Side of what the model takes, in pixels.
-        epochs: The learning rate falls from `lr` to 0 over them, step by step, as a cosine.
-        weight_decay: Of weights; biases and BatchNorm have none.
-        seed: The order of the images, crops and flips are a function of it and of the epoch.
+        mean, std: Mean and standard deviation of each channel, for pixels in [0, 1].
+        side: Input size of the model in pixels.
+        epochs: The learning rate falls from `lr` to 0 over these epochs with a cosine schedule, updated every step.
+        weight_decay: Applied to weights, not to biases and BatchNorm.
+        seed: Order of the images, crops and flips are a function of the seed and the epoch.
         dtype: torch.bfloat16 for autocast, torch.float32 for none.
         compile: "none", a mode of torch.compile, "graph": each step is one CUDA graph of eager operations, or
-            "compiled-graph": the same of compiled ones.
-        adjust: Called between backward and the optimizer with the batch and its labels; must not wait for the device.
-        steps: Steps of an epoch; None for all whole batches.
+            "compiled-graph": the same with compiled operations.
+        adjust: Called between backward and the optimizer with the batch and its labels; must not synchronise.
+        steps: Steps per epoch; None for all full batches.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class BareLoop:
         self.loss_sum += loss.detach()
 
     def _capture(self) -> None:
-        """Make a step one CUDA graph; what the warm-up changes is put back."""
+        """Capture a step as one CUDA graph, and restore the state that the warm-up changed."""
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -145,7 +145,7 @@ class BareLoop:
 
     @torch.no_grad()
     def logits(self, images: Tensor, batch_size: int = 1000) -> Iterator[Tensor]:
-        """Yield the logits of images of `place` without padding, in evaluation mode, batch by batch."""
+        """Yield the logits of images from `place` without padding, in eval mode, batch by batch."""
         self.model.eval()
         for batch in images.split(batch_size):
             normalised = (batch.float() * self.scale - self.shift).permute(0, 3, 1, 2)
@@ -156,10 +156,10 @@ class BareLoop:
 
 
 def together(loops: Iterable[Iterator[Any]], count: int) -> None:
-    """Drive `count` loops at once, in turns of a step; on a GPU each has a stream, so that their kernels overlap.
+    """Run `count` loops at once, one step each in turn; on a GPU each has its own stream, so that kernels overlap.
 
     Args:
-        loops: The next is taken when one ends, and runs on its stream from its first line on.
+        loops: When a loop ends, the next one starts on its stream.
     """
     waiting = iter(loops)
     cuda = torch.cuda.is_available()
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18_cifar_sugar_bsilu")
     parser.add_argument("--act-layer", nargs="+", default=["relu", "sugar_bsilu"])
     parser.add_argument("--compile", nargs="+", default=None, choices=COMPILE, help="default: none, and graph on a GPU")
-    parser.add_argument("--loops", type=int, nargs="+", default=[1], help="networks that train at once")
+    parser.add_argument("--loops", type=int, nargs="+", default=[1], help="networks trained at once")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--augment", action="store_true", help="padded crops and flips")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: allocator environments, tables and JSON files."""
+"""Shared code of the benchmarks: allocator environments, tables and JSON files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 import timm_sugar
 from timm_sugar.files import write_file
 
-# By default glibc returns every large block to the kernel, and page faults hide the cost of what is computed.
+# By default glibc returns every large block to the kernel, and page faults hide the cost of the computation.
 ALLOCATORS = {
     "default": {},
     "retained": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "67108864"},
@@ -23,12 +23,12 @@ ALLOCATORS = {
 
 
 def run_self(arguments: list[str], allocator: str) -> None:
-    """Run the calling script again in a process of its own with one of `ALLOCATORS`."""
+    """Run the calling script again in a new process with one of `ALLOCATORS`."""
     subprocess.run([sys.executable, *arguments], check=True, env={**os.environ, **ALLOCATORS[allocator]})
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions and the machine that a figure belongs to: processor, widest vector, compiler, GPU."""
+    """Return the versions and the machine of a measurement: processor, vector instructions, compiler, GPU."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -55,7 +55,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content`, as a file that is whole or not there."""
+    """Write `content` as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(content, indent=1) + "\n")
 

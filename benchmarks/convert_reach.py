@@ -1,7 +1,7 @@
-"""Which networks SUGAR reaches, and how: writes docs/convert.md. Run ``python benchmarks/convert_reach.py``.
+"""Test which networks accept SUGAR, and how; write docs/convert.md. Run ``python benchmarks/convert_reach.py``.
 
-One small model of each timm module, torchvision's classifiers and transformers configurations are built on the meta
-device: with an activation name, with an activation class, and plain, to be converted. Nothing is computed.
+Builds one small model of each timm module, torchvision's classifiers and transformers configurations on the meta
+device: with an activation name, with an activation class, and unchanged, for `convert`. No forward pass is run.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TRANSFORMERS = {
 
 
 class WithoutInitialisation(TorchFunctionMode):
-    """Leaves weights as they are made: drawing them takes half the time, and on the meta device gives nothing."""
+    """Skips weight initialisation, which takes half the time and has no effect on the meta device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_"):
@@ -50,15 +50,15 @@ class WithoutInitialisation(TorchFunctionMode):
 
 
 class Row(NamedTuple):
-    """How one network is reached.
+    """How one network accepts SUGAR.
 
     Attributes:
         family, model: Where it comes from.
         by_name, by_class: Whether the constructor takes ``"sugar_bsilu"``, or the class, for its activation.
-        converted: What `convert` replaces, such as "12 GELU"; empty where there is nothing that it replaces.
-        left: What it leaves: gates, opt-in activations, and what a forward calls.
-        recorded: Whether a saved model comes back converted; None where the library keeps no configuration.
-        stock: Whether timm alone loads what it saved of the converted network, as a ReLU network.
+        converted: Activations that `convert` replaces, such as "12 GELU"; empty if there are none.
+        left: Activations that it does not replace: gates, opt-in activations, and functional calls in a forward.
+        recorded: Whether a saved model loads with SUGAR; None if the library saves no configuration.
+        stock: Whether timm alone loads the saved converted network, as a ReLU network.
     """
 
     family: str
@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 
 def smallest() -> dict[str, str]:
-    """Return a small model, going by its name, of each timm module."""
+    """Return a model of each timm module whose name suggests that it is small."""
     modules = {m: [n for n in timm.list_models(module=m) if _is_stock(n)] for m in timm.list_modules()}
     return {module: min(names, key=_size) for module, names in modules.items() if names}
 
@@ -86,12 +86,12 @@ def _size(name: str) -> tuple[int, str]:
 
 
 def reach(family: str, model: str, build: Callable[..., nn.Module], argument: str = "act_layer") -> Row:
-    """Try all ways into one network; `build` takes keyword arguments of its constructor."""
+    """Try all three ways for one network; `build` takes keyword arguments of its constructor."""
 
     def takes(value: object) -> bool:
         try:
             return any(isinstance(m, Sugar) for m in build(**{argument: value}).modules())
-        except Exception:  # whatever a constructor raises for what it does not take
+        except Exception:  # constructors raise different errors for unsupported arguments
             return False
 
     with torch.device("meta"), WithoutInitialisation(), warnings.catch_warnings():
@@ -152,28 +152,28 @@ def render(rows: list[Row]) -> str:
     lines = [
         "# What SUGAR reaches",
         "",
-        "Three ways lead to SUGAR in a network that is not one of ours:",
+        "There are three ways to use SUGAR in a network that is not one of ours:",
         "",
         '- **by name**: `timm.create_model(name, act_layer="sugar_bsilu")`; in transformers, after',
         '  `import timm_sugar.transformers`, `hidden_act="sugar_bsilu"`;',
         '- **by class**: `timm.create_model(name, act_layer=timm.layers.get_act_layer("sugar_bsilu"))`;',
         "- **by convert**: `timm_sugar.convert(model)`, on any network, with or without weights.",
         "",
-        "`convert` replaces activation modules and attributes that hold a function. It leaves the gates alone:",
-        "squeeze-excite, coordinate attention, sigmoid, hard-sigmoid, hard-swish. ReLU6 and hard-swish are replaced on",
-        'request: `convert(model, replace=["relu", "relu6"])`. What a forward calls by name (`F.relu(x)`) is out of',
-        "reach; a warning names it.",
+        "`convert` replaces activation modules and function-valued attributes. It does not change gates:",
+        "squeeze-excite, coordinate attention, sigmoid, hard-sigmoid, hard-swish. ReLU6 and hard-swish are replaced",
+        'on request: `convert(model, replace=["relu", "relu6"])`. `convert` cannot replace functional calls in a',
+        "forward (`F.relu(x)`); a warning names them.",
         "",
-        "*Comes back* says whether a saved model comes back converted. What timm's `save_for_hf` or `push_to_hf_hub`",
-        "writes, with the surrogate and alpha of that moment, `timm_sugar.create_model` loads with SUGAR. With *yes*,",
-        "stock timm loads it as the ReLU network that it is at inference; with *here alone*, stock timm has no such",
-        "network and refuses it. In transformers it is `config.hidden_act`, with `import timm_sugar.transformers`.",
-        "Where neither can say it, `convert` warns. torchvision keeps no configuration. Apply `timm_sugar.to_relu`",
-        "before you share a network of transformers, or one that you save in another way.",
+        "*Comes back* says whether a saved model loads with SUGAR. timm's `save_for_hf` and `push_to_hf_hub` record",
+        "the current surrogate and alpha, and `timm_sugar.create_model` restores them. With *yes*, stock timm loads",
+        "the model as the ReLU network that it is at inference; with *here alone*, stock timm has no such network and",
+        "raises an error. transformers records it in `config.hidden_act`, with `import timm_sugar.transformers`. If",
+        "neither can record the conversion, `convert` warns. torchvision saves no configuration. Apply",
+        "`timm_sugar.to_relu` before you share a network of transformers, or one that you save in another way.",
         "",
         f"Of timm's {len(timm_rows)} model modules {name} take a name, {class_only} only a class, and "
         f"{len(timm_rows) - name - class_only} neither. `convert` reaches {sum(bool(r.converted) for r in timm_rows)}",
-        "of them, by the network that stands for each below, and on request those that have nothing but ReLU6.",
+        "of them (tested with the network below), and on request those that only have ReLU6.",
         "",
         f"Written by `python benchmarks/convert_reach.py` with timm {timm.__version__}, torchvision "
         f"{torchvision.__version__.partition('+')[0]} and transformers {transformers.__version__}.",

@@ -1,7 +1,7 @@
 """Inference of one network with SUGAR, with ReLU and with GELU. Run ``python benchmarks/inference.py [--device cuda]``.
 
-Prints a Markdown table: the time of a forward without gradients, as a multiple of ReLU's. The networks take turns in
-every round, and the fastest round of each counts, which is the one that other work on the machine disturbed least.
+Prints a Markdown table: the time of a forward without gradients, relative to ReLU's. The networks alternate in
+every round, and the fastest round of each is reported, since other work on the machine disturbs it least.
 """
 
 import argparse

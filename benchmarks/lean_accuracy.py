@@ -40,7 +40,7 @@ def accuracy(save: str, seed: int, options: argparse.Namespace, folder: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="cifar10, or a local folder of parquet files")
-    parser.add_argument("--train-images", type=int, help="train on a stratified sample of so many; default: all")
+    parser.add_argument("--train-images", type=int, help="size of a stratified training sample; default: all")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, one_line_errors(parser.prog):
         try:
             rows = [accuracy(save, seed, options, folder) for seed in options.seed for save in SAVE_MODES]
-        except Stopped:  # the folder goes with this process: there is nothing to go on with
+        except Stopped:  # the temporary folder is deleted: the run cannot be resumed
             raise KeyboardInterrupt from None
     exact = {row["seed"]: row["test_accuracy_percent"] for row in rows if row["save"] == "exact"}
     for row in rows:

@@ -1,11 +1,11 @@
-"""What `DeadUnitMonitor` adds to a training step: the same network with and without, side by side and interleaved.
+"""Overhead of `DeadUnitMonitor` in a training step: the same network with and without it, interleaved.
 
     python benchmarks/monitor.py --output monitor.json
     python benchmarks/monitor.py --networks resnet18 --modes eager --rounds 20 --clock cpu
 
-A round is five steps without a monitor, with one that counts every fifth step (the default), and with one that counts
-every step, in an order that turns. The figure is the median over rounds of the time beside the round's own time
-without, with quartiles. `--clock cpu` takes processor time in place of wall time, for a machine that is not idle.
+A round is five steps each without a monitor, with one that counts every fifth step (the default), and with one that
+counts every step, in rotating order. The figure is the median over rounds of the time relative to the time without a
+monitor in the same round, with quartiles. `--clock cpu` uses CPU time instead of wall time, for a busy machine.
 """
 
 import argparse

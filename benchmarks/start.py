@@ -1,9 +1,8 @@
 """Seconds until the images of a run are ready. Run ``python benchmarks/start.py --data cifar10 [--img-size 32]``.
 
-Each start is a process of its own: "cold" with an empty cache of decoded images, "warm" with what the start before it
-has left there. Seconds are from the first look at the data to splits, pixels, mean and standard deviation, without the
-time that Python takes to import; files are in the page cache, since nothing is dropped from it. Prints a Markdown table
-of the fastest start of each kind, and of all of them.
+Each start is a new process: "cold" with an empty cache of decoded images, "warm" with the cache of the previous start.
+The time is from opening the data to splits, pixels, mean and standard deviation, without imports; the files are in the
+page cache, which is not dropped. Prints a Markdown table of the fastest start of each kind, and of all of them.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from timm_sugar.training.processes import process_state
 
 
 def measure(data: str, img_size: int) -> dict[str, float]:
-    """Return the seconds on the clock and on the processors, those of decoding processes included."""
+    """Return wall time and CPU time in seconds, including the decoding processes."""
     config = TrainConfig(data=data, img_size=img_size)
     process_state()
     cpu, began = _cpu_seconds(), time.perf_counter()
@@ -41,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--repeat", type=int, default=3, help="pairs of starts")
+    parser.add_argument("--repeat", type=int, default=3, help="number of cold and warm starts")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once:

@@ -5,7 +5,7 @@
     python benchmarks/step.py --device cuda --precision bfloat16 --modes eager reduce-overhead
 
 ResNet-18 at 32 px with B-SiLU and Swin-T at 64 px with NeLU; on a GPU ResNet-18 at 32 px, ResNet-50 and Swin-T at 224
-px, each activation taking the place of theirs. In bfloat16 the network is in channels_last.
+px. Each activation replaces that of the network. In bfloat16 the network is in channels_last.
 `timm-sugar bench` does the same for any network.
 """
 

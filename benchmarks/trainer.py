@@ -1,13 +1,13 @@
-"""What the trainer costs over the best bare loop that torch offers, step by step side by side; memory over epochs.
+"""Overhead of the trainer over the fastest bare loop in torch, and its memory over the epochs.
 
     python benchmarks/trainer.py [--epochs 3] [--block 2] [--mixed-precision bf16] [--compile none compiled]
 
 ResNet-18 (timm's stem) at 32 px on scikit-learn's digits, repeated to 56 steps an epoch, batch 128, channels last, SGD
 with Nesterov's momentum, no augmentation. The trainer runs its epochs as in any run: order of the images, seeds,
-schedules, watch over the loss, progress (a bar where standard error is a terminal). The bare loops are those of
-bare_loop.py: gathering, normalisation, the network and the fused optimizer; on a GPU one CUDA graph a step. All take
-turns of a few steps in one process, so that whatever else the machine does slows each: reported is the median, over
-all turns, of the ratio of speeds, with its quartiles.
+schedules, loss checks, progress (a bar if standard error is a terminal). The bare loops are those of
+bare_loop.py: gathering, normalisation, the network and the fused optimizer; on a GPU one CUDA graph per step. All
+alternate every few steps in one process, so that other work on the machine slows all of them equally. The result is the
+median, over all turns, of the ratio of speeds, with its quartiles.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from timm_sugar.training.train import build as build_trainer
 
 MODEL = "resnet18_sugar_bsilu"
 BATCH = 128
-REPEATS = 5  # of the 1,437 digits that are trained on
-STEPS = 56  # an epoch
+REPEATS = 5  # repetitions of the 1,437 training digits
+STEPS = 56  # per epoch
 
 
 def build_run(output: str, epochs: int, precision: str, compiled: bool = False, **settings: float) -> Run:
@@ -65,10 +65,10 @@ def bare_steps(run: Run, precision: str, compile: str) -> Iterator[None]:
 
 
 class Turns(Progress):
-    """The trainer's progress, which lets other loops have their turns after every `block` steps of the trainer.
+    """The trainer's progress; runs a turn of each other loop after every `block` steps of the trainer.
 
     Attributes:
-        seconds: Of each round of turns, those of the trainer and of each other loop.
+        seconds: For each round of turns, the time of the trainer and of each other loop.
     """
 
     def __init__(self, others: Sequence[Iterator[None]], block: int, total: int):
@@ -100,7 +100,7 @@ def _clock() -> float:
 
 
 def compare(epochs: int, block: int, precision: str, compiled: bool, loops: Sequence[str]) -> list[list[float]]:
-    """Return the seconds of all turns but those of the first epoch: of the trainer, and of each bare loop."""
+    """Return the seconds of all turns after the first epoch, of the trainer and of each bare loop."""
     counted: list[list[float]] = []
     with tempfile.TemporaryDirectory() as folder:
         run = build_run(folder, epochs, precision, compiled)
@@ -135,12 +135,12 @@ def memory_over_epochs(epochs: int, precision: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of all; the first is not counted (default 3)")
-    parser.add_argument("--block", type=int, default=2, help="steps of a turn (default 2)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs; the first is not counted (default 3)")
+    parser.add_argument("--block", type=int, default=2, help="steps per turn (default 2)")
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16"))
     parser.add_argument("--compile", nargs="+", default=["none", "compiled"], choices=("none", "compiled"))
     parser.add_argument(
-        "--memory-epochs", type=int, default=10, help="epochs that memory is watched (default 10); 0 for none"
+        "--memory-epochs", type=int, default=10, help="epochs with memory measurement (default 10); 0 for none"
     )
     options = parser.parse_args()
     if options.epochs < 2:

@@ -1,9 +1,10 @@
-"""The whole job in two minutes, offline: train with SUGAR and with plain ReLU, package, load back, compare.
+"""A complete example in two minutes, offline: train with SUGAR and with plain ReLU, package, load back, compare.
 
     python train/demo.py [--output DIR]
 
-Two networks on scikit-learn's digits, each twice from the same seed. ResNet-18 has BatchNorm and residual paths, so its
-units do not die; in 16 convolutions of 8 channels without BatchNorm, at a high learning rate, they do.
+Trains two networks on scikit-learn's digits, each with both activations from the same seed. ResNet-18 has BatchNorm and
+residual paths, so its units do not die; in 16 convolutions of 8 channels without BatchNorm, at a high learning rate,
+they do.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def compare(output: Path) -> None:
 
 
 def check_loaded_back(config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Load the packaged folder with timm and measure the test accuracy again; it must be the recorded one."""
+    """Load the packaged folder with timm and check that its test accuracy is the recorded one."""
     model = timm.create_model(f"local-dir:{config.output}/model", pretrained=True)
     data_config = timm.data.resolve_model_data_config(model)
     test = load_source(config.data, split_seed=config.split_seed).test

@@ -1,9 +1,9 @@
-"""The paper's appendix A: dying ReLUs and their cure, as a table beside the paper's and as pictures.
+"""The paper's appendix A: dying ReLUs with and without SUGAR, as a table with the paper's figures and as pictures.
 
     python train/dying_relu.py --output output/dying_relu
 
-Networks of 10 hidden layers of width 2, four target functions, 100 runs a cell. Writes table2.json and the figures as
-PNG and PDF; a finished cell stays in OUTPUT/cells and is not run again.
+Networks of 10 hidden layers of width 2, four target functions, 100 runs per cell. Writes table2.json and the figures as
+PNG and PDF. Finished cells are kept in OUTPUT/cells and skipped.
 """
 
 import argparse
@@ -46,20 +46,20 @@ def main() -> None:
     parser = Parser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=100, help="independent runs a cell (default 100)")
+    parser.add_argument("--runs", type=int, default=100, help="independent runs per cell (default 100)")
     parser.add_argument("--output", type=Path, default=Path("output/dying_relu"), help="folder (output/dying_relu)")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all four)"
     )
-    parser.add_argument("--surrogate", default="bsilu", help="of the SUGAR rows: a name, or all (default bsilu)")
+    parser.add_argument("--surrogate", default="bsilu", help="surrogate of SUGAR: a name, or all (default bsilu)")
     parser.add_argument(
-        "--depth", type=int, nargs="+", default=[10], help="hidden layers (default 10); the first has the pictures"
+        "--depth", type=int, nargs="+", default=[10], help="hidden layers (default 10); pictures use the first"
     )
-    parser.add_argument("--width", type=int, default=2, help="units in each (default 2)")
+    parser.add_argument("--width", type=int, default=2, help="units per layer (default 2)")
     parser.add_argument("--epochs", type=int, default=250, help="passes over the samples (default 250)")
-    parser.add_argument("--seed", type=int, default=0, help="of the runs (default 0)")
-    parser.add_argument("--sweep", action="store_true", help="also collapse against depth, 2 to 40, on f1")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the runs (default 0)")
+    parser.add_argument("--sweep", action="store_true", help="also measure collapse against depth, 2 to 40, on f1")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
@@ -106,7 +106,7 @@ def plan(arguments: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
 
 
 def run(cells: list[Cell], folder: Path, jobs: int) -> dict[Cell, dict[str, Any]]:
-    """Train what is not yet in the folder, behind a progress bar on a terminal."""
+    """Train the cells that are not in the folder yet, with a progress bar on a terminal."""
     results = {}
     with progress_bars("cells") as (show,):
         for cell, result in run_cells(cells, folder, jobs):
@@ -144,7 +144,7 @@ def draw(results: list[dict[str, Any]], swept: list[dict[str, Any]], arguments: 
 
 
 def typical_collapse(relu: dict[str, Any], sugar: dict[str, Any]) -> int | None:
-    """Of the runs that collapse with ReLU, the one of median loss with SUGAR; None if none collapses."""
+    """Among the runs that collapse with ReLU, the one with the median loss under SUGAR; None if none collapses."""
     collapsed = [
         i for i, (a, b) in enumerate(zip(relu["loss"], relu["variance"], strict=True)) if not a / b < COLLAPSED
     ]
@@ -152,7 +152,7 @@ def typical_collapse(relu: dict[str, Any], sugar: dict[str, Any]) -> int | None:
 
 
 def show(rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
-    """Print the table beside the paper's (`!`: differs, p < 0.05), and what the cells cost."""
+    """Print the table with the paper's figures (`!`: differs, p < 0.05), and the CPU time of the cells."""
     table = Table(title="Percent of runs [95% interval] (paper; ! differs, p < 0.05)")
     for name in ("f", "method", "network", "A collapsed", "B partly", "C learned", "D not collapsed"):
         table.add_column(name, no_wrap=True)
@@ -169,7 +169,7 @@ def show(rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
 
 
 def quoted(row: dict[str, Any], category: str) -> str:
-    """Percent, its interval and the paper's figure, as "14 [8.5, 22.1] (15)"; "" where there is no such category."""
+    """Percent, its interval and the paper's figure, as "14 [8.5, 22.1] (15)"; "" if there is no such category."""
     if row[category] is None:
         return ""
     low, high = row["interval"][category]

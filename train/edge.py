@@ -2,10 +2,10 @@
 
     python train/edge.py --output output/edge
 
-The backbone of the smaller YOLOs, from random weights through timm's `features_only`, with a feature pyramid on top,
-learns to segment shapes that the script draws. Each activation is trained from the start, and from the weights of the
-trained SiLU network, with the same seeds; then every network goes through ONNX and onnxruntime's static quantisation,
-and each file is measured. Writes edge.json; what is finished is not run again.
+The backbone of the smaller YOLOs, built with timm's `features_only` and a feature pyramid on top, learns to segment
+shapes that the script draws. Each activation is trained from random weights and from the weights of the trained SiLU
+network, with the same seeds. Every network is then exported to ONNX and quantised with onnxruntime's static
+quantisation, and each file is measured. Writes edge.json; finished networks are skipped.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from typing import Any
 try:
     import onnx
     import onnxruntime
-    import onnxscript as onnxscript  # torch.onnx needs it
-    import scipy as scipy  # and the intervals this
+    import onnxscript as onnxscript  # needed by torch.onnx
+    import scipy as scipy  # needed by the intervals
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
     from torchvision.ops import FeaturePyramidNetwork
@@ -44,16 +44,16 @@ from timm_sugar.terminal import Parser
 CLASSES = ("background", "disc", "square", "triangle")
 ACTIVATIONS = ("silu", "relu", "sugar_bsilu", "sugar_nelu")
 BATCH = 16
-CALIBRATION = 64  # images that the int8 ranges are measured on
+CALIBRATION = 64  # images for measuring the int8 ranges
 
 
 def draw_shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw images of up to four shapes that may overlap, on gratings, with noise.
 
     Args:
-        count: Images.
-        size: Their side in pixels.
-        seed: Of everything that is random in them.
+        count: Number of images.
+        size: Side of an image in pixels.
+        seed: Seed of all random choices.
 
     Returns:
         Images, float32 (count, 3, size, size) around 0, and the class of each pixel, int64 (count, size, size).
@@ -83,7 +83,7 @@ def draw_shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Segmenter(nn.Module):
-    """A backbone of timm's, by `features_only`, and a feature pyramid: (B, 3, H, W) to logits (B, classes, H, W)."""
+    """A `features_only` backbone of timm and a feature pyramid: (B, 3, H, W) to logits (B, classes, H, W)."""
 
     def __init__(self, backbone: str, width: int = 48):
         super().__init__()
@@ -101,7 +101,7 @@ class Segmenter(nn.Module):
 
 
 def with_activation(network: nn.Module, activation: str) -> tuple[nn.Module, int]:
-    """Put an activation in the place of every SiLU of a network; return that, and how many `convert` reached."""
+    """Replace every SiLU of a network by an activation; return the network and the number of SiLUs replaced."""
     if activation == "silu":
         return network, 0
     convert(network, "bsilu" if activation == "relu" else activation.removeprefix("sugar_"), replace="silu")
@@ -110,7 +110,7 @@ def with_activation(network: nn.Module, activation: str) -> tuple[nn.Module, int
 
 
 def fit(network: nn.Module, images: Tensor, masks: Tensor, steps: int, lr: float, seed: int) -> float:
-    """Train with AdamW, a cosine; return the loss of the last tenth of the steps."""
+    """Train with AdamW and a cosine schedule; return the mean loss of the last tenth of the steps."""
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -129,12 +129,12 @@ def fit(network: nn.Module, images: Tensor, masks: Tensor, steps: int, lr: float
 
 
 def batches(images: Tensor, size: int = BATCH) -> Iterator[Tensor]:
-    """Whole batches of images, which is what an exported network takes."""
+    """Yield full batches of images; exported networks have a fixed batch size."""
     yield from images[: len(images) // size * size].split(size)
 
 
 def mean_iou(predicted: Tensor, masks: Tensor) -> float:
-    """Intersection over union of predicted and true pixels, int64 of one shape, mean over the classes."""
+    """Mean intersection over union of the classes; `predicted` and `masks` are int64 of the same shape."""
     pairs = torch.bincount(masks.flatten() * len(CLASSES) + predicted.flatten(), minlength=len(CLASSES) ** 2)
     table = pairs.view(len(CLASSES), -1).double()
     both = table.diag()
@@ -142,7 +142,7 @@ def mean_iou(predicted: Tensor, masks: Tensor) -> float:
 
 
 class Calibration(CalibrationDataReader):
-    """Images for onnxruntime to measure the ranges of activations on."""
+    """Images on which onnxruntime measures the ranges of activations."""
 
     def __init__(self, images: Tensor):
         self.left = batches(images)
@@ -153,15 +153,15 @@ class Calibration(CalibrationDataReader):
 
 
 def export(network: nn.Module, images: Tensor, path: Path) -> tuple[Path, Path]:
-    """Write a network as ONNX, for whole batches, and the same in int8, with ranges measured on images.
+    """Write a network as ONNX, with a fixed batch size, and in int8, with ranges measured on images.
 
     Args:
-        network: With SUGAR it is exported as the ReLU network that it is.
-        images: float32 (N, 3, H, W), at least a batch, for the ranges.
+        network: A SUGAR network is exported as a plain ReLU network.
+        images: float32 (N, 3, H, W), at least one batch, for the ranges.
         path: NAME.onnx; the int8 file is NAME.int8.onnx. Weights are int8 by channel, activations uint8 by tensor.
 
     Returns:
-        The two files.
+        Paths of the two files.
     """
     example = next(batches(images))
     program = torch.onnx.export(network.eval(), (example,), input_names=["images"], dynamo=True, verbose=False)
@@ -196,7 +196,7 @@ def run_torch(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def measure(network: nn.Module, path: Path, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Export a trained network, and measure what torch, the float file and the int8 file say of the test images."""
+    """Export a trained network, and evaluate it with torch, the float file and the int8 file on the test images."""
     images, masks = data["test"]
     logits = run_torch(network, images)
     masks = masks[: len(logits)]
@@ -212,7 +212,7 @@ def measure(network: nn.Module, path: Path, data: dict[str, tuple[Tensor, Tensor
 
 
 def study(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train and measure every network that edge.json does not hold yet."""
+    """Train and measure every network that is not in edge.json yet."""
     file = args.output / "edge.json"
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "seeds")}
     cells = []
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="edge.py")
     parser.add_argument("--output", type=Path, default=Path("output/edge"), metavar="DIR", help="default output/edge")
     parser.add_argument(
-        "--backbone", default="cs3darknet_focus_s", help="a model of timm's with SiLU (default: %(default)s)"
+        "--backbone", default="cs3darknet_focus_s", help="a timm model with SiLU (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
     parser.add_argument("--size", type=int, default=48, help="side of the images, a multiple of 16 (default 48)")

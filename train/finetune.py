@@ -1,4 +1,4 @@
-"""Fine-tune a network that has weights, timm's ResNet-18 from ImageNet or --pretrained, on a folder of your own images.
+"""Fine-tune a pretrained network, timm's ResNet-18 from ImageNet or --pretrained, on a folder of your own images.
 
 accelerate launch train/finetune.py --data path/to/folder [--key value ...]
 """

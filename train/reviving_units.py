@@ -1,10 +1,10 @@
-"""Dead units of a ReLU network, and how many come back: with ReLU, and with SUGAR, from the same weights.
+"""Dead units of a ReLU network, and how many are revived with ReLU and with SUGAR, from the same weights.
 
     python train/reviving_units.py --data cifar10 --output output/reviving_units
 
-Trains a narrow VGG-16 without BatchNorm with plain ReLU at a learning rate that kills units. Then training goes on from
-its last weights, with a new optimizer at that rate and at a lower one, once with ReLU and once with the network
-converted to SUGAR. Writes revival.json and pictures. Killed and started again, it resumes.
+Trains a narrow VGG-16 without BatchNorm with plain ReLU at a learning rate that kills units. Training then continues
+from its last weights, with a new optimizer at that rate and at a lower one, once with ReLU and once with the network
+converted to SUGAR. Writes revival.json and pictures. The same command resumes an interrupted run.
 """
 
 import argparse
@@ -48,20 +48,20 @@ def main() -> None:
     parser = Parser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="cifar10", help="data set, as the training scripts take it (default cifar10)")
+    parser.add_argument("--data", default="cifar10", help="data set, as in the training scripts (default cifar10)")
     parser.add_argument("--output", type=Path, default=Path("output/reviving_units"), metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
-    parser.add_argument("--epochs", type=int, default=8, help="with ReLU, at first (default 8)")
-    parser.add_argument("--more-epochs", type=int, default=5, help="after that, in either way (default 5)")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of the first training, with ReLU (default 8)")
+    parser.add_argument("--more-epochs", type=int, default=5, help="epochs of each continued training (default 5)")
     parser.add_argument("--width", type=int, default=16, help="channels of the first layer; VGG-16 has 64 (default 16)")
     parser.add_argument("--opt", default="adamw", help="optimizer (default adamw)")
-    parser.add_argument("--lr", type=float, default=0.0014, help="learning rate at first (default 0.0014)")
+    parser.add_argument("--lr", type=float, default=0.0014, help="first learning rate (default 0.0014)")
     parser.add_argument(
-        "--more-lr", type=float, nargs="+", default=[0.0014, 0.0003], metavar="LR", help="after that, one or several"
+        "--more-lr", type=float, nargs="+", default=[0.0014, 0.0003], metavar="LR", help="learning rates after that"
     )
     parser.add_argument("--limit-train", type=int, default=5000, help="training images (default 5000)")
     parser.add_argument("--limit-val", type=int, default=2000, help="images to count dead units on (default 2000)")
-    parser.add_argument("--mixed-precision", default="bf16", help="of training: bf16 or no (default bf16)")
+    parser.add_argument("--mixed-precision", default="bf16", help="precision of training: bf16 or no (default bf16)")
     arguments = parser.parse_args()
     with one_line_errors(parser.prog):
         plans = [plan(arguments, seed) for seed in dict.fromkeys(arguments.seeds)]
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def plan(arguments: argparse.Namespace, seed: int) -> tuple[TrainConfig, dict[tuple[str, float], TrainConfig]]:
-    """Return the settings of a seed's first training, and of those that continue from it, by arm and learning rate."""
+    """Return the settings of a seed's first training, and of its continued trainings by arm and learning rate."""
     folder = arguments.output / f"seed{seed}"
     after = {
         (arm, lr): settings(arguments, seed, arguments.more_epochs, lr, folder / f"{arm}-{lr:g}")
@@ -117,7 +117,7 @@ def revive(first: TrainConfig, after: dict[tuple[str, float], TrainConfig]) -> d
 
 
 def go_on(config: TrainConfig, start: dict[str, Any], surrogate: str | None) -> dict[str, Any]:
-    """Train from the weights `start`, converted where there is a surrogate, and profile the network on val."""
+    """Train from the weights `start`, converted if a surrogate is given, and profile the network on val."""
     check_writable(config.folder)
     with folder_lock(config.folder):
         run = build(config)
@@ -133,7 +133,7 @@ def go_on(config: TrainConfig, start: dict[str, Any], surrogate: str | None) -> 
 
 
 def profiles(output: Path) -> dict[str, dict[str, Any]]:
-    """The profiles of a network before and after it was trained on, in that order."""
+    """The profiles of a network before and after its continued training, in that order."""
     return json.loads((output / PROFILES).read_text(encoding="utf-8"))
 
 
@@ -173,13 +173,13 @@ def draw(records: list[dict[str, Any]], output: Path) -> None:
         for ax in figure.axes:
             ax.axvline(begun, color="0.5", linestyle=":", linewidth=1)
         save(figure, output / f"epochs_{lr:g}")
-        styles = [PALETTE["relu"]._replace(colour="#9aa3ad"), *arms]  # before: ReLU too, paler
+        styles = [PALETTE["relu"]._replace(colour="#9aa3ad"), *arms]  # before: also ReLU, in a paler colour
         save(dead_units_by_layer(found, styles), output / f"layers_{lr:g}")
         save(activation_ridges({label: each[0] for label, each in found.items()}, styles), output / f"profile_{lr:g}")
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    """Print Markdown tables: mean and standard deviation over the seeds, and what happened in each layer."""
+    """Print Markdown tables: mean and standard deviation over the seeds, and revived and dead units of each layer."""
     units = sum(layer["units"] for layer in records[0]["after"][0]["layers"])
     print(f"{units} units; seeds {', '.join(str(record['seed']) for record in records)}")
     print("\n| goes on with | lr | dead before | revived | died | dead after | val top-1 (%) | test top-1 (%) |")

@@ -4,8 +4,8 @@
     python train/when_it_helps.py --part rates --output output/when_it_helps --summary
 
 A part is train/when_it_helps/PART.yaml: rates, fair (each at the best rate of `rates`), control, longer, dying and
-finetune. Stop it at any time: the same command goes on, and a finished cell is not run again. OUTPUT/PART holds a JSON
-file a cell; `--summary` prints the tables of what is finished, draws its picture and gathers its cells in
+finetune. It can be stopped at any time: the same command resumes it and skips finished cells. OUTPUT/PART has one JSON
+file per cell; `--summary` prints the tables of the finished cells, draws the picture and collects the cells in
 OUTPUT/PART.json.
 """
 
@@ -65,10 +65,10 @@ class Cell:
 
     Attributes:
         activation: A name of timm's registry; in ``A@B`` the gradients of A are rescaled, layer by layer, to the norm
-            that B's would have with the same weights and images.
+            of B's gradients for the same weights and images.
         lr: The highest learning rate.
         init: "timm" (kaiming_normal over fan_out) or "pytorch" (each layer's own `reset_parameters`).
-        seed: Of initialisation, order and augmentation.
+        seed: Seed of initialisation, order and augmentation.
     """
 
     activation: str
@@ -82,7 +82,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Images:
-    """Images of `place` and labels on the device: training (padded where the recipe augments), validation and test."""
+    """Images from `place` and labels on the device: training (padded if the recipe augments), validation and test."""
 
     train: tuple[Tensor, Tensor]
     val: tuple[Tensor, Tensor]
@@ -113,29 +113,29 @@ class PlainNet(nn.Module):
 
 
 class Composed(nn.Module):
-    """SUGAR out of plain operations, which nothing can differentiate wrongly."""
+    """SUGAR as plain operations that autograd differentiates; the reference for gradients."""
 
     def __init__(self, surrogate: str, alpha: float | None):
         super().__init__()
         self.entry, self.alpha = get_surrogate(surrogate), alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(x), whose gradient is the surrogate's."""
+        """Return relu(x) with the gradient of the surrogate."""
         alpha = self.entry.resolve_alpha(self.alpha)
         return torch.relu(x).detach() + (x - x.detach()) * self.entry.derivative(x.detach(), alpha)
 
 
 def read_recipe(part: str, **overrides: Any) -> dict[str, Any]:
-    """Return the settings of a part; those of `overrides` that are not None win."""
+    """Return the settings of a part; values in `overrides` that are not None take precedence."""
     recipe: dict[str, Any] = yaml.safe_load((RECIPES / f"{part}.yaml").read_text(encoding="utf-8"))
     return recipe | {key: value for key, value in overrides.items() if value is not None}
 
 
 def plan(recipe: dict[str, Any], output: Path) -> list[Cell]:
-    """Return the cells: all of a seed before the next, all of a rate before the next.
+    """Return the cells, ordered by seed and then by rate.
 
     Raises:
-        ValueError: a rate is to be the best of a part that has not finished for that activation.
+        ValueError: a rate is the best of another part, which has no finished cell for that activation.
     """
     axes = (recipe["seeds"], recipe["rates"], recipe["inits"], recipe["activations"])
     cells = []
@@ -147,7 +147,7 @@ def plan(recipe: dict[str, Any], output: Path) -> list[Cell]:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return what `train_cell` wrote for each finished cell of a part: of its folder, or else as `gather` wrote it."""
+    """Return the result of each finished cell of a part, from its folder or from the file written by `gather`."""
     if not folder.is_dir() and folder.with_suffix(".json").is_file():
         stored = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
         return [stored["shared"] | cell for cell in stored["cells"]]
@@ -155,7 +155,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def gather(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the cells of a part as one JSON file, a line a cell, what all of them share once."""
+    """Write the cells of a part as one JSON file, one line per cell; values shared by all cells are written once."""
     shared = {key: value for key, value in results[0].items() if all(r.get(key) == value for r in results)}
     cells = [json.dumps({key: _rounded(r[key]) for key in r if key not in shared}) for r in results]
     lines = ",\n".join(cells)
@@ -163,7 +163,7 @@ def gather(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Return floats with six digits, which is more than accuracies of 10,000 images have."""
+    """Round floats to six digits, more than the precision of accuracies on 10,000 images."""
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     if isinstance(value, dict):
@@ -183,10 +183,10 @@ def best_rate(results: Sequence[dict[str, Any]], activation: str, init: str) -> 
 
 
 def load_images(data: str, output: Path, side: int, limit: int | None) -> tuple[dict[str, Tensor], str]:
-    """Decode a data set, or read what an earlier call decoded in `output`.
+    """Decode a data set, or read the images that an earlier call cached in `output`.
 
     Returns:
-        Pixels (uint8, (N, 3, side, side)) and labels of train, val and test, and a hash of them all.
+        Pixels (uint8, (N, 3, side, side)) and labels of train, val and test, and a hash of all of them.
     """
     cached = output / f"images-{hashlib.sha256(f'{Path(data).absolute()} {side}'.encode()).hexdigest()[:12]}.npz"
     if not cached.is_file():
@@ -214,7 +214,7 @@ def load_images(data: str, output: Path, side: int, limit: int | None) -> tuple[
 
 
 def on_device(arrays: dict[str, Tensor], device: torch.device, augment: bool) -> Images:
-    """Copy the images of `load_images` to the device."""
+    """Copy the images from `load_images` to the device."""
     padding = {"train": 4 * augment}
     splits = [
         (place(arrays[name], device, padding.get(name, 0)), arrays[f"{name}_labels"].to(device))
@@ -225,7 +225,7 @@ def on_device(arrays: dict[str, Tensor], device: torch.device, augment: bool) ->
 
 
 def build(activation: str, init: str, seed: int, recipe: dict[str, Any], stem: str, classes: int) -> nn.Module:
-    """Return the network of a cell; its weights depend on init and seed alone."""
+    """Return the network of a cell; its weights depend only on init and seed."""
     torch.manual_seed(seed)
     if recipe["model"] == "plain":
         model: nn.Module = PlainNet(recipe["depth"], recipe["width"], activation, classes)
@@ -238,7 +238,7 @@ def build(activation: str, init: str, seed: int, recipe: dict[str, Any], stem: s
 
 
 def with_activation(model: nn.Module, make: Callable[[timm_sugar.Sugar], nn.Module]) -> nn.Module:
-    """Return a copy of `model` with other modules in place of each Sugar."""
+    """Return a copy of `model` with each Sugar replaced by `make(sugar)`."""
     twin = copy.deepcopy(model)
     for name, module in list(twin.named_modules()):
         if isinstance(module, timm_sugar.Sugar):
@@ -253,7 +253,7 @@ def check_gradient(model: nn.Module, images: Images, compile: str) -> float:
         Relative distance of the first convolution's gradients, in float32.
 
     Raises:
-        RuntimeError: it is not SUGAR's, or cannot be told from ReLU's.
+        RuntimeError: the gradient is not SUGAR's, or cannot be distinguished from ReLU's.
     """
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -283,7 +283,7 @@ def check_gradient(model: nn.Module, images: Images, compile: str) -> float:
 
 
 def rescale_to(twin: nn.Module, model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
-    """Return an `adjust` that gives each parameter's gradient the norm that `twin`'s has; they share parameters."""
+    """Return an `adjust` that rescales each parameter's gradient to the norm of `twin`'s; they share parameters."""
     parameters = [*model.parameters()]
     owners = {name: twin.get_submodule(name) for name, _ in model.named_modules()}
     for name, parameter in model.named_parameters():
@@ -349,7 +349,7 @@ class Study:
         return right.float().mean()
 
     def base(self, seed: int) -> Path | None:
-        """Train the network that `finetune` starts from, once a seed, and return its weights."""
+        """Train the network that `finetune` starts from, once per seed, and return the path of its weights."""
         if "base" not in self.recipe:
             return None
         path, base = self.folder / f"base-seed{seed}.pt", self.recipe["base"]
@@ -365,7 +365,7 @@ class Study:
         return path
 
     def train_cell(self, cell: Cell) -> Iterator[None]:
-        """Train one network and write its file; yields after each step, and ends without a file where time is short."""
+        """Train one network and write its file; yield after each step, and stop without a file if time is short."""
         began = time.monotonic()
         direction, _, size = cell.activation.partition("@")
         for activation in filter(None, (direction, size)):
@@ -388,7 +388,7 @@ class Study:
             yield from loop.train_epoch(epoch)
             losses.append(loop.loss_sum / loop.steps)
             accuracies.append(self.accuracy(loop, self.images.val))
-            if diverged := not math.isfinite(losses[max(0, epoch - 1)].item()):  # that of the last would be waited for
+            if diverged := not math.isfinite(losses[max(0, epoch - 1)].item()):  # waiting for the last loss would block
                 break
             if time.monotonic() + (epochs - epoch - 1) * 0.9 * (time.monotonic() - first) > self.ends:
                 say(f"{cell}: given up after epoch {epoch + 1}, it would not end in time")
@@ -410,7 +410,7 @@ class Study:
         say(f"{cell}: {loss}, {val}, test {100 * test:.2f}%, {result['seconds']:.0f} s")
 
     def cells(self, cells: Sequence[Cell]) -> Iterator[Iterator[None]]:
-        """Yield the training of each cell that is not finished, while there is time for one more."""
+        """Yield the training of each unfinished cell, while there is time for another one."""
         for position, cell in enumerate(cells):
             if (self.folder / f"{cell}.json").is_file():
                 continue
@@ -490,7 +490,7 @@ def _validation(runs: Sequence[dict[str, Any]], best: bool) -> str:
 
 
 def against_relu(results: Sequence[dict[str, Any]], activation: str, init: str) -> dict[int, float]:
-    """Return by how many points the test accuracy of each seed is above ReLU's, each at its best rate."""
+    """Return the difference of the test accuracy to ReLU's in points, by seed, each at its best rate."""
     if activation == "relu" or not any((r["activation"], r["init"]) == ("relu", init) for r in results):
         return {}
     at = [
@@ -506,7 +506,7 @@ def against_relu(results: Sequence[dict[str, Any]], activation: str, init: str) 
 
 
 def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Draw test accuracy as `picture`.png and .pdf: by rate, or, where each activation has one rate, of each seed."""
+    """Draw test accuracy as `picture`.png and .pdf: by rate, or by seed if each activation has one rate."""
     from timm_sugar.analysis.palette import assign_styles
     from timm_sugar.analysis.plots import new_figure, save
 
@@ -565,7 +565,7 @@ def say(text: str) -> None:
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError where a finished cell was trained with other settings."""
+    """Raise ValueError if a finished cell was trained with other settings."""
     for result in read_results(folder):
         for key, value in result["settings"].items():
             if settings.get(key) != value:
@@ -579,11 +579,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--data", default="cifar10", help="a name, Hub id or folder, as in train/cifar.py")
     parser.add_argument("--output", type=Path, default=Path("output/when_it_helps"), metavar="DIR")
-    parser.add_argument("--summary", action="store_true", help="train nothing; show what is finished")
+    parser.add_argument("--summary", action="store_true", help="train nothing; show the finished cells")
     parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="with --summary: put the tables into this Markdown file"
+        "--into", type=Path, metavar="FILE", help="with --summary: write the tables into this Markdown file"
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="end before as many minutes have passed")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end before this many minutes have passed")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="networks at once on the one GPU (default 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stem", choices=MODELS, help="default: cifar on a GPU, timm (far cheaper) on a CPU")
@@ -594,7 +594,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="+", help="default: the recipe's")
     parser.add_argument("--activations", nargs="+", help="default: the recipe's")
     parser.add_argument("--limit-train", type=int, metavar="N", help="training images (default all)")
-    parser.add_argument("--steps", type=int, help="steps of an epoch, for a trial (default all)")
+    parser.add_argument("--steps", type=int, help="steps per epoch, for a trial (default all)")
     args = parser.parse_args(argv)
     ends = time.monotonic() + 60 * args.minutes
     device, folder = torch.device(args.device), args.output / args.part

@@ -1,4 +1,4 @@
-"""What the runs of appendix A amount to: categories, intervals, theory's bound and the rows of table 2."""
+"""Evaluation of the runs of appendix A: categories, intervals, the theoretical bound and the rows of table 2."""
 
 from statistics import median
 from typing import Any
@@ -7,15 +7,15 @@ from scipy.stats import binomtest, fisher_exact
 
 from .dying_relu import Cell
 
-# Table 3: the paper's ranges of the final loss. Its unit is unknown, so losses are compared after division by that of
-# a constant prediction: ours by the variance of the target, the paper's by its own category (A).
+# Table 3: the paper's ranges of the final loss. Its unit is unknown, so losses are divided by the loss of a
+# constant prediction: ours by the variance of the target, the paper's by its own category (A).
 TABLE3 = {
     "f1": {"A": (15.5818, 15.7392), "B": (10.5453, 11.0175), "C": (0.0003, 0.6299)},
     "f2": {"A": (36.2548, 36.6155), "D": (0.5452, 27.2373)},
     "f3": {"A": (19.2409, 19.4284), "D": (0.6767, 1.4268)},
     "f4": {"A": (81.0379, 81.5630), "D": (29.0563, 64.7609)},
 }
-COLLAPSED = 0.97  # a run is in (A) from this share of the variance on; table 3's (A) reaches down to 0.995
+COLLAPSED = 0.97  # a run is in (A) at this share of the variance or above; the minimum of table 3's (A) is 0.995
 
 # Table 2: percent of runs. He and RAI are quoted there from Lu et al.; f4 came from 20 hidden layers.
 PAPER_RUNS = {"he": 1000, "rai": 1000, "sugar_bsilu": 100}
@@ -48,7 +48,7 @@ def relative_ranges(function: str) -> dict[str, tuple[float, float]]:
 
 
 def learned_below(function: str) -> float | None:
-    """The border between (C) and (B), halfway between table 3's ranges; None where the paper draws none."""
+    """The threshold between (C) and (B), halfway between table 3's ranges; None if the paper has none."""
     ranges = relative_ranges(function)
     return (ranges["C"][1] + ranges["B"][0]) / 2 if "C" in ranges else None
 
@@ -69,22 +69,22 @@ def categorise(function: str, loss: float) -> str:
 
 
 def born_dead_bound(depth: int, width: int) -> float:
-    """A lower bound on the probability that a ReLU network of scalar input is dead before training.
+    """A lower bound on the probability that a ReLU network with scalar input is dead before training.
 
-    For weights independent and symmetric about 0, biases 0 and inputs of both signs, the setting in which Lu et al.
-    (2020) bound it for d_in = 1; derived here anew. Such a network is linear on either half-line, so that it carries
-    two rays through the layers. With N units, a ray dies in a layer with probability 2**-N. Two live rays lie in one
-    orthant, so that the angle between them is at most a right one: both die with probability at least 4**-N, and with
-    at least N * 4**-N both live on in one and the same unit, to share their fate from then on. The bound is that
-    Markov chain, started after the first layer, where the two rays live in different units.
+    The setting is that of Lu et al. (2020) for d_in = 1: independent weights symmetric about 0, zero biases and inputs
+    of both signs. The derivation is our own. Such a network is linear on each half-line, so it maps two rays through
+    the layers. With N units, a ray dies in a layer with probability 2**-N. Two live rays lie in one orthant, so the
+    angle between them is at most 90 degrees: both die with probability at least 4**-N, and with probability at least
+    N * 4**-N both survive in the same single unit and behave as one ray from then on. The bound is this Markov chain,
+    started after the first layer, where the two rays are in different units.
 
     Args:
-        depth: Hidden layers.
-        width: N, units in each of them.
+        depth: Number of hidden layers.
+        width: N, units per hidden layer.
     """
     all_dead = 2.0**-width
-    one = 1 - all_dead  # a single ray lives on
-    two = 1 - 2 * all_dead - (width - 1) * all_dead**2  # two separate rays live on as such
+    one = 1 - all_dead  # a single ray survives
+    two = 1 - 2 * all_dead - (width - 1) * all_dead**2  # two separate rays survive as separate rays
     weight = (1 - 2 * all_dead) * (1 - all_dead) / (1 + (width - 1) * all_dead)
     steps = depth - 1
     return 1 - one**steps - weight * (one**steps - two**steps)
@@ -94,12 +94,12 @@ def table_row(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
     """The row of table2.json for the result of one cell.
 
     Returns:
-        JSON-ready: `function`, `method`, `depth`, `width`, `runs`; `A` to `D` in percent, null where the paper has no
-        such category; `interval`, their Wilson 95% intervals; `paper`, its figures where it has this cell, and
-        `paper_p`, for each the probability of a difference as large as ours from it if both were of one kind, by
-        Fisher's exact test over our runs and theirs; `outside_table3`, percent of runs whose loss lies in none
-        of its ranges; `born_dead` and `dead`, percent of runs with a hidden layer inactive on every sample before and
-        after training; `lowest_loss`, `median_loss`, relative to the variance.
+        JSON-ready: `function`, `method`, `depth`, `width`, `runs`; `A` to `D` in percent, null if the paper has no
+        such category; `interval`, their Wilson 95% intervals; `paper`, its figures if it has this cell, and
+        `paper_p`, the p-value of Fisher's exact test of the difference between our runs and the paper's for each;
+        `outside_table3`, percent of runs whose loss is outside all of table 3's ranges; `born_dead` and `dead`,
+        percent of runs with a hidden layer inactive on every sample before and after training; `lowest_loss`,
+        `median_loss`, relative to the variance.
     """
     losses = [loss / variance for loss, variance in zip(result["loss"], result["variance"], strict=True)]
     found = [categorise(cell.function, loss) for loss in losses]
@@ -140,9 +140,9 @@ def chance(count: int, runs: int, percent: float, other_runs: int) -> float:
 
 
 def paper_shapes(function: str, method: str) -> tuple[tuple[int, int], ...]:
-    """Depths and widths at which the paper's figure is compared.
+    """Depths and widths at which we compare with the paper's figure.
 
-    20 and 4 for He and RAI on f4. Elsewhere 10 and 2, and 9 and 2, since the "10 layers" of Lu et al. may count the
+    20 and 4 for He and RAI on f4. Otherwise 10 and 2, and 9 and 2, since the "10 layers" of Lu et al. may include the
     output layer.
     """
     return ((20, 4),) if paper_function(function) == "f4" and method in ("he", "rai") else ((10, 2), (9, 2))

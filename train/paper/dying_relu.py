@@ -55,13 +55,13 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of table 2 and everything that its result depends on.
+    """One cell of table 2, with all settings that its result depends on.
 
     Attributes:
         function: A key of `TARGETS`.
         method: "he" or "rai" (ReLU from that initialisation), "sugar_<surrogate>" (from He) or "rai_sugar_<surrogate>".
         depth: Number of hidden layers.
-        width: Units in each of them.
+        width: Units per hidden layer.
         runs: Independent runs, numbered from 0; each has its own data, weights and shuffles.
         epochs: Passes over the 3000 samples.
         seed: Seeds the runs.
@@ -108,18 +108,18 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that the cell's result depends on, JSON-ready."""
+        """All settings that the cell's result depends on, JSON-ready."""
         alpha = None if self.surrogate is None else get_surrogate(self.surrogate).alpha
         return {**asdict(self), "alpha": alpha}
 
 
 class BatchedNetwork:
-    """Fully connected ReLU networks of one shape, one for each run, computed side by side.
+    """Fully connected ReLU networks of one shape, one per run, computed as a batch.
 
-    Activations are (units, runs, samples), parameters (outputs, inputs + 1, runs), the bias last. Products are
-    written as broadcast multiply-adds along the samples, so that the arithmetic of one run, down to the rounding,
-    does not depend on how many others there are. Call it on one thread and with multiples of 32 samples: then no
-    vectorised loop has a remainder that it would round differently.
+    Activations are (units, runs, samples), parameters (outputs, inputs + 1, runs), with the bias last. Products are
+    written as broadcast multiply-adds along the samples, so that the result of one run, including rounding, does not
+    depend on the number of runs. Use one thread and multiples of 32 samples: then no vectorised loop has a remainder
+    that is rounded differently.
 
     Args:
         sizes: Inputs, hidden units of each layer, outputs.
@@ -183,20 +183,20 @@ def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def _generator(cell: Cell, run: int, purpose: str) -> torch.Generator:
-    # torch's CPU generator keeps the lower 32 bits of a seed; Python hashes the whole string into it.
+    # torch's CPU generator uses only the lower 32 bits of a seed; Python hashes the whole string into them.
     seed = random.Random(f"{cell.seed}/{run}/{purpose}").getrandbits(32)
     return torch.Generator().manual_seed(seed)
 
 
 def plain_network(cell: Cell) -> nn.Sequential:
-    """One network of the cell as an ordinary module, not yet initialised."""
+    """One network of the cell as an ordinary module, without initialised weights."""
     activation = nn.ReLU() if cell.surrogate is None else Sugar(cell.surrogate)
     layers = [nn.utils.skip_init(nn.Linear, i, o) for i, o in pairwise(cell.sizes)]
     return nn.Sequential(*(m for layer in layers for m in (layer, activation)))[:-1]
 
 
 def initialise(network: nn.Sequential, cell: Cell, run: int) -> nn.Sequential:
-    """Give a `plain_network` the weights of a run. They do not depend on the surrogate."""
+    """Initialise a `plain_network` with the weights of a run. They do not depend on the surrogate."""
     generator = _generator(cell, run, "weights")
     if cell.initialisation == "rai":
         return randomized_asymmetric_(network, generator)
@@ -221,8 +221,8 @@ def train(cell: Cell) -> dict[str, Any]:
         JSON-ready: the cell's settings; per run `loss` (final mean squared error on the 3000 samples), `variance` (of
         the target, the loss of the best constant), `born_dead` and `dead` (a hidden layer is inactive on all
         samples before and after training); per epoch, the start included, `activation` (per run: fraction of
-        positive pre-activations over hidden units and 512 samples); `prediction` on `GRID` where the input is a scalar;
-        `seconds` of CPU time, which on an idle core is the time it takes.
+        positive pre-activations over hidden units and 512 samples); `prediction` on `GRID` if the input is a scalar;
+        `seconds` of CPU time, equal to wall time on an idle core.
     """
     started = time.process_time()
     with _one_thread():
@@ -271,9 +271,9 @@ def train(cell: Cell) -> dict[str, Any]:
 
 
 def train_alone(cell: Cell, run: int) -> float:
-    """Train one run as anybody would, an ordinary module under autograd; return its final mean squared error.
+    """Train one run as an ordinary module with autograd; return its final mean squared error.
 
-    It equals the run's loss from `train` but for rounding, which training amplifies.
+    It equals the run's loss from `train` except for rounding errors, which training amplifies.
     """
     with _one_thread():
         x = samples(cell, run).T
@@ -293,14 +293,14 @@ def train_alone(cell: Cell, run: int) -> float:
 
 
 def run_cells(cells: Iterable[Cell], folder: Path, jobs: int = 1) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yield the results of cells as they finish, from `folder` where an earlier call has left them there.
+    """Yield the results of cells as they finish; results of an earlier call are loaded from `folder`.
 
     Args:
-        cells: What to run.
-        folder: Keeps one JSON file a cell: the result of `train`, and `seconds_one_by_one`, the CPU time that
-            training the runs one by one would take, measured on at most two epochs of one.
-        jobs: Processes, each on one thread; 1 stays in this one, and so do surrogates registered by the caller, which
-            fresh processes do not know.
+        cells: Cells to run.
+        folder: Stores one JSON file per cell: the result of `train`, and `seconds_one_by_one`, the CPU time of
+            training the runs one by one, extrapolated from at most two epochs of one run.
+        jobs: Number of processes, each with one thread. With 1, and for surrogates registered by the caller, which
+            other processes do not have, cells run in this process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     here, elsewhere = [], []
@@ -312,8 +312,8 @@ def run_cells(cells: Iterable[Cell], folder: Path, jobs: int = 1) -> Iterator[tu
             here.append(cell)
         else:
             elsewhere.append(cell)
-    elsewhere.sort(key=lambda cell: -cell.depth * cell.width)  # the longest first, so that no process ends up alone
-    # Forking would copy the locks of torch's threads in whatever state they are.
+    elsewhere.sort(key=lambda cell: -cell.depth * cell.width)  # the longest first, to balance the processes
+    # A fork would copy the locks of torch's threads in an undefined state.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_run_and_save, cell, folder): cell for cell in elsewhere}
         try:

@@ -16,11 +16,11 @@ from .dying_relu import GRID, TARGETS
 
 LABELS = {"bsilu": "B-SiLU", "nelu": "NeLU", "elu": "ELU", "selu": "SELU", "gelu": "GELU", "silu": "SiLU"}
 LABELS |= {"mish": "Mish", "leaky_relu": "LeakyReLU", "relu": "ReLU"}
-DRAWN_ALPHA = {"nelu": 0.1, "leaky_relu": 0.2}  # larger than the defaults, at which a picture cannot show them
+DRAWN_ALPHA = {"nelu": 0.1, "leaky_relu": 0.2}  # larger than the defaults, which would not be visible
 
 
 def method_style(method: str) -> tuple[str, str, str, str]:
-    """Label, colour, marker and dashes of a method of appendix A: the activation's colour, dashed from RAI's start."""
+    """Label, colour, marker and dashes of a method of appendix A: the activation's colour, dashed for RAI."""
     _, found, surrogate = method.rpartition("sugar_")
     activation, colour, _ = surrogate_style(surrogate if found else "relu")
     start, marker, dashes = ("RAI", "s", "--") if method.startswith("rai") else ("He", "o", "-")
@@ -28,16 +28,16 @@ def method_style(method: str) -> tuple[str, str, str, str]:
 
 
 def surrogate_style(name: str) -> tuple[str, str, Any]:
-    """Label, colour and dashes of a surrogate; registered ones share a grey."""
+    """Label, colour and dashes of a surrogate; user-registered ones are grey."""
     own = PALETTE.get(name)
     return LABELS.get(name, name), own.colour if own else "0.4", own.dashes if own else "--"
 
 
 def sugar_gradients(dark: bool = False) -> Figure:
-    """Figure 1: ReLU and its derivative, then ReLU with the derivative of B-SiLU and of NeLU in its place.
+    """Figure 1: ReLU and its derivative, then ReLU with the derivatives of B-SiLU and of NeLU.
 
     Args:
-        dark: Draw it for a dark page, on nothing.
+        dark: Draw it for a dark page, with a transparent background.
     """
     with rc_context(ON_DARK if dark else {}):
         figure, axes = new_figure(1, 3, sharey=True)
@@ -63,7 +63,7 @@ def sugar_gradients(dark: bool = False) -> Figure:
 
 
 def surrogate_functions() -> Figure:
-    """Figure 8: functions (where known) and derivatives of all surrogates, in front of those of ReLU."""
+    """Figure 8: functions (if known) and derivatives of all surrogates, with those of ReLU in the background."""
     figure, axes = new_figure(1, 2, height=4.4)
     x = torch.linspace(-5, 3, 801)
     left, right = axes[0]
@@ -84,11 +84,11 @@ def surrogate_functions() -> Figure:
 
 
 def predictions(relu: dict[str, Any], sugar: dict[str, Any], run: int) -> Figure:
-    """Figure 6: what one run predicts after training with ReLU (left) and with SUGAR (right), beside the target.
+    """Figure 6: predictions of one run after training with ReLU (left) and with SUGAR (right), and the target.
 
     Args:
-        relu: Result of `train` for a cell of scalar input, without a surrogate.
-        sugar: The same cell with one.
+        relu: Result of `train` for a cell with scalar input, without a surrogate.
+        sugar: Result of the same cell with a surrogate.
         run: Number of the run.
     """
     figure, axes = new_figure(1, 2, sharey=True)
@@ -129,9 +129,9 @@ def activation_probability(results: list[dict[str, Any]]) -> Figure:
 
 
 def loss_histograms(results: list[dict[str, Any]]) -> Figure:
-    """Final losses relative to the target's variance, a row a function and a column a method.
+    """Final losses relative to the target's variance, one row per function and one column per method.
 
-    The axis is logarithmic, losses below it count as its end; table 3's ranges are grey, our borders dotted.
+    The axis is logarithmic, losses below its range are clipped; table 3's ranges are grey, our thresholds dotted.
     """
     functions = _functions(results)
     methods = list(dict.fromkeys(result["method"] for result in results))
@@ -144,7 +144,7 @@ def loss_histograms(results: list[dict[str, Any]]) -> Figure:
                 ax.axvspan(low, high, color="0.85", linewidth=0, zorder=0)
                 place = {"A": 1.35, "B": 0.62}.get(category, math.sqrt(low * high))
                 style = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 8}
-                height = 0.98 if category == "A" else 0.86  # B and D are so close that they would touch it
+                height = 0.98 if category == "A" else 0.86  # lower, since B and D are close to A
                 ax.text(place, height, category, color="0.3", **style)
             for border in (COLLAPSED, learned_below(function)):
                 if border is not None:
@@ -153,7 +153,7 @@ def loss_histograms(results: list[dict[str, Any]]) -> Figure:
             clipped = [min(max(loss, bins[0]), bins[-1]) for loss in losses]
             ax.hist(clipped, bins, color=method_style(result["method"])[1])
             ax.set_xscale("log")
-            ax.set_ylim(0, 1.25 * len(losses))  # the letters stand above the bars
+            ax.set_ylim(0, 1.25 * len(losses))  # space for the letters above the bars
     for ax, method in zip(axes[0], methods, strict=True):
         ax.set_title(method_style(method)[0])
     figure.supxlabel("final loss / variance of the target")
@@ -161,10 +161,10 @@ def loss_histograms(results: list[dict[str, Any]]) -> Figure:
 
 
 def collapse_by_depth(rows: list[dict[str, Any]]) -> Figure:
-    """Percent of collapsed runs against depth with Wilson 95% intervals, and theory's lower bound for He's start.
+    """Percent of collapsed runs against depth with Wilson 95% intervals, and the theoretical lower bound for He.
 
     Args:
-        rows: Rows of `table_row` of one function and width.
+        rows: Rows from `table_row` for one function and width.
     """
     figure, axes = new_figure(1, 1, width=7, height=4.2)
     ax = axes[0, 0]
@@ -201,12 +201,12 @@ def _of(results: list[dict[str, Any]], function: str) -> list[dict[str, Any]]:
 
 
 def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Figures 3 and 11 to 13: accuracy of each function, as it is and as SUGAR's surrogate, against the ReLU baseline.
+    """Figures 3 and 11 to 13: accuracy of each function, itself and as SUGAR's surrogate, against the ReLU baseline.
 
     Args:
-        rows: Of one network and data set: `activation` ("relu", "elu", "sugar_elu", "sugar_nelu_0.01", ...),
-            `top1_percent`, and `interval_percent`, half the width of its interval, or None: no error bar then.
-        title: Above the picture.
+        rows: For one network and data set: `activation` ("relu", "elu", "sugar_elu", "sugar_nelu_0.01", ...),
+            `top1_percent`, and `interval_percent`, half the width of its interval, or None for no error bar.
+        title: Title above the picture.
 
     Raises:
         ValueError: there is no row of "relu".
@@ -230,7 +230,7 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
                 continue
             top, error = found[key]
             style = {"facecolor": face, "edgecolor": colour, "capsize": 2.5, "error_kw": {"linewidth": 1}}
-            # From the baseline, so that lengths are differences and the axis need not begin at 0.
+            # Bars start at the baseline, so that lengths are differences and the axis need not start at 0.
             bars = ax.bar(place + shift, top - baseline, 0.4, baseline, yerr=error, **style)
             ax.bar_label(bars, [f"{top - baseline:+.1f}"], padding=2, fontsize=7)
     ax.margins(y=0.08)

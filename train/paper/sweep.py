@@ -1,4 +1,4 @@
-"""A sweep: every cell of a recipe with every seed, several at once, each in a process and a folder of its own."""
+"""A sweep: every cell of a recipe with every seed, several at once, each in its own process and folder."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil  # of accelerate
+import psutil  # a dependency of accelerate
 
 from timm_sugar.settings import names_of, to_flags
 from timm_sugar.surrogates import unknown_name
@@ -26,12 +26,12 @@ def main(script: str, description: str, recipe: str) -> None:
     """Run a sweep from the command line and write its table.
 
     Args:
-        script: The ``__file__`` of train/sweep.py; cells are trained by cifar.py beside it.
+        script: The ``__file__`` of train/sweep.py; cells are trained by cifar.py in the same folder.
         description: Its docstring, for --help.
         recipe: The default recipe.
 
-    Exits with status 2 where the arguments are wrong, 1 where a cell failed, 75 where time was up before all cells were
-    finished, 143 or 130 after SIGTERM or Ctrl-C.
+    Exits with status 2 for invalid arguments, 1 if a cell failed, 75 if the time limit ended the sweep before all cells
+    were finished, 143 or 130 after SIGTERM or Ctrl-C.
     """
     path = Path(script)
     parser = _parser(path.name, description, recipe)
@@ -43,7 +43,7 @@ def main(script: str, description: str, recipe: str) -> None:
             raise ValueError(f"jobs must be at least 1, got {args.jobs}")
         if not args.minutes > 0:
             raise ValueError(f"minutes must be above 0, got {args.minutes:g}")
-        spent = time.time() - psutil.Process().create_time()  # in imports, above all
+        spent = time.time() - psutil.Process().create_time()  # mostly in imports
         failures = {} if args.table_only else run(cells, args.jobs, args.minutes - spent / 60)
         summaries = [(cell.name, cell.config.seed, summary_of(cell)) for cell in cells]
         paper = {name: cell.get("paper") for name, cell in read_grid(args.recipe).items()}
@@ -68,7 +68,7 @@ def _parser(prog: str, description: str, recipe: str) -> argparse.ArgumentParser
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every other flag is one of train/cifar.py and goes to each cell.",
+        epilog="All other flags are those of train/cifar.py and are passed to each cell.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -77,25 +77,25 @@ def _parser(prog: str, description: str, recipe: str) -> argparse.ArgumentParser
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: the recipe's")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="default: all of the recipe")
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="cells at once (default: one a CPU core, or one on a GPU)"
+        "--jobs", type=int, metavar="N", help="cells at once (default: one per CPU core, or one on a GPU)"
     )
     parser.add_argument(
         "--minutes",
         type=float,
         default=math.inf,
         metavar="M",
-        help="save and end before so many have passed, with exit status 75 and the command that goes on",
+        help="save and exit before M minutes have passed, with exit status 75 and the command that resumes",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="a cell is in DIR/seedN/NAME (default output/RECIPE)"
     )
-    parser.add_argument("--table-only", action="store_true", help="train nothing; write the table of what is finished")
-    parser.add_argument("--into", type=Path, metavar="FILE", help="put the table into this Markdown file too")
+    parser.add_argument("--table-only", action="store_true", help="train nothing; write the table of finished cells")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="also write the table into this Markdown file")
     return parser
 
 
 def _command(args: argparse.Namespace, others: Sequence[str]) -> str:
-    """Return the command line without what only says where things are."""
+    """Return the command line without paths of data and output."""
     given = {"recipe": Path(args.recipe).stem, "seeds": args.seeds, "cells": args.cells}
     flags = to_flags({name: value for name, value in given.items() if value})
     rest = list(others)
@@ -115,12 +115,12 @@ def plan(
     """Return the cells of a sweep, all of the first seed first.
 
     Args:
-        script: train/sweep.py; cifar.py is beside it.
+        script: train/sweep.py; cifar.py is in the same folder.
         recipe: Name or file of a recipe that has a grid.
         folder: A cell's folder is ``folder/seedN/NAME``.
         seeds: None for the recipe's.
         names: Cells; None for all.
-        others: Flags that go to every cell.
+        others: Flags passed to every cell.
 
     Raises:
         ValueError: an unknown recipe, cell or flag, or a wrong value.
@@ -149,7 +149,7 @@ def read_grid(recipe: str) -> dict[str, dict[str, Any]]:
     """Return the cells of a recipe's grid by name: settings that override its own, and the paper's figure.
 
     Raises:
-        ValueError: it has none, or one of them has an unknown field.
+        ValueError: the recipe has no grid, or a cell has an unknown field.
     """
     cells = read_fields(recipe).get("grid")
     if not isinstance(cells, dict) or not all(isinstance(cell, dict) for cell in cells.values()):

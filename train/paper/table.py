@@ -1,4 +1,4 @@
-"""The table of a sweep: accuracy of each cell over the seeds, beside the paper's, as JSON, Markdown and bars."""
+"""The table of a sweep: accuracy of each cell over the seeds, with the paper's, as JSON, Markdown and bars."""
 
 import importlib.util
 import json
@@ -19,21 +19,21 @@ def make_table(
     paper: Mapping[str, Sequence[float] | None],
     command: str,
 ) -> dict[str, Any]:
-    """Gather the runs of a sweep.
+    """Collect the runs of a sweep.
 
     Args:
-        recipe: Its name.
-        runs: Cell, seed, and the summary of the run (its summary.json), None where it is not finished.
+        recipe: Name of the recipe.
+        runs: Cell, seed, and the summary of the run (its summary.json), or None if it is not finished.
             The cell ``sugar_NAME`` is NAME with SUGAR.
-        paper: Accuracy and its standard deviation, fractions of 1, that the paper gives for a cell.
+        paper: The paper's accuracy and standard deviation for a cell, as fractions of 1.
         command: The command line of the sweep.
 
     Returns:
-        recipe, command, seeds, missing runs, facts that all summaries share, hours of training in all, Spearman's rank
+        recipe, command, seeds, missing runs, fields that all summaries share, total hours of training, Spearman's rank
         correlation with the paper's accuracies and the number of cells in it, and the cells: name, accuracy by seed,
-        mean, interval (half the width of the mean's 95% t-interval over the seeds, None for one), the paper's mean and
-        standard deviation, and for a SUGAR cell gain, the mean over the seeds of what it is better than the same
-        without, its interval, and the paper's. Accuracies are fractions of 1.
+        mean, interval (half the width of the mean's 95% t-interval over the seeds, None for one seed), the paper's mean
+        and standard deviation. A SUGAR cell also has its gain over the same activation without SUGAR (mean over the
+        seeds), the interval of the gain, and the paper's gain. Accuracies are fractions of 1.
     """
     by_cell: dict[str, dict[int, float]] = {name: {} for name, _, _ in runs}
     summaries = [summary for _, _, summary in runs if summary]
@@ -79,13 +79,13 @@ def _mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     if any(len(set(side)) < 3 for side in zip(*pairs, strict=True)) or not pairs:
         return None
-    from scipy.stats import spearmanr  # scikit-learn, of the extra "train", brings it
+    from scipy.stats import spearmanr  # a dependency of scikit-learn, in the extra "train"
 
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 def _shared(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what all runs have in common, leaving out what they do not."""
+    """Return the fields that are equal in all runs."""
     if not summaries:
         return {}
     names = ("model", "epochs", "train_images", "val_images", "test_images", "versions")
@@ -95,15 +95,15 @@ def _shared(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -> None:
-    """Write table.json, table.md, and bars.png and bars.pdf where matplotlib is installed and ReLU's cell is finished.
+    """Write table.json, table.md, and bars.png and bars.pdf if matplotlib is installed and ReLU's cell is finished.
 
     Args:
-        table: See `make_table`.
-        folder: Where to.
-        into: A Markdown file with ``<!-- RECIPE -->`` and ``<!-- /RECIPE -->``: the table replaces what is between.
+        table: The table from `make_table`.
+        folder: Output folder.
+        into: A Markdown file; the table replaces the text between ``<!-- RECIPE -->`` and ``<!-- /RECIPE -->``.
 
     Raises:
-        ValueError: that file does not hold them.
+        ValueError: that file does not contain these markers.
     """
     shown = markdown(table)
     if into is not None:
@@ -121,10 +121,10 @@ def write_table(table: dict[str, Any], folder: Path, into: Path | None = None) -
 
 
 def replace_between(page: Path, name: str, text: str) -> None:
-    """Put `text` between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a Markdown file.
+    """Write `text` between the markers ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a Markdown file.
 
     Raises:
-        ValueError: the file does not hold them.
+        ValueError: the file does not contain the markers.
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
@@ -146,7 +146,7 @@ def _percentages(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Return a table for people to read: a row an activation, alone and with SUGAR, in percent."""
+    """Return the Markdown table: one row per activation, alone and with SUGAR, in percent."""
     cells = {cell["name"]: cell for cell in table["cells"]}
     count = len(table["seeds"])
     lines = [
@@ -194,7 +194,7 @@ def _measured(cell: dict[str, Any], seeds: int) -> str:
 
 
 def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
-    """Return the mean and its 95% t-interval as text, "+2.0 ± 2.5"; the mean alone where there is no interval."""
+    """Return the mean and its 95% t-interval as text, "+2.0 ± 2.5"; only the mean if there is no interval."""
     half = interval(values)
     return f"{fmean(values):{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
