@@ -218,6 +218,29 @@ def test_a_vector_is_one_image():
     assert (counts.layers["1"].images, counts.layers["1"].units.tolist()) == (1, [1, 0, 1])
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_an_image_without_a_batch_dimension_is_one_image(dimensions):
+    convolution, norm = getattr(nn, f"Conv{dimensions}d"), getattr(nn, f"InstanceNorm{dimensions}d")
+    torch.manual_seed(0)
+    model = nn.Sequential(convolution(2, 6, 3), norm(6), nn.ReLU(), convolution(6, 4, 1), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight[1] = model[3].weight[2] = 0
+        model[0].bias[1] = model[3].bias[2] = -1
+    image = torch.randn(1, 2, *[9] * dimensions)
+    found = []
+    for x in (image, image[0]):
+        watch = DeadUnitMonitor(model, every=1)
+        with count_units(model) as counts:
+            model(x)
+        layers = {name: (layer.images, layer.units.tolist()) for name, layer in counts.layers.items()}
+        summary = watch.summary()
+        found.append((summary.images, [(layer.units, [*layer.probability]) for layer in summary.layers], layers))
+        watch.detach()
+    assert found[0] == found[1]
+    assert [units for units, _ in found[0][1]] == [6, 4]
+    assert found[0][0] == 1
+
+
 def test_an_empty_batch_counts_nothing():
     model = Signs()
     watch = DeadUnitMonitor(model, every=1)

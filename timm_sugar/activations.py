@@ -140,37 +140,43 @@ def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]
 
     Units are the last dimension of a linear layer's output, and dimension 1 after a convolution, BatchNorm or
     GroupNorm. `channels_last` follows the most recent of these layers whose input has as many dimensions as x. If
-    there is none, units are the last of three dimensions (tokens), and dimension 1 of four or more (images).
+    there is none, units are the last of three dimensions (tokens), and dimension 1 of four or more (images). After a
+    convolution that got one image without a batch dimension, and for a vector, x gets a batch dimension of 1.
 
     Returns:
         A context that removes all hooks when it is closed.
     """
-    layout: dict[int, bool] = {3: True}  # number of dimensions -> whether channels are last
+    channels_last: dict[int, bool] = {3: True}  # by number of dimensions
+    batched: dict[int, bool] = {0: False, 1: False}  # likewise
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # during Dynamo's trace, in call order
-    def note_layout(dimensions: int, last: bool) -> None:
-        layout[dimensions] = last
+    def note_layout(module: nn.Module, dimensions: int) -> None:
+        channels_last[dimensions] = isinstance(module, nn.Linear)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            batched[dimensions] = dimensions == len(module.kernel_size) + 2
+        elif isinstance(module, nn.Linear):
+            batched[dimensions] = dimensions > 1
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def is_last(dimensions: int) -> bool:
-        return layout.get(dimensions, False)
+        return channels_last.get(dimensions, False)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def is_batched(dimensions: int) -> bool:
+        return batched.get(dimensions, True)
 
     def watch(name: str) -> Callable[..., None]:
         def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _input(args, kwargs)
-            see(name, x if x.ndim > 1 else x.reshape(1, -1), is_last(x.ndim))  # a vector is one sample
+            see(name, x if is_batched(x.ndim) else x.reshape(1, *(x.shape or (1,))), is_last(x.ndim))
 
         return call
 
     watched = ExitStack()
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            hook = Hook(lambda _, *given: note_layout(_input(*given).ndim, True))
-        elif isinstance(module, _CHANNELS_FIRST):
-            hook = Hook(lambda _, *given: note_layout(_input(*given).ndim, False))
-        else:
-            continue
-        watched.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if isinstance(module, (nn.Linear, *_CHANNELS_FIRST)):
+            hook = Hook(lambda module, *given: note_layout(module, _input(*given).ndim))
+            watched.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     for parent, key, name, value, _, _ in watchable_activations(model):
         if isinstance(value, nn.Module):
             watched.callback(value.register_forward_pre_hook(Hook(watch(name)), with_kwargs=True).remove)
