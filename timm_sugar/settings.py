@@ -17,7 +17,7 @@ from .surrogates import unknown_name
 #   data    the images used for training, validation and test; only runs with the same data settings are comparable
 #   result  the resulting weights; like data, must not change when a run resumes
 #   free    how the run is computed; may change when a run resumes
-#   start   a single invocation: where it writes, what it does
+#   start   a single invocation: its output folder and mode
 Kind = Literal["data", "result", "free", "start"]
 
 

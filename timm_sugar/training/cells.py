@@ -25,7 +25,7 @@ from .processes import on_cpu, stop_signals
 class Cell:
     """One run of a grid."""
 
-    name: str  # of what is trained, without the seed
+    name: str  # of the run, without the seed
     config: TrainConfig
     command: tuple[str, ...]  # arguments of Python that train it: a script or module and its arguments
 
@@ -118,7 +118,7 @@ def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _stop(running: dict[subprocess.Popen[bytes], Cell], until: float) -> None:
-    """Stop cells with SIGTERM, kill those that run longer than `until`, and kill the processes that they left."""
+    """Stop cells with SIGTERM, kill those that run longer than `until`, and kill their remaining child processes."""
     for process in running:
         process.send_signal(signal.SIGTERM)
     for process, cell in running.items():

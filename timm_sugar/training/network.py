@@ -139,7 +139,7 @@ def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -
         trial(torch.ones(2, 2)).sum().backward()
         create_optimizer_v2(trial, **settings).step()
         optimizer = create_optimizer_v2(network, layer_decay=config.layer_decay, **settings)
-    except Exception as error:  # it needs more than gradients, or does not have a setting
+    except Exception as error:  # some need a closure, or do not have a setting
         raise ValueError(f"optimizer {config.opt} cannot be used with these settings: {_reason(error)}") from error
     if not all(torch.isfinite(p).all() for p in trial.parameters()):
         raise ValueError(f"optimizer {config.opt} gives weights that are not finite in its first step; lower lr")

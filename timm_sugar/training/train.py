@@ -61,7 +61,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The record of the run: resolved settings, which were left open, data fingerprint, number of processes."""
+        """The record of the run: resolved settings, names of open ones, data fingerprint, number of processes."""
         record = dataclasses.asdict(self.config) | {"data_fingerprint": self.images.fingerprint}
         record["gradients"] = path_of(self.config, self.network, self.accelerator.device)
         if self.initial is not None:
