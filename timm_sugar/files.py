@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what they hold as JSON and YAML."""
+"""Atomic writing of files, and reading and writing JSON and YAML."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import yaml
 
 
 def cache_folder() -> Path:
-    """Return the folder of kernels and decoded images: $TIMM_SUGAR_CACHE, or timm_sugar in the user's cache folder."""
+    """Return the cache of kernels and decoded images: $TIMM_SUGAR_CACHE, or timm_sugar in the user's cache folder."""
     own = os.environ.get("TIMM_SUGAR_CACHE")
     if own:
         return Path(own).expanduser().absolute()
@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def to_json(value: Any) -> str:
-    """Return JSON for people and programs: a name a line, a list of numbers in one."""
+    """Return indented JSON with each list of numbers on a single line."""
     text = json.dumps(value, indent=2)
     return re.sub(r"\[\n([\d\s.,eE+-]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
@@ -37,7 +37,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def remove_left_over(path: Path) -> None:
-    """Remove what killed processes left of their attempts to write `path`; those of living ones stay."""
+    """Remove the temporary files of `path` left by killed processes; those of running processes are kept."""
     for temporary in path.parent.glob(f"{escape(path.name)}.*.tmp"):
         pid = re.fullmatch(r"\.([1-9]\d*)\.tmp", temporary.name.removeprefix(path.name))
         if pid and not _is_alive(int(pid[1])):
@@ -49,23 +49,23 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # a process of another user
         pass
     return True
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a file that holds a mapping, in YAML by its name, else in JSON.
+    """Read a file that contains a mapping: YAML if it is named .yaml or .yml, else JSON.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it holds something else; one line that names it.
+        OSError: the file cannot be read.
+        ValueError: the file does not contain a mapping; the message is one line and names the file.
     """
     return _mapping(path, path.read_bytes(), yaml.safe_load if path.suffix in (".yaml", ".yml") else json.loads)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with a mapping in JSON on each line, and raise as `read_mapping`."""
+    """Read a file with a JSON mapping on each line; raises as `read_mapping`."""
     return [_mapping(path, line, json.loads) for line in path.read_bytes().splitlines()]
 
 
@@ -80,5 +80,5 @@ def _mapping(path: Path, text: bytes, parse: Callable[[bytes], Any]) -> dict[str
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
-    """Return settings as YAML in their own order."""
+    """Return settings as YAML, in the given order."""
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Metrics of a run: one row each, with its key in metrics.jsonl and summary.json, label, unit and direction."""
+"""Metrics of a run: a table of their keys in metrics.jsonl and summary.json, labels, units and directions."""
 
 import math
 from dataclasses import dataclass
@@ -7,26 +7,26 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that training measures, one of each class, or a count of each pair of class and prediction."""
+    """A measured number, a number per class, or a count per pair of class and prediction."""
 
     key: str  # in metrics.jsonl and summary.json
     label: str
     unit: Literal["%", "nats", "images/s", "s", ""]  # "%" is a fraction of 1 in the files
-    better: Literal["higher", "lower"] | None  # None where neither of two values is the better one
-    split: Literal["train", "val", "test"]  # those of val and test are in summary.json, of the best epoch
-    chart: str | None = None  # title of the chart by epoch that shows it, alone or with others
-    column: bool = False  # whether it is one of the report's summary, and in the line that is printed after an epoch
-    card: bool = False  # whether the model card states it
+    better: Literal["higher", "lower"] | None  # None if neither direction is better
+    split: Literal["train", "val", "test"]  # summary.json contains those of val and test, of the best epoch
+    chart: str | None = None  # title of the chart over epochs that shows it; several metrics may share a chart
+    column: bool = False  # whether it is shown in the report's summary and in the line printed after each epoch
+    card: bool = False  # whether it is shown in the model card
     shape: Literal["number", "class", "pair"] = "number"
 
     @property
     def scale(self) -> int:
-        """What a value in the files is multiplied by to be in `unit`."""
+        """Factor from a value in the files to `unit`."""
         return 100 if self.unit == "%" else 1
 
     @property
     def limits(self) -> tuple[float, float]:
-        """The values that it can have, in `unit`, where an interval ends."""
+        """The lowest and highest possible value, in `unit`, at which intervals are clipped."""
         return {"%": (0.0, 100.0), "nats": (0.0, math.inf)}.get(self.unit, (-math.inf, math.inf))
 
     @property
@@ -35,7 +35,7 @@ class Metric:
         return with_unit(self.label, self.unit)
 
     def text(self, value: float) -> str:
-        """Return a value for people: 0.98765 as "98.77%", 64.2 s as "64 s"."""
+        """Format a value for display: 0.98765 as "98.77%", 64.2 s as "64 s"."""
         if self.unit == "s" and value >= 100:
             minutes = round(value / 60)
             return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
@@ -75,5 +75,5 @@ def numbers(measured: dict[str, Any]) -> dict[str, float]:
 
 
 def with_unit(label: str, unit: str) -> str:
-    """Return a label with its unit in brackets, where it has one."""
+    """Return a label with its unit, if any, in parentheses."""
     return f"{label} ({unit})" if unit else label

@@ -1,4 +1,4 @@
-"""Settings of a training run: one field each, which says what it is, its range and its place in --help."""
+"""Settings of a training run: one field each, with its help text, range and group in --help."""
 
 import dataclasses
 import json
@@ -13,15 +13,15 @@ from typing import Any, Literal
 from .layers import Activation
 from .surrogates import unknown_name
 
-# What a setting decides:
-#   data    which images are used for training, validation and test; only runs that agree in it are comparable
-#   result  the resulting weights; like data, may not change between two starts of a run
-#   free    how the run is computed; may change between two starts
-#   start   a single invocation: where it writes, what it does
+# What a setting affects:
+#   data    the images used for training, validation and test; only runs with the same data settings are comparable
+#   result  the resulting weights; like data, must not change when a run resumes
+#   free    how the run is computed; may change when a run resumes
+#   start   a single invocation: its output folder and mode
 Kind = Literal["data", "result", "free", "start"]
 
 
-# What a value that is none is told to be.
+# Expected values, for error messages.
 _WANTED = {
     int: "a whole number", float: "a finite number", str: "text that is not empty", bool: "true or false",
     list: "a list", dict: "KEY=VALUE pairs",
@@ -30,20 +30,20 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting besides its name, type and default."""
+    """Metadata of a setting, besides its name, type and default."""
 
     help: str
-    group: str  # heading under which it stands in --help
+    group: str  # heading in --help
     kind: Kind = "result"
-    range: str | None = None  # where the value lies, or each of a list, as an interval such as "[0, 1)"
-    length: int | None = None  # values of a list; None for any number
-    metavar: str | None = None  # what --help shows in place of the value
-    otherwise: Any = None  # of a setting that is open by default, since pretrained weights say it: its value without
-    bare: str | None = None  # what the flag without a value, or true in YAML, stands for; None where it needs a value
+    range: str | None = None  # interval of the value, or of each value of a list, such as "[0, 1)"
+    length: int | None = None  # length of a list; None for any
+    metavar: str | None = None  # placeholder of the value in --help
+    otherwise: Any = None  # default without pretrained weights, for a setting whose default comes from such weights
+    bare: str | None = None  # meaning of the flag without a value, or of true in YAML; None if it needs a value
 
 
 def setting(default: Any, help: str, range: str | None = None, **more: Any) -> Any:
-    """Return the dataclass field of a setting; the arguments are those of `Setting`."""
+    """Return the dataclass field of a setting; the arguments are the same as for `Setting`."""
     metadata = {"setting": Setting(help, range=range, **more)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -63,11 +63,11 @@ _start = partial(setting, group="run", kind="start")
 
 @dataclass
 class TrainConfig:
-    """Every setting of a run; a recipe may hold any of them, and the command line any of them again."""
+    """All settings of a run. A recipe can set any of them, and flags override the recipe."""
 
     data: str = _data("digits", "digits, cifar10, cifar100, tiny-imagenet, a Hub data set id, or a local folder")
-    label_column: str | None = _data(None, "column of the class labels, where it is not label, labels or fine_label")
-    image_column: str | None = _data(None, "column of the images, where there are several and none is image or img")
+    label_column: str | None = _data(None, "column of the class labels; default: label, labels or fine_label")
+    image_column: str | None = _data(None, "column of the images; default: image, img or the only image column")
     img_size: int = _images(None, "side of the square input images, pixels", "[1, 4096]", otherwise=32)
     interpolation: Literal["nearest", "bilinear", "bicubic"] = _images(
         None, "how images are resized", otherwise="bicubic"
@@ -77,139 +77,139 @@ class TrainConfig:
     )
     mean: list[float] | None = _images(
         None,
-        "normalisation, of pixels in [0, 1]; default: what pretrained weights were trained with, else of the training "
+        "mean for normalisation of pixels in [0, 1]; default: that of the pretrained weights, else of the training "
         "images",
         "[0, 1]",
         length=3,
     )
-    std: list[float] | None = _images(None, "likewise", "[0.001, 1]", length=3)
+    std: list[float] | None = _images(None, "standard deviation, as for mean", "[0.001, 1]", length=3)
     val_fraction: float = _data(0.1, "share of the training images split off for validation; 0 for none", "[0, 1)")
     split_seed: int = _data(
         0,
-        "seed of that split and of --limit-train, --limit-val and --limit-test, apart from --seed",
+        "seed of that split and of --limit-train, --limit-val and --limit-test; independent of --seed",
         "[0, 4294967295]",
     )
     limit_train: int | None = _images(None, "train on a stratified sample of this many images", "[1, inf)")
     limit_val: int | None = _data(None, "validate on a stratified sample of this many images", "[1, inf)")
     limit_test: int | None = _data(None, "test on a stratified sample of this many images", "[1, inf)")
     streaming: bool = _load(False, "read the data into memory without a cached copy on disk")
-    skip_bad_images: bool = _images(False, "leave out images that cannot be decoded, and count them")
+    skip_bad_images: bool = _images(False, "skip and count images that cannot be decoded")
     memory_limit: float = _load(
-        4.0, "GiB of decoded images to hold in memory; the rest is decoded on the fly", "[0, inf)"
+        4.0, "GiB of decoded images to keep in memory; the rest is decoded on the fly", "[0, inf)"
     )
     cache_limit: float = _load(8.0, "GiB of decoded images to keep on disk for the next start; 0 for none", "[0, inf)")
-    workers: int = _load(2, "loader processes for each training process", "[0, 1024]")
+    workers: int = _load(2, "loader processes per training process", "[0, 1024]")
 
     crop: Literal["none", "resized", "padded"] = _augment(
         "none", "crops in training: none, timm's random resized crop, or random after padding by 4 pixels"
     )
     hflip: float = _augment(0.0, "probability of a horizontal flip", "[0, 1]")
     color_jitter: float | None = _augment(
-        None, "strength of colour jitter; as in timm, none beside auto_augment", "[0, 10]"
+        None, "strength of colour jitter; as in timm, ignored with auto_augment", "[0, 10]"
     )
     auto_augment: str | None = _augment(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
     re_prob: float = _augment(0.0, "probability of random erasing", "[0, 1]")
     re_mode: Literal["const", "rand", "pixel"] = _augment("pixel", "fill of random erasing")
-    re_count: int = _augment(1, "areas erased at most", "[1, 1000]")
-    mixup: float = _augment(0.0, "alpha of Mixup; 0 for none", "[0, 1000]")
-    cutmix: float = _augment(0.0, "alpha of CutMix; 0 for none", "[0, 1000]")
-    mixup_prob: float = _augment(1.0, "probability of either, for a batch, pair or image", "[0, 1]")
-    mixup_switch_prob: float = _augment(0.5, "probability of CutMix where both are on", "[0, 1]")
+    re_count: int = _augment(1, "maximum number of erased areas", "[1, 1000]")
+    mixup: float = _augment(0.0, "alpha of Mixup; 0 disables it", "[0, 1000]")
+    cutmix: float = _augment(0.0, "alpha of CutMix; 0 disables it", "[0, 1000]")
+    mixup_prob: float = _augment(1.0, "probability of Mixup or CutMix per batch, pair or image", "[0, 1]")
+    mixup_switch_prob: float = _augment(0.5, "probability of CutMix if both are enabled", "[0, 1]")
     mixup_mode: Literal["batch", "pair", "elem"] = _augment("batch", "granularity of mixing")
     smoothing: float = _augment(0.0, "label smoothing", "[0, 1)")
 
     model: str = _network(
         None,
-        "a model of timm's registry, ours included; or a source as in --pretrained, to start from",
+        "a model of timm's registry, including ours; or a source of initial weights as in --pretrained",
         otherwise="resnet18_sugar_bsilu",
     )
-    model_args: dict[str, Any] = _network({}, "further arguments of the model", metavar="KEY=VALUE")
+    model_args: dict[str, Any] = _network({}, "additional arguments of the model", metavar="KEY=VALUE")
     pretrained: str | None = _network(
         None,
         "start from these weights: a model of timm's registry, with or without a tag (resnet50.a1_in1k), a run's "
-        "folder, ORG/NAME or hf-hub:ORG/NAME on the Hub, or local-dir:FOLDER; without SOURCE those of --model",
+        "folder, ORG/NAME or hf-hub:ORG/NAME on the Hub, or local-dir:FOLDER; without SOURCE, those of --model",
         metavar="SOURCE",
         bare="own",
     )
     initial_checkpoint: str | None = _network(
-        None, "start from the weights in this file: .safetensors, or what torch.save wrote", metavar="FILE"
+        None, "start from the weights in this file: .safetensors, or written by torch.save", metavar="FILE"
     )
     convert: bool = _network(
-        False, "replace the activations of any model by SUGAR: bsilu, or as --surrogate and --alpha say"
+        False, "replace the activations of any model by SUGAR, with --surrogate (default bsilu) and --alpha"
     )
     freeze: list[str] = _network(
-        [], "parameters that stay as they are, by name: modules or fnmatch patterns", metavar="PATTERN"
+        [], "parameters to freeze: names of modules or parameters, or fnmatch patterns", metavar="PATTERN"
     )
-    surrogate: str | None = _network(None, "surrogate in place of the model's own")
+    surrogate: str | None = _network(None, "surrogate instead of the model's own")
     alpha: float | None = _network(None, "shape parameter of the surrogate", "[-1e6, 1e6]")
-    act_layer: str | None = _network(None, "an activation by timm's name in place of SUGAR: relu, gelu, nelu, ...")
+    act_layer: str | None = _network(None, "activation instead of SUGAR, by timm's name: relu, gelu, nelu, ...")
     init: Literal["timm", "pytorch"] = _network(
-        "timm", "weights of convolutions and linear layers: as timm's model draws them, or as torch.nn does by default"
+        "timm", "initialisation of convolutions and linear layers: that of timm's model, or the default of torch.nn"
     )
     alpha_schedule: Literal["constant", "linear", "cosine"] = _network(
-        "constant", "how alpha goes from its first value to alpha_end, epoch by epoch"
+        "constant", "how alpha changes from its first value to alpha_end, per epoch"
     )
     alpha_end: float | None = _network(None, "alpha in the last epoch, or the last before switch_epoch", "[-1e6, 1e6]")
-    switch_epoch: int | None = _network(None, "first epoch, counted from 1, that is trained with switch_surrogate")
+    switch_epoch: int | None = _network(None, "first epoch, counted from 1, with switch_surrogate")
     switch_surrogate: str | None = _network(None, "surrogate from that epoch on")
-    switch_alpha: float | None = _network(None, "its alpha; default: its own", "[-1e6, 1e6]")
+    switch_alpha: float | None = _network(None, "alpha of switch_surrogate; default: its default alpha", "[-1e6, 1e6]")
 
     epochs: int = _opt(10, "passes over the training images", "[1, 1000000]")
     patience: int | None = _opt(
-        None, "stop after this many epochs in a row without a better accuracy on the validation images", "[1, inf)"
+        None, "stop after this many consecutive epochs without a better validation accuracy", "[1, inf)"
     )
-    batch_size: int = _opt(128, "images in a forward pass in each process", "[1, 1000000]")
-    grad_accum: int = _opt(1, "forward passes in a step of the optimizer", "[1, 1000000]")
+    batch_size: int = _opt(128, "images per forward pass in each process", "[1, 1000000]")
+    grad_accum: int = _opt(1, "forward passes per optimizer step", "[1, 1000000]")
     opt: str = _opt("sgd", "optimizer, by timm's name: sgd, adamw, ...")
-    opt_betas: list[float] | None = _opt(None, "its betas, where it has them", "[0, 1)", length=2)
-    opt_eps: float | None = _opt(None, "its epsilon, where it has one", "(0, 1000]")
+    opt_betas: list[float] | None = _opt(None, "betas of the optimizer, if it has them", "[0, 1)", length=2)
+    opt_eps: float | None = _opt(None, "epsilon of the optimizer, if it has one", "(0, 1000]")
     lr: float = _opt(0.001, "learning rate", "[0, 1e30]")
     lr_base_batch: int | None = _opt(
         None,
-        "batch size that lr, warmup_lr and min_lr are given for; they are scaled linearly to the actual one",
+        "batch size for which lr, warmup_lr and min_lr are given; they are scaled linearly to the actual one",
         "[1, 1000000000]",
     )
     momentum: float = _opt(0.9, "momentum of SGD", "[0, 1]")
-    weight_decay: float = _opt(0.0, "weight decay; normalisation and biases are left out", "[0, 1e30]")
+    weight_decay: float = _opt(0.0, "weight decay; not applied to normalisation layers and biases", "[0, 1e30]")
     weight_decay_end: float | None = _opt(
-        None, "weight decay at the end, reached on a cosine; default: constant", "[0, 1e30]"
+        None, "weight decay at the end of a cosine schedule; default: constant", "[0, 1e30]"
     )
     layer_decay: float | None = _opt(
-        None, "factor of the learning rate from each layer to the one before, as in timm", "(0, 1]"
+        None, "factor of the learning rate from each layer to the previous one, as in timm", "(0, 1]"
     )
-    clip_grad: float | None = _opt(None, "largest norm of the gradients", "(0, inf)")
+    clip_grad: float | None = _opt(None, "maximum norm of the gradients", "(0, inf)")
     sched: Literal["constant", "multistep", "cosine"] = _opt("constant", "learning-rate schedule")
     milestones: list[int] = _opt([], "epochs at which a multistep schedule decays", "[1, 1000000]")
-    decay_rate: float = _opt(0.1, "factor of each of those decays", "[0, 1000]")
+    decay_rate: float = _opt(0.1, "factor of the learning rate at each milestone", "[0, 1000]")
     warmup_epochs: float | None = _opt(None, "epochs of warm-up; default: none, or 10% for cosine", "[0, 1000000]")
     warmup_lr: float = _opt(0.0, "learning rate at the start of warm-up", "[0, 1e30]")
-    min_lr: float = _opt(0.0, "learning rate at the end of a cosine", "[0, 1e30]")
+    min_lr: float = _opt(0.0, "learning rate at the end of a cosine schedule", "[0, 1e30]")
     ema_decay: float | None = _opt(None, "evaluate and package an exponential moving average of the weights", "[0, 1)")
-    sync_bn: bool = _opt(False, "BatchNorm over the images of all processes, else of each alone; GPUs only")
+    sync_bn: bool = _opt(False, "synchronise BatchNorm statistics over all processes; GPUs only")
 
-    seed: int = _run(42, "seed of initialisation, order, and randomness in training", "[0, 4294967295]")
+    seed: int = _run(42, "seed of initialisation, order of the images and randomness in training", "[0, 4294967295]")
     output: str | None = _start(None, "folder of the run; default: output/RECIPE-MODEL-SEED", metavar="DIR")
     resume: str = _start("auto", "auto: resume the run in OUTPUT; never: start over; or a checkpoint's folder")
     checkpoint_minutes: float = _free(10.0, "minutes between checkpoints within an epoch", "[0, inf)")
-    checkpoint_steps: int | None = _free(None, "steps between checkpoints within an epoch, besides", "[1, inf)")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _run("no", "precision of training; evaluation is float32")
-    compile: bool = _run(False, "train through torch.compile, on a GPU as a CUDA graph too")
-    channels_last: bool = _run(False, "train with images and weights in channels-last order, often faster")
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _free("none", "where metrics are sent besides")
-    push_to_hub: str | None = _start(None, "publish the finished run as this repository", metavar="ORG/NAME")
+    checkpoint_steps: int | None = _free(None, "steps between additional checkpoints within an epoch", "[1, inf)")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _run("no", "precision of training; evaluation uses float32")
+    compile: bool = _run(False, "train with torch.compile, on a GPU also with a CUDA graph")
+    channels_last: bool = _run(False, "train with images and weights in channels-last memory format, often faster")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = _free("none", "tracker that receives the metrics")
+    push_to_hub: str | None = _start(None, "publish the finished run to this repository", metavar="ORG/NAME")
     eval_only: bool = _start(False, "evaluate the best weights in OUTPUT, or of the checkpoint in --resume, and stop")
     dry_run: bool = _start(False, "build everything, run two steps and print an estimate of time, memory and disk")
 
     @property
     def folder(self) -> Path:
-        """The folder of the run, or ValueError without one, for which only the command line has a default."""
+        """The folder of the run; ValueError if there is none. Only the command line has a default."""
         if self.output is None:
             raise ValueError("output must be given: the folder of the run")
         return Path(self.output)
 
     @property
     def activation(self) -> Activation:
-        """The activation that is asked for, in place of the model's own."""
+        """The activation given in the settings, which replaces that of the model."""
         return Activation(self.surrogate, self.alpha, act_layer=self.act_layer)
 
     def __post_init__(self) -> None:
@@ -225,7 +225,7 @@ class TrainConfig:
 
 
 def all_settings() -> dict[str, Setting]:
-    """Return what is known of each setting, by name."""
+    """Return the metadata of each setting, by name."""
     return {spec.name: spec.metadata["setting"] for spec in dataclasses.fields(TrainConfig)}
 
 
@@ -238,7 +238,7 @@ def setting_types() -> dict[str, Any]:
 
 
 def to_setting(name: str, value: Any) -> Any:
-    """Return the value of a setting, from YAML or the command line, as its type, or raise ValueError."""
+    """Convert the value of a setting, from YAML or the command line, to its type, or raise ValueError."""
     return _convert(name, value, all_settings()[name], setting_types()[name])
 
 
@@ -251,7 +251,7 @@ def _convert(name: str, value: Any, known: Setting, kind: Any) -> Any:
 
 
 def defaults() -> dict[str, Any]:
-    """Return the settings of a run that is given none."""
+    """Return the default settings of a run."""
     return dataclasses.asdict(TrainConfig())
 
 
@@ -261,7 +261,7 @@ def names_of(*kinds: Kind) -> list[str]:
 
 
 def to_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings as the command line takes them: ``{"img_size": 32}`` as ``["--img-size", "32"]``."""
+    """Return settings as command-line flags: ``{"img_size": 32}`` as ``["--img-size", "32"]``."""
     flags: list[str] = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
@@ -277,13 +277,13 @@ def to_flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def without_none(kind: Any) -> Any:
-    """Return the type itself of a type that None may stand in for."""
+    """Return T for a type ``T | None``; other types unchanged."""
     others = [k for k in typing.get_args(kind) if k is not type(None)]
     return others[0] if len(others) < len(typing.get_args(kind)) else kind
 
 
 def _coerce(name: str, value: Any, optional: Any) -> Any:
-    """Return `value` as a type that may be optional, from YAML or from the command line's text."""
+    """Convert `value`, from YAML or the text of the command line, to a type that may be optional."""
     kind = without_none(optional)
     if kind is not optional and value in (None, "none", ["none"]):  # text on the command line
         return None
@@ -291,7 +291,7 @@ def _coerce(name: str, value: Any, optional: Any) -> Any:
         raise ValueError(f"{name} must not be empty")
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        value = "no" if value is False else value  # as YAML reads no
+        value = "no" if value is False else value  # YAML parses no as False
         if value not in inner:
             raise ValueError(unknown_name(name, value, list(inner)))
         return value
@@ -312,7 +312,7 @@ def _coerce(name: str, value: Any, optional: Any) -> Any:
 
 
 def _check_value(name: str, value: Any, known: Setting) -> None:
-    """Raise ValueError where a value, or one of a list, is outside of its range, or a list has another length."""
+    """Raise ValueError if a value, or one of a list, is out of range, or a list has the wrong length."""
     if value is None:
         return
     values = value if isinstance(value, list) else [value]
@@ -331,7 +331,7 @@ def _check_value(name: str, value: Any, known: Setting) -> None:
 
 
 def _name_source(config: TrainConfig) -> None:
-    """Tell apart the network and the weights that it starts from, where one name stands for both."""
+    """Split a name that gives both the network and its initial weights into `model` and `pretrained`."""
     given = config.model
     if given is not None and (":" in given or "/" in given):  # ``--model local-dir:FOLDER``
         if config.pretrained not in (None, "own"):
@@ -344,7 +344,7 @@ def _name_source(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
-    """Raise ValueError where settings contradict or need each other."""
+    """Raise ValueError if settings contradict each other, or one is missing that another needs."""
     if config.switch_epoch is not None and not 2 <= config.switch_epoch <= config.epochs:
         wanted = f"from 2 to the number of epochs, {config.epochs}"
         raise ValueError(f"switch_epoch must be {wanted}, got {config.switch_epoch}")

@@ -1,7 +1,7 @@
-// The passes of both ways to save, on the CPU: one pass over memory each, for every dtype.
+// CPU kernels of exact and lean saving: each is a single pass over memory, for every dtype.
 //
-// cpu.py compiles it once for each surrogate, with the derivative as the bodies DERIVATIVE_FLOAT and DERIVATIVE_DOUBLE
-// of a function of x and alpha; and once without them, for lean saving, which serves every surrogate.
+// cpu.py compiles this file once per surrogate, where DERIVATIVE_FLOAT and DERIVATIVE_DOUBLE are the bodies of the
+// derivative as a function of x and alpha; and once without them, for lean saving with any surrogate.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,10 +17,10 @@
 
 namespace {
 
-constexpr int64_t PARALLEL = 32768;  // elements from which on threads are worth their start
-constexpr int64_t CHUNK = 1 << 18;   // elements whose pages are mapped at once
+constexpr int64_t PARALLEL = 32768;  // minimum number of elements for several threads
+constexpr int64_t CHUNK = 1 << 18;   // elements whose pages are mapped with one call
 constexpr int64_t STRIP = 64;        // elements that are computed before they are stored
-constexpr int64_t LARGE = 1 << 25;   // bytes from which a tensor is evicted from the caches before it is used
+constexpr int64_t LARGE = 1 << 25;   // minimum size in bytes at which a tensor is evicted from the caches before use
 
 template <typename To, typename From> To as(From bits) {
   static_assert(sizeof(To) == sizeof(From));
@@ -29,7 +29,7 @@ template <typename To, typename From> To as(From bits) {
   return value;
 }
 
-// Calls pass(start, count) for every chunk. Threads get equal parts, in whole strips.
+// Calls pass(start, count) for every chunk. Threads get equal parts, rounded to whole strips.
 template <typename Pass> void in_parallel(int64_t count, int threads, Pass pass) {
   const int64_t parts = count < PARALLEL ? 1 : std::max(threads, 1);
   const int64_t strips = (count + STRIP - 1) / STRIP, size = (strips + parts - 1) / parts * STRIP;
@@ -40,16 +40,16 @@ template <typename Pass> void in_parallel(int64_t count, int threads, Pass pass)
   }
 }
 
-// A pass goes by strips. In each, one loop leaves what is no byte yet, or no byte any more, to the next: with numbers
-// and bytes in one loop, compilers split every part of a sum into bytes. A strip is short, so that the loops overlap
-// and the memory of one is waited for while another computes.
+// Calls pass(start, count) for every strip. Conversion between numbers and bytes is a separate loop over a buffer:
+// with both in one loop, compilers vectorise the arithmetic at the width of bytes. A strip is short, so that the loops
+// overlap: one computes while another waits for memory.
 template <typename Pass> void by_strips(int64_t count, Pass pass) {
   int64_t i = 0;
   for (; i + STRIP <= count; i += STRIP) pass(i, STRIP);
   if (i < count) pass(i, count - i);
 }
 
-// Whether a result bypasses the caches. A store into a cache first reads the memory that it overwrites.
+// Whether to write a result with non-temporal stores. An ordinary store first reads the cache line that it overwrites.
 template <typename T> bool bypasses_caches(const T* out, int64_t count) {
 #ifdef __AVX2__
   return count * static_cast<int64_t>(sizeof(T)) >= LARGE && reinterpret_cast<uintptr_t>(out) % sizeof(__m256i) == 0;
@@ -58,8 +58,8 @@ template <typename T> bool bypasses_caches(const T* out, int64_t count) {
 #endif
 }
 
-// Maps the pages of fresh memory in one call. Otherwise each page faults at its first use, which takes longer than the
-// pass. Does nothing where the last page is mapped already or the kernel does not know how.
+// Maps the pages of newly allocated memory with one call. Otherwise each page faults at its first use, which takes
+// longer than the pass. No-op if the last page is already mapped or the kernel does not support it.
 template <typename T> void map_pages(T* out, int64_t count) {
 #ifdef __linux__
   static const uintptr_t page = sysconf(_SC_PAGESIZE);
@@ -71,7 +71,7 @@ template <typename T> void map_pages(T* out, int64_t count) {
 #endif
 }
 
-// Calls write(out), or writes a buffer and stores that with non-temporal stores.
+// Calls write(out), or calls write on a buffer and copies that to out with non-temporal stores.
 template <bool PAST, typename T, typename Write> void store_strip(T* out, int64_t count, Write write) {
 #ifdef __AVX2__
   if (PAST && count == STRIP) {
@@ -93,7 +93,7 @@ inline void fence(bool past) {
 #endif
 }
 
-// How a dtype is stored and computed in; relu takes a value both ways.
+// The storage type and the computation type of a dtype; relu takes the value in both.
 
 template <typename T> struct Plain {
   using stored = T;
@@ -109,7 +109,7 @@ struct Bits {
   static uint16_t relu(uint16_t x, float value) { return x & -static_cast<uint16_t>(!(value < 0)); }
 };
 
-// Conversions are by bits, since those of the processor do not vectorise in a loop.
+// Conversions use bit operations, since compilers do not vectorise the processor's conversion instructions in a loop.
 
 struct Float16 : Bits {
   static float load(uint16_t x) {
@@ -145,11 +145,11 @@ struct BFloat16 : Bits {
 
 #ifdef DERIVATIVE_FLOAT
 
-// This part is compiled as if there were no NaN, since otherwise bounds are not the processor's min and max. A NaN is
-// recognised by its bits, and gives NaN.
+// This part is compiled with -ffinite-math-only, since otherwise bounds do not compile to the processor's min and max.
+// NaN is detected by its bits, and gives NaN.
 //
-// What a derivative calls. The functions of the C library do not vectorise; these do, in float and exp in double too,
-// and none has an absolute error above 2e-7 where it is at most 1.
+// Functions for derivatives. Those of the C library do not vectorise. These do: all float functions and exp in double.
+// The absolute error is at most 2e-7 where the value is at most 1.
 
 inline bool isnan(float x) { return (as<uint32_t>(x) & 0x7fffffff) > 0x7f800000; }
 inline bool isnan(double x) { return (as<uint64_t>(x) & 0x7fffffffffffffff) > 0x7ff0000000000000; }
@@ -162,8 +162,8 @@ using std::pow;
 using std::sin;
 using std::sqrt;
 
-// 2^(n - 1) and 2^f, where n + f = x / log(2) and n is an integer: adding 1.5 * 2^23 rounds to it, and leaves n + 126,
-// the exponent of 2^(n - 1), in the lowest bits. The smallest exponent stands for 0.
+// 2^(n - 1) and 2^f, where n + f = x / log(2) and n is an integer: adding 1.5 * 2^23 rounds to n, and leaves n + 126,
+// the exponent of 2^(n - 1), in the lowest bits. The smallest exponent gives 0.
 
 inline float scale_of(float& x) {
   x = x < -87.33f ? -87.33f : x;
@@ -173,8 +173,8 @@ inline float scale_of(float& x) {
   return as<float>(as<uint32_t>(shifted) << 23);
 }
 
-// The polynomial of degree 5 with the least largest relative error, 9.2e-8, that is exact at 0; times 2. In pairs: a
-// chain of operations, each waiting for the one before, would take longer.
+// Twice the minimax polynomial of degree 5 (relative error 9.2e-8) among those that are exact at 0. Terms are evaluated
+// in pairs, since a chain of dependent operations takes longer.
 inline float twice_power(float f) {
   const float square = f * f;
   return (2 + 1.3862939f * f) + square * ((0.48044484f + 0.11101467f * f) + square * (0.019343025f + 0.00265295f * f));
@@ -200,7 +200,7 @@ inline float tanh(float x) {
 inline float erf(float x) {  // Abramowitz and Stegun 7.1.26, to 1.5e-7
   const float z = x < 0 ? -x : x, t = 1 / (1 + 0.3275911f * z);
   const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  const float y = 1 - p * exp(-(z * z));  // which GELU's density shares
+  const float y = 1 - p * exp(-(z * z));  // exp shared with GELU's density
   return as<float>(as<uint32_t>(y) | (as<uint32_t>(x) & 0x80000000));
 }
 
@@ -271,9 +271,9 @@ EXPORT(bfloat16, BFloat16)
 EXPORT(float32, Plain<float>)
 EXPORT(float64, Plain<double>)
 
-#else  // lean saving; lean.py says what codes are
+#else  // lean saving; lean.py defines the codes
 
-// As _number in lean.py, without branches, so that it vectorises.
+// Same as _number in lean.py, without branches, so that it vectorises.
 template <typename Op> struct Encoder {
   Op lowest, highest, outer, below, above, inner;
   int32_t offset, to_zero;
@@ -318,7 +318,7 @@ template <typename Op> void look_up_halves(const Op* table, const uint8_t* codes
 }
 
 #ifdef __AVX2__
-// Compilers make gathers of these, which take two to four times as long.
+// Compilers use gather instructions for the generic loops, which take two to four times as long.
 
 void look_up(const float* table, const uint8_t* codes, float* found, int64_t count) {
   int64_t i = 0;
@@ -347,7 +347,7 @@ void look_up_halves(const float* table, const uint8_t* codes, float* low, float*
 }
 #endif
 
-// What a thread does with its part. `levels` is Levels.encoder or Levels.table of lean.py.
+// Kernels for the part of one thread. `levels` is Levels.encoder or Levels.table of lean.py.
 
 template <typename D, bool PAST, typename T = typename D::stored>
 void encode_uint8(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels) {
@@ -371,7 +371,7 @@ void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const do
   });
 }
 
-// Two elements a byte: one of the first half of the tensor, and the one that lies `second` elements after it.
+// Two elements per byte: one of the first half of the tensor, and the one `second` elements after it.
 
 template <typename D, bool PAST, typename T = typename D::stored>
 void encode_uint4(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
@@ -415,7 +415,7 @@ void run(Loop loop, bool past, const T* in, T* out, uint8_t* codes, int64_t coun
 
 }  // namespace
 
-// A function for each save mode and dtype, which lean.py calls by name.
+// One function per save mode and dtype, which lean.py calls by name.
 #define EXPORT(name, dtype, D)                                                                                     \
   extern "C" void name##_uint8_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
                                        const double* levels, int threads) {                                        \

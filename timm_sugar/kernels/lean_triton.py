@@ -1,9 +1,9 @@
-"""Lean saving on a GPU in Triton: encode and decode, for one byte an element and for half a byte.
+"""Triton kernels of lean saving: encode and decode, with one byte or half a byte per element.
 
-lean.py says what codes are. Offsets are 64 bits wide: a tensor may have more than 2^31 elements. `levels` holds
-``Levels.encoder`` or ``Levels.table``, in the dtype that is computed in. `count`, of bytes, and `second`, where the
-second half begins, are arguments, not computed in a kernel: Triton reads and writes several elements at once only
-where it finds both to be multiples of 16.
+lean.py defines the codes. Offsets have 64 bits: a tensor may have more than 2^31 elements. `levels` is
+``Levels.encoder`` or ``Levels.table`` in the dtype of the computation. The number of bytes `count` and the start of the
+second half `second` are arguments instead of being computed in a kernel, since Triton vectorises loads and stores only
+if it knows that both are multiples of 16.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def encode(x: Tensor, y: Tensor, codes: Tensor, levels: Tensor, save: str) -> No
 
 
 def decode(grad: Tensor, out: Tensor, codes: Tensor, levels: Tensor, save: str) -> None:
-    """Write grad times what the codes stand for, for dense tensors of the same strides."""
+    """Write grad times the decoded values of the codes, for dense tensors of the same strides."""
     _launch(_decode_uint8 if save == "uint8" else _decode_uint4, grad, out, codes, levels)
 
 
@@ -46,10 +46,10 @@ def _launch(kernel: "triton.JITFunction", source: Tensor, target: Tensor, codes:
 
 
 def _is_usual(source: Tensor, target: Tensor, codes: Tensor, levels: Tensor, count: int, second: int, _: int) -> bool:
-    """Whether Triton compiles one kernel for all such arguments of a dtype.
+    """Whether Triton uses the same compiled kernel for all such arguments of a dtype, so that it can be cached here.
 
-    It does for pointers and numbers that are multiples of 16 (and numbers other than 1) and fit into 32 bits. To find
-    its kernel again takes Triton longer than the launch. On ROCm it asks for more.
+    This holds if pointers and integers are multiples of 16, and integers are not 1 and fit into 32 bits. ROCm has more
+    conditions. The cache is needed since Triton's lookup of the kernel takes longer than the launch.
     """
     if not source.is_cuda or torch.version.hip or not 0 < count < 1 << 30 or not second:
         return False
@@ -64,7 +64,7 @@ def _offsets(BLOCK: tl.constexpr):
 
 @triton.jit
 def _number(x, levels):
-    # as _number of lean.py; NaN is 0
+    # same as _number in lean.py; NaN gives 0
     lowest, highest, outer = tl.load(levels), tl.load(levels + 1), tl.load(levels + 2)
     below, above, inner = tl.load(levels + 3), tl.load(levels + 4), tl.load(levels + 5)
     offset, zero = tl.load(levels + 6).to(tl.int32), tl.load(levels + 7).to(tl.int32)

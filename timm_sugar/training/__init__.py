@@ -1,4 +1,4 @@
-"""Training image classifiers: resumable runs from recipes, as called by the scripts in train/."""
+"""Training of image classifiers: resumable runs from recipes, used by the scripts in train/."""
 
 from ..settings import TrainConfig
 from .command import main, one_line_errors, train

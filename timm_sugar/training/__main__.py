@@ -1,4 +1,4 @@
-"""Train by a recipe of this package: ``accelerate launch -m timm_sugar.training --recipe NAME [--key value ...]``."""
+"""Train with a recipe of this package: ``accelerate launch -m timm_sugar.training --recipe NAME [--key value ...]``."""
 
 from . import main
 

@@ -1,4 +1,4 @@
-"""Training batches as the network takes them, made on the device where the images are there."""
+"""Training batches in the format the network takes, built on the device if the images are there."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,15 +15,15 @@ from .images import Images, mix_seeds
 def training_batches(
     config: TrainConfig, images: Images, device: torch.device, epoch: int, parts: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield training batches; where the images are on the device, nothing waits for it after the first.
+    """Yield training batches; if the images are on the device, only the first batch synchronises with it.
 
-    What is random is a function of `epoch`, counted from 0, of the seed and of the index of the image.
+    Randomness depends only on `epoch`, counted from 0, the seed and the index of the image.
 
     Args:
         parts: Indices of the images of each batch, int64, (B,), on the CPU.
 
     Yields:
-        Images, float32, normalised, (B, 3, H, W), in the memory format that is trained in; labels, int64, (B,).
+        Images, float32, normalised, (B, 3, H, W), in the memory format of training; labels, int64, (B,).
     """
     if images.train.pixels is None:
         seed = partial(mix_seeds, config.seed, epoch)
@@ -41,7 +41,7 @@ def training_batches(
 def _gathered(
     config: TrainConfig, images: Images, epoch: int, parts: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of images in memory, uint8, and labels, where the images are."""
+    """Yield batches of images, uint8, and labels from the images in memory, on their device."""
     pixels, labels = images.train.pixels, images.train.labels
     if pixels is None or not parts:
         return

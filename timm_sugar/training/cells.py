@@ -1,4 +1,4 @@
-"""A grid of runs, several at once, each in a process and a folder of its own; stopped at any time and gone on with."""
+"""A grid of runs, several in parallel, each in its own process and folder; can be stopped and resumed at any time."""
 
 import dataclasses
 import fcntl
@@ -25,16 +25,16 @@ from .processes import on_cpu, stop_signals
 class Cell:
     """One run of a grid."""
 
-    name: str  # what is trained, with any seed
+    name: str  # of the run, without the seed
     config: TrainConfig
-    command: tuple[str, ...]  # what Python is started with to train it: a script or module and its arguments
+    command: tuple[str, ...]  # arguments of Python that train it: a script or module and its arguments
 
     def __str__(self) -> str:
         return f"seed{self.config.seed}/{self.name}"
 
     @property
     def log(self) -> Path:
-        """What its process writes, beside its folder."""
+        """The file with the output of its process, next to its folder."""
         return Path(f"{self.config.output}.log")
 
 
@@ -42,17 +42,18 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
     """Train the unfinished cells, one process each; a failed cell does not stop the others.
 
     Args:
-        jobs: Cells at once, which share the CPU's cores unless OMP_NUM_THREADS says otherwise; None for one a core, or
-            one alone where there is a GPU.
-        minutes: Return within so many. A minute earlier, or after half of them where that is later, cells that are not
-            finished are told to save their state and stop; those that have not done so within half of what is left are
-            killed, which costs them the steps since their last checkpoint. Another call resumes them.
+        jobs: Number of parallel cells. They share the CPU's cores unless OMP_NUM_THREADS is set. None for one per
+            core, or a single one if there is a GPU.
+        minutes: Time limit of this call. A minute before it, or after half of it if that is later, unfinished cells
+            receive SIGTERM to save their state and stop. Cells still running after half of the remaining time are
+            killed and lose the steps since their last checkpoint. Another call resumes them.
 
     Returns:
-        Why each cell that failed did; those that are neither here nor finished are still to be trained.
+        The reason of failure for each failed cell. Cells that are neither in it nor finished were stopped or not
+        started.
 
     Raises:
-        SystemExit: SIGTERM or SIGINT came; all cells have saved their state and stopped; another call resumes them.
+        SystemExit: SIGTERM or SIGINT was received; all cells saved their state and stopped; another call resumes them.
     """
     reserve = min(60.0, 30 * minutes)
     ends = time.monotonic() + 60 * minutes - reserve
@@ -99,7 +100,7 @@ def run(cells: Sequence[Cell], jobs: int | None = None, minutes: float = math.in
 
 
 def summary_of(cell: Cell) -> dict[str, Any] | None:
-    """Return the summary of a finished cell, wherever its data was when it was trained; None if it is unfinished."""
+    """Return the summary of a finished cell, even if its data has moved since; None if it is unfinished."""
     record = read_record(cell.config.folder)
     if record is None:
         return None
@@ -107,17 +108,17 @@ def summary_of(cell: Cell) -> dict[str, Any] | None:
 
 
 def _start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a cell, whose log is locked as long as its process lives; BlockingIOError where another one trains it."""
+    """Start a cell; its process holds a lock on the log. BlockingIOError if another process trains this cell."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         command = [sys.executable, *cell.command]
-        # A session of its own: Ctrl-C would reach it besides the signal from here, and a second one ends it at once.
+        # A new session: otherwise Ctrl-C would reach the cell in addition to our signal, and a second signal kills it.
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def _stop(running: dict[subprocess.Popen[bytes], Cell], until: float) -> None:
-    """Have cells save their state and end, at `until` at the latest, and kill what they started and left running."""
+    """Stop cells with SIGTERM, kill those that run longer than `until`, and kill their remaining child processes."""
     for process in running:
         process.send_signal(signal.SIGTERM)
     for process, cell in running.items():
@@ -125,7 +126,7 @@ def _stop(running: dict[subprocess.Popen[bytes], Cell], until: float) -> None:
             process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             _say(f"{cell} does not stop and is killed")
-        with suppress(ProcessLookupError):  # a compiler, say, that would hold the lock of the log
+        with suppress(ProcessLookupError):  # a child process, such as a compiler, would keep the lock on the log
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 

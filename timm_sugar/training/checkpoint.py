@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..files import read_mapping, write_file
 
-# 1: the manifest maps file names to SHA-256. 2: it holds the format version and that mapping. 3: there are unit counts.
+# 1: the manifest maps file names to SHA-256. 2: it holds the format version and that mapping. 3: adds unit counts.
 FORMAT = 3
-KEPT = 2  # the newest, and the one before it in case of a damaged file
+KEPT = 2  # the newest, and its predecessor in case a file is damaged
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 
@@ -27,21 +27,21 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class State:
-    """Progress of a run: what a checkpoint holds besides weights and optimizer state."""
+    """Progress of a run: the content of a checkpoint besides weights and optimizer state."""
 
     epoch: int = 0  # finished epochs
     position: int = 0  # finished steps of the current epoch
-    loss_sums: list[float] | None = None  # over those steps, one value for each process
-    unit_counts: dict[str, Any] | None = None  # over those steps, of all processes
+    loss_sums: list[float] | None = None  # over those steps, one value per process
+    unit_counts: dict[str, Any] | None = None  # over those steps, summed over the processes
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     best_epoch: int | None = None
     metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    origin: str | None = None  # the checkpoint that --resume named, where the run began with one
+    origin: str | None = None  # the checkpoint given to --resume, if the run started from one
 
     def stops_early(self, patience: int | None) -> bool:
-        """Whether as many epochs as `patience` went by without a better accuracy on the validation images."""
+        """Whether the validation accuracy has not improved for `patience` epochs."""
         return patience is not None and self.epoch - (self.best_epoch or 0) >= patience
 
 
@@ -56,10 +56,10 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int = KEPT) -> Path:
-    """Write ``folder/step-<step>`` and then remove what is older than the newest `keep` complete ones.
+    """Write ``folder/step-<step>``, then remove checkpoints older than the newest `keep` complete ones.
 
     Raises:
-        OSError: the disk is full or read-only; the last complete checkpoint stays in place, and the message names it.
+        OSError: the disk is full or read-only; the last complete checkpoint is kept, and the message names it.
     """
     final = folder / f"step-{step:09d}"
     progress = dataclasses.asdict(checkpoint.state)
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
         _fsync(folder)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # what they raise for a full disk
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # raised when the disk is full
             raise OSError(f"checkpoint {final} cannot be written: {error}; {name_latest(folder)}") from error
         raise
     kept = 1
@@ -96,7 +96,7 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int 
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, or raise ValueError where it is not complete, or of a newer version."""
+    """Read a checkpoint, or raise ValueError if it is incomplete or was written by a newer version."""
     if not is_complete(path):
         raise ValueError(f"{path} is not a complete checkpoint")
     best = path / "best.safetensors"
@@ -109,15 +109,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_state(path: Path) -> State:
-    """Return the progress that a complete checkpoint holds."""
+    """Return the progress stored in a complete checkpoint."""
     return State(**read_mapping(path / _PROGRESS))
 
 
 def checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
-    """Return where a run goes on: None for "never", the newest checkpoint in `folder` for "auto".
+    """Return the checkpoint to resume from: None for "never", the newest checkpoint in `folder` for "auto".
 
-    For a checkpoint's path it is the newest in `folder` that came from it, so that the same command goes on after a
-    stop, else that checkpoint itself.
+    For the path of a checkpoint, return the newest checkpoint in `folder` of a run that started from it, so that the
+    same command resumes after a stop; if there is none, return the path.
     """
     if resume in ("auto", "never"):
         return latest_checkpoint(folder) if resume == "auto" else None
@@ -125,12 +125,12 @@ def checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
 
 
 def origin_of(resume: str) -> str | None:
-    """Return what the state of a run records of the checkpoint that it began with, None for none."""
+    """Return the value of `State.origin` for a value of --resume: the absolute path of a checkpoint, or None."""
     return None if resume in ("auto", "never") else str(Path(resume).resolve())
 
 
 def latest_checkpoint(folder: Path, origin: str | None = None) -> Path | None:
-    """Return the newest complete checkpoint in `folder`, of this origin if given; None where there is none."""
+    """Return the newest complete checkpoint in `folder`, of this origin if given; None if there is none."""
     for path in reversed(list_checkpoints(folder)):
         if is_complete(path) and origin in (None, read_state(path).origin):
             return path
@@ -138,7 +138,7 @@ def latest_checkpoint(folder: Path, origin: str | None = None) -> Path | None:
 
 
 def name_latest(folder: Path) -> str:
-    """Return the end of an error message: where the newest complete checkpoint is."""
+    """Return the end of an error message, which names the newest complete checkpoint."""
     path = latest_checkpoint(folder)
     return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
@@ -149,7 +149,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether there is a manifest and every file has the hash in it; ValueError where a newer version wrote it."""
+    """Whether all files match the hashes in the manifest; ValueError if a newer version wrote the checkpoint."""
     try:
         manifest = read_mapping(path / _MANIFEST)
         written = int(manifest.get("format", 1))

@@ -22,19 +22,19 @@ from .train import build, fit
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train, or resume the run in `config.output`, and return its summary.
 
-    With `config.dry_run` or `config.eval_only` nothing is trained, and what the run will take, or how good its
-    weights are, is returned instead.
+    With `config.dry_run` or `config.eval_only` nothing is trained; the return value is then the estimated cost of the
+    run, or the metrics of its weights.
 
     Examples:
         >>> config = TrainConfig(data="digits", epochs=2, output="output/digits")
         >>> summary = train(config)  # doctest: +SKIP
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: something is wrong with the settings, the data or the output
-            folder; raised before anything is trained.
+        ValueError, OSError, ModuleNotFoundError: the settings, the data or the output folder are invalid; raised
+            before training starts.
         Stopped: SIGTERM or SIGINT was received; the same call resumes the run.
         FloatingPointError: the loss is not finite.
-        OSError: a checkpoint cannot be written; the last good one stays.
+        OSError: a checkpoint cannot be written; the last good one is kept.
     """
     with _prepared(config) as run:
         return run()
@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 @contextmanager
 def _prepared(config: TrainConfig) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Lock the run's folder, validate and build everything, and yield the function that trains."""
+    """Lock the run's folder, validate the settings, build the run, and yield the function that trains."""
     writes = not (config.eval_only or config.dry_run)
     if writes:
         check_writable(config.folder)
@@ -76,7 +76,7 @@ def main(script: str, description: str, recipe: str) -> None:
         description: Its docstring, for --help.
         recipe: Its default recipe.
 
-    Exits as `one_line_errors` does where it cannot train to the end.
+    On errors and signals it exits as described in `one_line_errors`.
     """
     prog = Path(script).name
     with ExitStack() as held:
@@ -93,10 +93,10 @@ def main(script: str, description: str, recipe: str) -> None:
 
 @contextmanager
 def one_line_errors(prog: str, before_training: bool = False) -> Iterator[None]:
-    """End the command `prog` with one line on standard error and an exit status where `train` raises.
+    """Convert exceptions of `train` to one line on standard error and an exit status of the command `prog`.
 
-    The status is 2 where settings, data or a checkpoint are not right or not there; 1 where the loss is not finite, or
-    a file cannot be read or written, which is 2 too `before_training`; 143 or 130 where SIGTERM or Ctrl-C stopped it.
+    The status is 2 if settings, data or a checkpoint are invalid or missing; 1 if the loss is not finite or a file
+    cannot be read or written (2 with `before_training`); 143 or 130 if SIGTERM or Ctrl-C stopped the run.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Does SUGAR help here? A network's own activation against SUGAR on one data set, over learning rates and seeds."""
+"""Compare a network's own activation with SUGAR on one data set, over learning rates and seeds."""
 
 import json
 import math
@@ -35,27 +35,27 @@ _VARIED = ("seed", "lr", "surrogate", "alpha", "act_layer", "convert")
 class Comparison:
     """A grid of runs in a folder: each activation with each learning rate and seed."""
 
-    folder: Path  # holds compare.json and, as seedN/ACTIVATION-lrRATE, the runs
-    baseline: str  # the network's own activation, by name; "relu" for one that has SUGAR by itself
+    folder: Path  # contains compare.json and the runs as seedN/ACTIVATION-lrRATE
+    baseline: str  # name of the network's own activation; "relu" for networks that are built with SUGAR
     surrogates: tuple[str, ...]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    cells: dict[tuple[str, float, int], Cell]  # by activation, rate and seed, all of the first seed first
+    cells: dict[tuple[str, float, int], Cell]  # by activation, rate and seed; ordered by seed
     class_names: tuple[str, ...]
 
     @property
     def activations(self) -> list[str]:
-        """The names of what is compared, the baseline first."""
+        """The names of the compared activations, the baseline first."""
         return [self.baseline, *(f"sugar_{name}" for name in self.surrogates)]
 
     @property
     def grid(self) -> dict[str, Any]:
-        """What compare.json says of it, from which it is extended."""
+        """The grid as stored in compare.json, from which a later call extends it."""
         axes = {name: list(getattr(self, name)) for name in ("surrogates", "rates", "seeds")}
         return {"baseline": self.baseline} | axes
 
     def train(self, jobs: int | None = None, minutes: float = math.inf) -> dict[Cell, str]:
-        """Train what is not finished; see `timm_sugar.training.cells.run`. A loss that is not finite is no failure."""
+        """Train the unfinished runs as `timm_sugar.training.cells.run`; divergence does not count as a failure."""
         waiting = [cell for cell in self.cells.values() if not _diverged(cell)]
         failures = run(waiting, jobs, minutes)
         return {cell: reason for cell, reason in failures.items() if not _diverged(cell)}
@@ -68,16 +68,17 @@ def plan(
     rates: Sequence[float] | None = None,
     seeds: int | None = None,
 ) -> Comparison:
-    """Build a comparison, or extend the one in a folder, and check all that can be checked before anything is trained.
+    """Build a comparison, or extend the one in a folder, and validate everything possible before training.
 
     Args:
-        folder: Where it is; its grid only grows, so that all activations have the same rates and seeds.
-        flags: Flags of the trainer that hold for all runs, the data among them.
-        surrogates, rates, seeds: What to add to the grid; None for what is there, or the default of a new one.
+        folder: Folder of the comparison. Its grid only grows, so that all activations have the same rates and seeds.
+        flags: Flags of the trainer for all runs, including the data.
+        surrogates, rates, seeds: Values to add to the grid; None keeps the existing ones, or takes the defaults for a
+            new comparison.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: a setting, the data or the network is wrong, or the folder holds runs
-            with other settings or other data.
+        ValueError, OSError, ModuleNotFoundError: a setting, the data or the network is invalid, or the folder contains
+            runs with other settings or other data.
     """
     for flag in (flag.split("=")[0] for flag in flags if flag.startswith("--")):
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
@@ -130,30 +131,30 @@ def plan(
         run_folder = cell.config.folder
         if (read_record(run_folder) or {}).get("data_fingerprint") not in (None, data):
             raise ValueError(f"{run_folder} was trained on other data than {config.data} is now; give another --output")
-        summary_of(cell)  # raises where its settings were others
+        summary_of(cell)  # raises if its settings differ
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / FILE, json.dumps(before | {"grid": found.grid}) + "\n")
     return found
 
 
 def _diverged(cell: Cell) -> bool:
-    """Whether training of a cell ended because its loss was not finite, which it would be again."""
+    """Whether training of a cell ended because its loss was not finite; training it again would fail again."""
     return summary_of(cell) is None and "the loss is not finite at step" in last_line(cell)
 
 
 def table(comparison: Comparison) -> dict[str, Any]:
-    """Return what the finished runs say, and write it to compare.json.
+    """Return the results of the finished runs, and write them to compare.json.
 
-    A seed counts where all of its runs are done. The rate of each activation is the one with the highest mean accuracy
-    on the validation images over these seeds; a rate with which a loss was not finite is none. Accuracies on the test
-    images at these rates are compared by seed.
+    Only seeds with all of their runs done count. The learning rate of each activation is the one with the highest mean
+    validation accuracy over these seeds; rates at which a run diverged are excluded. Test accuracies at these rates
+    are compared by seed.
 
     Returns:
         grid; done and runs, the numbers of finished and of all runs; seeds, those that count; test_images; classes;
-        rows, one an activation: activation, rate, edge ("lowest" or "highest" of several rates, else None),
+        rows, one per activation: activation, rate, edge ("lowest" or "highest" of several rates, else None),
         val_top1 and test_top1 (mean), test_interval (half of the 95% t-interval, None for one seed), dead_units,
         class_top1 (mean by class), difference (to the baseline, mean), low and high (its 95% paired t-interval), p (of
-        the paired t-test; None where it has none), differences (by seed) and runs (their folders); and the verdict.
+        the paired t-test; None if undefined), differences (by seed) and runs (their folders); and the verdict.
         Accuracies are fractions of 1.
     """
     settled = {key: summary_of(cell) for key, cell in comparison.cells.items()}

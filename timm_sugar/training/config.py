@@ -1,4 +1,4 @@
-"""Recipes and the command line: YAML over the defaults, flags over both."""
+"""Recipes and the command line: a YAML recipe overrides the defaults, and flags override both."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from ..settings import TrainConfig, all_settings, setting_types, to_setting, wit
 from ..surrogates import unknown_name
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel holds the recipes in timm_sugar/recipes; in a checkout they are in train/recipes.
+# Recipes are in timm_sugar/recipes in a wheel, and in train/recipes in a checkout.
 RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "train" / "recipes"
 
 
@@ -22,8 +22,8 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
 
     Args:
         argv: Arguments after the program's name.
-        prog, description: The program's name, and what it trains, for --help.
-        recipe: The default one.
+        prog, description: The program's name and description, for --help.
+        recipe: The default recipe.
 
     Raises:
         ValueError: an unknown recipe, field or flag, with the nearest valid one; a value of the wrong type or range.
@@ -52,12 +52,12 @@ def load_config(argv: Sequence[str], prog: str, description: str, recipe: str) -
         if name in given:
             settings = {k: v for k, v in settings.items() if k not in ("act_layer", "surrogate", "alpha")}
     if "pretrained" in given and "model" not in given and given["pretrained"] not in ("own", "none"):
-        settings = {k: v for k, v in settings.items() if k not in ("model", "model_args")}  # a source names its model
+        settings = {k: v for k, v in settings.items() if k not in ("model", "model_args")}  # a source names the model
     if "model_args" in given:
         given["model_args"] = settings.get("model_args", {}) | _parse_pairs(given["model_args"])
     config = TrainConfig(**settings | given)
     if config.epochs < settings.get("epochs", 0) and "warmup_epochs" in settings and "warmup_epochs" not in given:
-        config.warmup_epochs = min(config.warmup_epochs or 0.0, 0.1 * config.epochs)  # a short run is not all warm-up
+        config.warmup_epochs = min(config.warmup_epochs or 0.0, 0.1 * config.epochs)  # at most 10% of a shortened run
     if config.output is None:
         activation = config.act_layer or config.surrogate
         name = re.sub(r"[^\w.-]+", "-", config.model or str(config.pretrained)).strip("-")
@@ -74,7 +74,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def read_fields(recipe: str) -> dict[str, Any]:
-    """Return the content of a recipe's YAML file: settings, and the ``grid`` of a sweep if there is one."""
+    """Return the content of a recipe's YAML file: settings and, for a sweep, its ``grid``."""
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         if path.parent != RECIPES:
@@ -91,7 +91,7 @@ def read_fields(recipe: str) -> dict[str, Any]:
 
 
 def check_fields(where: str, settings: dict[str, Any], besides: str) -> None:
-    """Raise ValueError, with the nearest valid name, where a key is neither a setting nor `besides`."""
+    """Raise ValueError, with the nearest valid name, if a key is neither a setting nor `besides`."""
     for name in settings:
         if name not in setting_types() and name != besides:
             raise ValueError(f"{where}: " + unknown_name("field", name, list(setting_types())))
@@ -102,12 +102,12 @@ def _names() -> list[str]:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each setting, under the heading of its group."""
+    """Add a flag for each setting to the argument group of its `Setting.group`."""
     kinds, groups = setting_types(), {}
     for name, known in all_settings().items():
         if known.group not in groups:
             groups[known.group] = parser.add_argument_group(known.group)
-        default = getattr(TrainConfig, name, None)  # an empty list or dictionary is no attribute of the class
+        default = getattr(TrainConfig, name, None)  # fields with a default_factory are not class attributes
         shown = "" if default is None else f" (default {default})"
         if known.otherwise is not None:
             shown = f" (default: of the pretrained weights, else {known.otherwise})"
@@ -137,7 +137,7 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-6 (no decimal point) as a number and refuses duplicate keys."""
+    """SafeLoader that parses 1e-6 (no decimal point) as a number and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -1,4 +1,4 @@
-"""What keeps a device busy: images in its memory, copies that nobody waits for, fused steps of the optimizer."""
+"""Device utilisation: images in device memory, asynchronous copies, fused optimizer steps."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 from .images import Images
 
-_LINE = 16  # elements: torch's fused kernels on the CPU divide a tensor by these, and have other code for what is left
+_LINE = 16  # elements: torch's fused CPU kernels handle a remainder after division by this with different code
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on `device`; a GPU copies it while the host goes on."""
+    """Return the tensor on `device`; copies to a GPU are asynchronous."""
     if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def place_images(images: Images, device: torch.device) -> None:
-    """Move the images that are held in memory to a GPU, train first, as far as half of its free memory takes them."""
+    """Move decoded images to a GPU, training images first, as long as they fit into half of its free memory."""
     if device.type != "cuda":
         return
     room = torch.cuda.mem_get_info(device)[0] // 2
@@ -30,9 +30,9 @@ def place_images(images: Images, device: torch.device) -> None:
 
 
 class HostCopy:
-    """The value of a tensor on the host as of the last copy that has arrived; nothing waits for the device.
+    """The value of a tensor on the host, as of the last completed copy; reading does not synchronise with the device.
 
-    On the CPU that is the last one made. The first tensor has the shape, dtype and device of those to come.
+    On the CPU, copies complete at once. All tensors must have the shape, dtype and device of the first one.
     """
 
     def __init__(self, tensor: Tensor):
@@ -40,19 +40,19 @@ class HostCopy:
         self._array = self._copy.numpy()
 
     def update(self, tensor: Tensor) -> None:
-        """Begin to copy."""
+        """Start an asynchronous copy."""
         self._copy.copy_(tensor, non_blocking=True)
 
     def read(self) -> Any:
-        """Return the number, or the numbers as nested lists."""
+        """Return the value as a number or nested lists of numbers."""
         return self._array.tolist()
 
 
 def use_fused_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Have torch's optimizers take their step in one pass over the weights, where torch has that for the device.
+    """Enable the fused implementation of torch's optimizers if torch supports it on the device.
 
-    On the CPU it is done for SGD alone, and for the tensors that its kernel divides evenly: there it gives the same
-    bits as a step without it.
+    On the CPU, only SGD is fused, and only for tensors whose size is a multiple of the kernel's block: for these the
+    result is bit-identical to that of the unfused step.
     """
     if "fused" not in optimizer.defaults or not type(optimizer).__module__.startswith("torch.optim."):
         return
@@ -65,7 +65,7 @@ def use_fused_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def _divide(optimizer: Any, *_: Any) -> None:
-    """Divide each group, for one step, into what is stepped by the fused kernel and what is not."""
+    """Split each parameter group, for one step, into a fused and an unfused group."""
     optimizer._whole_groups = optimizer.param_groups
     optimizer.param_groups = [
         {**group, "fused": fused, "params": [p for p in group["params"] if _can_be_fused(optimizer, p) == fused]}
@@ -79,7 +79,7 @@ def _unite(optimizer: Any, *_: Any) -> None:
 
 
 def _can_be_fused(optimizer: Any, p: Tensor) -> bool:
-    """Whether SGD's fused kernel gives what the step without it gives: it goes through memory from end to end."""
+    """Whether SGD's fused kernel gives the result of the unfused step: it ignores strides."""
     momentum = optimizer.state.get(p, {}).get("momentum_buffer")
     others = [p.grad, momentum] if optimizer.defaults["momentum"] else [p.grad]
     laid_out = all(other is not None and other.stride() == p.stride() for other in others)

@@ -19,10 +19,10 @@ _BATCH = 64
 
 
 def dry_run(run: Run) -> dict[str, Any]:
-    """Time two training steps and one evaluation batch, and return what the whole run will take; write nothing."""
+    """Time two training steps and one evaluation batch, and return the estimated cost of the run; write nothing."""
     config = run.config
     steps = itertools.chain(train_steps(run, State()), train_steps(run, State()))  # an epoch may be a single step
-    next(steps)[0].item()  # waits for the device
+    next(steps)[0].item()  # synchronises with the device
     began = time.perf_counter()
     next(steps)[0].item()
     step_seconds = time.perf_counter() - began
@@ -33,12 +33,12 @@ def dry_run(run: Run) -> dict[str, Any]:
     evaluate_batches(run.evaluated, run.images.test.batches([list(range(count))]), mean, std, shared=False)
     image_seconds = (time.perf_counter() - began) / count
     share = 1 / run.accelerator.num_processes
-    # Training, from the second step, and validation.
+    # Training, by the time of the second step, and validation.
     epoch_seconds = run.steps_per_epoch * step_seconds + image_seconds * share * run.images.sizes["val"]
 
     weights = _bytes(run.evaluated.state_dict().values())
     moments = _bytes(v for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-    checkpoint = weights * (3 if run.ema is not None else 2) + moments  # the weights and the best
+    checkpoint = weights * (3 if run.ema is not None else 2) + moments  # current and best weights
     return dict(
         steps_per_epoch=run.steps_per_epoch,
         epochs=config.epochs,
@@ -50,7 +50,7 @@ def dry_run(run: Run) -> dict[str, Any]:
 
 
 def evaluate_only(run: Run) -> dict[str, Any]:
-    """Evaluate the packaged weights in OUTPUT, else the best of the newest checkpoint, or those of --resume."""
+    """Evaluate the packaged weights in OUTPUT, else the best weights of the newest checkpoint or of --resume."""
     path, tensors = from_main_process(_best_weights, run)
     try:
         run.evaluated.load_state_dict(tensors)

@@ -1,4 +1,4 @@
-"""Evaluation of a network on images that are sharded over the processes."""
+"""Evaluation of a network on images sharded over the processes."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ..data import evaluate_batches
 from .images import Images
 
 _BATCH = 256
-_GPU_PIXELS = 2**21  # in a batch on a GPU, if those are more images: 2048 of 32 x 32
+_GPU_PIXELS = 2**21  # per batch on a GPU, such as 2048 images of 32 x 32, if this exceeds _BATCH images
 
 
 def evaluate_split(
@@ -24,14 +24,14 @@ def evaluate_split(
     after_batch: Callable[[], None] | None,
     name: str,
 ) -> dict[str, Any]:
-    """Return the metrics (see `timm_sugar.metrics`) of "val" or "test" over all processes, of "test" by class too.
+    """Return the metrics (see `timm_sugar.metrics`) of "val" or "test" over all processes, for "test" also by class.
 
-    `after_batch` is called equally often in every process, so it may synchronise.
+    `after_batch` is called the same number of times in every process, so it may contain collective operations.
     """
     split: Any = getattr(images, name)
     cuda = accelerator.device.type == "cuda"
     size = max(_BATCH, _GPU_PIXELS // images.data_config["input_size"][-1] ** 2) if cuda else _BATCH
-    # The same number of batches in each process; the last may be empty.
+    # Every process has the same number of batches; the last may be empty.
     count = math.ceil(math.ceil(images.sizes[name] / accelerator.num_processes) / size)
     indices = torch.arange(len(split), device=split.labels.device)
     order = [indices[i * size : (i + 1) * size] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Before the first step: does the surrogate gradient arrive in the model that is trained, and how is it computed?"""
+"""Checks before the first step: whether the model receives the surrogate gradient, and how it is computed."""
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +14,9 @@ from .processes import AllReduceMax
 
 
 def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> str | None:
-    """Return how the gradients of SUGAR are computed: cpp, jiterator, triton, composed or torch.compile; None without.
+    """Return how SUGAR's gradients are computed: cpp, jiterator, triton, composed or torch.compile; None without SUGAR.
 
-    What a kernel needs is compiled here.
+    This compiles the kernels.
     """
     layers = {(m.surrogate, m.save) for m in network.modules() if isinstance(m, Sugar)}
     if not layers:
@@ -29,7 +29,7 @@ def path_of(config: TrainConfig, network: nn.Module, device: torch.device) -> st
 def check_first_step(
     config: TrainConfig, model: nn.Module, images: Images, accelerator: Accelerator, all_reduce_max: AllReduceMax
 ) -> None:
-    """Raise ValueError, on every process, where gradients in the first batch are not the surrogate's on any."""
+    """Raise ValueError in every process if any process does not get the surrogate gradient on its first batch."""
     if not any(isinstance(module, Sugar) for module in model.modules()):
         return
     order = epoch_order(config.seed, 0, len(images.train))[accelerator.process_index :: accelerator.num_processes]

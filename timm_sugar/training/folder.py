@@ -1,4 +1,4 @@
-"""The folder of a run: the files written into it, and the check of settings against them on resume."""
+"""The folder of a run: writing its files, and checking settings against them on resume."""
 
 import dataclasses
 import itertools
@@ -38,14 +38,14 @@ from .processes import from_main_process, process_state
 
 _REMEDY = "give another --output, or --resume never to start over"
 _RESULTS = ("summary.json", "metrics.jsonl", "model")
-_DESCRIPTIONS = (  # of a run, by timm-sugar's commands and trackers
+_DESCRIPTIONS = (  # written to a run's folder by timm-sugar's commands and trackers
     "profile.json", "landscape.json", "activation_profile.*", "dead_units.*", "gradient_norms.*", "landscape_*.*",
     "timm-sugar/events.out.tfevents.*",
 )  # fmt: skip
 
 
 def check_writable(output: Path) -> None:
-    """Create the run's folder, and remove what killed processes left there; raise ValueError if it is not writable."""
+    """Create the run's folder and remove temporary files of killed processes; ValueError if it is not writable."""
     if not process_state().is_main_process:
         return
     try:
@@ -64,7 +64,7 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def read_finished(config: TrainConfig, processes: int = 1) -> dict[str, Any] | None:
-    """As `finished_summary`, in one process; ValueError where a run there, or at `resume`, has other settings."""
+    """As `finished_summary`, in one process; ValueError if the run there, or at `resume`, has other settings."""
     if config.resume == "never":
         return None
     output, settings = config.folder, dataclasses.asdict(config) | {"processes": processes}
@@ -91,7 +91,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _read_settings(output: Path) -> dict[str, Any]:
-    """Return the settings of the run in OUTPUT, of its newest checkpoint where config.yaml is gone, {} for no run."""
+    """Return the settings of the run in OUTPUT, of its newest checkpoint if config.yaml is missing, {} for no run."""
     record = read_record(output)
     if record is not None:
         return record
@@ -112,23 +112,23 @@ def use_recorded_statistics(config: TrainConfig) -> TrainConfig:
 
 
 def read_record(output: Path) -> dict[str, Any] | None:
-    """Return what OUTPUT/config.yaml holds, None where there is none."""
+    """Return the content of OUTPUT/config.yaml, None if the file does not exist."""
     path = output / "config.yaml"
     return read_mapping(path) if path.exists() else None
 
 
 def check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError where a setting of a run, or its data, that changes the result is not as it was started with.
+    """Raise ValueError if the data, or a setting that changes the result, differ from those at the start of a run.
 
-    Data whose fingerprint is recorded may have moved: their name is not compared, only their fingerprint, once it is
-    known of both.
+    If a fingerprint of the data is recorded, the data may have moved: their name is not compared, only the
+    fingerprints if both are known.
     """
     data, found = (record.get("data_fingerprint") or {} for record in (before, now))
     changed = [f"{name}={data[name]}, not {found[name]}" for name in data if data[name] != found.get(name, data[name])]
     if changed:
         raise ValueError(f"{where} holds a run on other data, with {'; '.join(changed)}; bring it back, {_REMEDY}")
-    known = defaults() | before if before else {}  # a setting that the run's version did not have yet is as usual
-    # What is given comes before what is left open on account of it.
+    known = defaults() | before if before else {}  # settings added in newer versions have their defaults
+    # Given settings first: settings that were left open may differ because of them.
     for name in sorted((*names_of("data", "result"), "processes"), key=lambda name: now[name] is None):
         not_resolved = now[name] is None and name in before.get("left_open", ())
         if name not in known or not_resolved or (name == "data" and data):
@@ -151,7 +151,7 @@ def write_metrics(output: Path, metrics: list[dict[str, Any]]) -> None:
 
 
 def summarize(config: TrainConfig, network: nn.Module, images: Images, **measured: Any) -> dict[str, Any]:
-    """Return what OUTPUT/summary.json holds: what was trained on what, and what was `measured`."""
+    """Return the content of OUTPUT/summary.json: the model, the data and the `measured` values."""
     return dict(
         model=config.model,
         parameters=sum(p.numel() for p in network.parameters()),
@@ -175,22 +175,22 @@ def write_result(config: TrainConfig, network: nn.Module, images: Images, summar
 
 
 def start_or_resume(config: TrainConfig, settings: dict[str, Any], step: Callable[[State], int]) -> Checkpoint | None:
-    """Return the checkpoint that the run goes on from, None where it starts, with what is of another history set aside.
+    """Return the checkpoint to resume from, None for a new run; move files of another run or of later steps away.
 
-    `step` gives the step of a state.
+    `step` returns the step number of a state.
     """
     output, resume = config.folder, config.resume
 
     def find() -> tuple[dict[str, Any], Checkpoint | None]:
         if resume == "never":
             described = sorted(path for pattern in _DESCRIPTIONS for path in output.glob(pattern))
-            # The settings last: cut short, what is still there is of one run.
+            # The settings last: if this is interrupted, the remaining files still belong to their settings.
             names = (output / name for name in (*_RESULTS, "checkpoints"))
             _set_aside(output, "the earlier run", (*names, *described, output / "config.yaml"))
         path = checkpoint_to_resume(output / "checkpoints", resume)
         return _read_settings(output), None if path is None else read_checkpoint(path)
 
-    record, checkpoint = from_main_process(find)  # the others may be on machines that do not see the folder
+    record, checkpoint = from_main_process(find)  # other processes may run on machines without access to the folder
     state = State() if checkpoint is None else checkpoint.state
     state.origin = origin_of(resume) or state.origin
     check_unchanged(str(output), record, settings)
@@ -203,7 +203,7 @@ def start_or_resume(config: TrainConfig, settings: dict[str, Any], step: Callabl
 
 
 def _set_aside(output: Path, what: str, paths: Iterable[Path]) -> None:
-    """Move those of `paths` that are there to OUTPUT/earlier-N, and say so."""
+    """Move the existing `paths` to OUTPUT/earlier-N and print a message."""
     found = [path for path in paths if path.exists()]
     if not found:
         return

@@ -1,4 +1,4 @@
-"""The images of a run: split, decoded into memory where they fit, sharded over processes, ordered by epoch."""
+"""The images of a run: split, decoded into memory if they fit, sharded over processes, shuffled in each epoch."""
 
 import sys
 import warnings
@@ -43,18 +43,18 @@ class Images:
     """Training, validation and test images of a run."""
 
     class_names: tuple[str, ...]  # in the order of the logits
-    data_config: dict[str, Any]  # timm's: input_size, interpolation, crop_pct, crop_mode, mean and std, as resolved
-    train: Split  # all training images; those in memory are not augmented yet
-    val: Split | None  # this process's shard; None if there is no validation
+    data_config: dict[str, Any]  # as in timm: input_size, interpolation, crop_pct, crop_mode, mean, std; all resolved
+    train: Split  # all training images; images in memory are not augmented yet
+    val: Split | None  # this process's shard; None without validation
     test: Split  # this process's shard
     sizes: dict[str, int]  # images of train, val and test, over all processes
-    bad: int  # images left out because they cannot be decoded
+    bad: int  # number of images skipped because they cannot be decoded
     fingerprint: dict[str, int | str]  # see `timm_sugar.data.fingerprint`
-    crop_flip: CropFlip | None  # how the training images in memory are augmented; None if they are not
+    crop_flip: CropFlip | None  # augmentation of the training images in memory; None for none
 
 
 def open_source(config: TrainConfig, warn: bool = True) -> Source:
-    """Return the data set that the settings name; its warnings are shown if `warn`, by one process of several."""
+    """Return the data set of the settings; `warn` shows its warnings, and is True in only one of several processes."""
     names = ("label_column", "image_column", "split_seed", "streaming", "skip_bad_images")
     with warnings.catch_warnings():
         if not warn:
@@ -93,11 +93,11 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
         room -= len(part) * 3 * config.img_size**2
         held = room >= 0 and len(part) > 0 and not (name == "train" and by_image)
         title = f"decoding {name} images" if rank == 0 else None
-        # A padded crop is one of the whole image.
+        # A padded crop is taken from the whole image.
         whole = data_config | {"crop_pct": 1.0} if name == "train" and config.crop == "padded" else data_config
         pixels[name] = decode_kept(part, whole, cache, title) if held else None
         if name == "test" and not held and not config.skip_bad_images:
-            _check_readable(part, cache, title)  # they are not needed before the end
+            _check_readable(part, cache, title)  # otherwise they are first read at the end of the run
 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
@@ -137,7 +137,7 @@ def _split(config: TrainConfig, source: Source, warn: bool) -> dict[str, Labelle
 
 
 def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:
-    if count < 2 * processes and config.batch_size > 1:  # of one image BatchNorm has no variance
+    if count < 2 * processes and config.batch_size > 1:  # BatchNorm needs at least two images for a variance
         raise ValueError(f"{count} training images are too few: a forward pass takes at least two in each process")
     wanted = config.batch_size * config.grad_accum * processes
     if count < wanted and (config.grad_accum > 1 or config.mixup or config.cutmix):
@@ -150,7 +150,7 @@ def _check_sizes(config: TrainConfig, count: int, processes: int) -> None:
 def _statistics(
     images: LabelledImages, pixels: Tensor | None, data_config: dict[str, Any], cache: ArrayCache, title: str | None
 ) -> Any:
-    """Return mean and std of the images in memory, else of a stratified sample of them at their own size."""
+    """Return mean and std of the images in memory, or of a stratified sample at original size if there are none."""
     how = [data_config[name] for name in EVALUATION]
     if pixels is None:
         images, how = images.subset(stratified_sample(images.labels, _STATISTICS_SAMPLE, 0)), ["own size"]
@@ -170,7 +170,7 @@ def _statistics(
 
 
 def _check_readable(images: LabelledImages, cache: ArrayCache, title: str | None) -> None:
-    """Decode every image, unless that was done before; raise BadImageError where one cannot be."""
+    """Decode every image unless an earlier call did; raise BadImageError if one cannot be decoded."""
 
     def check() -> np.ndarray:
         compute_rows(lambda index: images[index] is None, (len(images),), title)
@@ -195,7 +195,7 @@ def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
 
 
 def mix_seeds(*parts: int) -> int:
-    """Return one seed of 63 bits for several numbers; neighbouring numbers give unrelated seeds."""
+    """Combine several numbers to one 63-bit seed; neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

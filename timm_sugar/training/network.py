@@ -38,30 +38,30 @@ def check_names(config: TrainConfig) -> None:
 
 
 def build_network(config: TrainConfig, source: Source, initial: Initial | None = None) -> nn.Module:
-    """Build the network with weights that depend on the seed only, and try it on one image, and in a training step.
+    """Build the network with weights that depend only on the seed, and test a forward pass and a training step.
 
-    What it starts from decides the activation and arguments that the settings leave open.
+    The activation and arguments that the settings leave open are those of `initial`.
     """
     torch.manual_seed(config.seed)
     classes = len(source.class_names)
     given = config.model_args.get("num_classes", classes)
     if given != classes:
         raise ValueError(f"data set {source.name!r} has {classes} classes, the model {given}")
-    for name, rate in config.model_args.items():  # timm computes with a negative one
+    for name, rate in config.model_args.items():  # timm accepts negative rates
         if name.endswith("_rate") and isinstance(rate, (int, float)) and not 0 <= rate < 1:
             raise ValueError(f"model_args {name} must be at least 0 and below 1, got {rate}")
     try:
         arguments = size_arguments(config.model, config.img_size) | {"num_classes": classes}
         arguments |= (initial.model_args if initial else {}) | config.model_args
         network = build(config.model, **_activation(config, initial).given(), **arguments)
-    except Exception as error:  # whatever timm's families raise
+    except Exception as error:  # the exception depends on timm's model family
         if config.act_layer is not None and _builds(config.model, arguments):
             sugar = config.act_layer.removeprefix("sugar_")
             instead = f"--convert --surrogate {sugar} does" if sugar != config.act_layer else "--convert puts SUGAR in"
             raise ValueError(
                 f"model {config.model} does not take act_layer {config.act_layer} by name ({_reason(error)}); {instead}"
             ) from error
-        if isinstance(error, (ValueError, OSError)) and str(error):  # says what is wrong by itself
+        if isinstance(error, (ValueError, OSError)) and str(error):  # its message is clear
             raise
         raise ValueError(f"model {config.model} does not take these arguments: {_reason(error)}") from error
     if config.init == "pytorch":
@@ -83,13 +83,13 @@ def build_network(config: TrainConfig, source: Source, initial: Initial | None =
 
 
 def _activation(config: TrainConfig, initial: Initial | None) -> Activation:
-    """Return the activation to build with: as the settings say, else as the network had it that the run starts from."""
+    """Return the activation to build with: that of the settings, else that of the initial network."""
     given, before = config.activation, initial.activation if initial else Activation()
     if given.act_layer is not None:
         return given
     if config.convert:
         before = replace(before, act_layer=None)
-    if given.surrogate is not None:  # starts from its own default alpha
+    if given.surrogate is not None:  # with its own default alpha
         return replace(given, save=before.save)
     if config.convert and before.surrogate is None and not is_own(config.model):
         before = replace(before, surrogate="bsilu")
@@ -100,20 +100,20 @@ def _builds(model: str, arguments: dict[str, Any]) -> bool:
     try:
         with torch.device("meta"):
             build(model, **arguments)
-    except Exception:  # whatever timm's families raise, the answer is no
+    except Exception:  # the exception depends on timm's model family
         return False
     return True
 
 
 def _try_training(config: TrainConfig, network: nn.Module) -> None:
-    """Raise ValueError where a copy of the network cannot be trained on images of noise."""
+    """Raise ValueError if a copy of the network cannot be trained on noise images."""
     trial, count = copy.deepcopy(network).train(), min(config.batch_size, 2)
     problem = f"model {config.model} cannot be trained with"
     try:
         with torch.random.fork_rng(devices=()):
             trial(torch.randn(count, 3, config.img_size, config.img_size)).sum().backward()
     except Exception as error:
-        if count == 1 and config.sync_bn:  # of one image BatchNorm has no variance, but of those of all processes
+        if count == 1 and config.sync_bn:  # a single image has no variance, but SyncBatchNorm uses all processes
             return
         if count == 1 and "more than 1 value per channel" in str(error):
             one = f"batch_size 1 at img_size {config.img_size}: BatchNorm would see one value a channel"
@@ -128,7 +128,7 @@ def _reason(error: Exception) -> str:
 
 
 def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -> torch.optim.Optimizer:
-    """Return timm's optimizer, or raise ValueError where its steps do not work; `lr_scale` multiplies lr."""
+    """Return timm's optimizer, or raise ValueError if a test step fails; `lr_scale` multiplies lr."""
     moments: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
     settings: dict[str, Any] = {name: value for name, value in moments.items() if value is not None}
     settings |= dict(
@@ -139,7 +139,7 @@ def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -
         trial(torch.ones(2, 2)).sum().backward()
         create_optimizer_v2(trial, **settings).step()
         optimizer = create_optimizer_v2(network, layer_decay=config.layer_decay, **settings)
-    except Exception as error:  # whatever an optimizer raises that needs more than gradients, or has no such setting
+    except Exception as error:  # some need a closure, or do not have a setting
         raise ValueError(f"optimizer {config.opt} cannot be used with these settings: {_reason(error)}") from error
     if not all(torch.isfinite(p).all() for p in trial.parameters()):
         raise ValueError(f"optimizer {config.opt} gives weights that are not finite in its first step; lower lr")
@@ -151,15 +151,15 @@ def create_optimizer(config: TrainConfig, network: nn.Module, lr_scale: float) -
 def average_batch_norm(network: nn.Module) -> None:
     """Average the running statistics of every BatchNorm over the processes.
 
-    Running statistics are linear in those of the batches, so doing so after each step gives what a single average at
-    the end would, and every process, and any checkpoint, has the same.
+    Running statistics are linear in the batch statistics, so averaging after each step equals a single average at the
+    end, and the statistics are the same in every process and in every checkpoint.
     """
     if not dist.is_initialized():
         return
     buffers = [
         buffer
         for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training  # not where frozen
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training  # not frozen ones
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]

@@ -1,4 +1,4 @@
-"""Forward and backward pass of a training step; compiled on a GPU, they are one CUDA graph."""
+"""Forward and backward pass of a training step; if compiled on a GPU, they form one CUDA graph."""
 
 import warnings
 from typing import Any
@@ -13,19 +13,19 @@ from ..settings import TrainConfig
 from .schedules import set_activation
 from .units import TrainingUnits
 
-_WARM_UP = 3  # passes before a capture, as many as torch's documentation takes
+_WARM_UP = 3  # passes before a capture, as in torch's documentation
 
 
 class Passes:
-    """Adds the gradients of a batch to those of the network's parameters, and counts dead `units` in the passes.
+    """Accumulates the gradients of batches in the network's parameters, and counts dead `units`.
 
-    A CUDA graph replays the kernels of one forward and backward pass without the host's part in them. What a step does
-    besides is no part of it: batches, random seeds, Mixup, clipping, the optimizer and its schedules. It is captured
-    at the first batch; all batches must be of one shape.
+    A CUDA graph replays the kernels of one forward and backward pass without host overhead. It does not include the
+    rest of a step: batches, random seeds, Mixup, clipping, the optimizer and its schedules. It is captured at the first
+    batch; all batches must have the same shape.
 
     Args:
-        network, model: What holds the weights, and the same as accelerate and torch.compile wrap it.
-        steps: Of an epoch.
+        network, model: The network, and the same network as wrapped by torch.compile and accelerate.
+        steps: Number of steps per epoch.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Passes:
         steps: int = 1,
     ):
         self._accumulation = config.grad_accum
-        # In compiled code it would be other code that is trained.
+        # Not for compiled code: the hooks would change the code that is compiled.
         self.units = TrainingUnits(network, 0 if config.compile or graph else steps * config.grad_accum)
         self.graph = graph
         compiling = "compiling and capturing a CUDA graph" if graph else "compiling"
-        self.warm_up = compiling if config.compile else "training"  # what the first step does before it trains
+        self.warm_up = compiling if config.compile else "training"  # label of the progress bar during the first step
         self._network, self._model, self._accelerator = network, model, accelerator
-        # Mixup smooths its targets itself.
+        # Mixup applies label smoothing itself.
         self._smoothing = 0.0 if config.mixup or config.cutmix else config.smoothing
         self._activation: Activation | None = None
         self._captured: Any = None
@@ -52,25 +52,25 @@ class Passes:
         self._result: tuple[Tensor, Tensor] | None = None
 
     def begin_epoch(self, activation: Activation, steps: int, unit_counts: dict[str, Any] | None) -> None:
-        """Begin an epoch with this surrogate and alpha, or go on after so many steps with what was counted in them."""
+        """Begin an epoch with this surrogate and alpha, or resume it after `steps` steps with their `unit_counts`."""
         if activation != self._activation:
             set_activation(self._network, activation)
-            self._activation, self._captured = activation, None  # they are constants of a graph
+            self._activation, self._captured = activation, None  # a graph contains them as constants
         self.units.begin(steps * self._accumulation, unit_counts)
 
     def __call__(self, inputs: Tensor, targets: Tensor, first: bool) -> tuple[Tensor, Tensor]:
-        """Return the mean loss, (), and the logits, (B, classes), until the next call.
+        """Return the mean loss, (), and the logits, (B, classes); both are valid until the next call.
 
         Args:
             inputs: Float32, (B, 3, H, W).
             targets: Classes, int64, (B,), or probabilities, (B, classes).
-            first: Whether it is the first pass of a step. The gradients of the last one are forgotten here, not at its
-                end, where glibc would return their memory to the system, to get it again page by page.
+            first: Whether it is the first pass of a step, which resets the gradients. If they were reset at the end of
+                the step, glibc would return their memory to the system, and reallocation would cause page faults.
         """
         if first and not self.graph:
             self._network.zero_grad()
         elif first and self._accumulation > 1:
-            self._network.zero_grad(set_to_none=False)  # a graph adds to them where they are
+            self._network.zero_grad(set_to_none=False)  # the graph accumulates in place
         if self.graph and self._captured is None:
             self._capture(inputs, targets)
         if not self.graph:
@@ -89,7 +89,7 @@ class Passes:
         return loss.detach(), logits.detach()
 
     def _capture(self, inputs: Tensor, targets: Tensor) -> None:
-        """Capture a pass before the first one of a step; weights, buffers and random state are left as they were."""
+        """Capture the graph before the first pass of a step; weights, buffers and random state do not change."""
         buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
         self._batch = (inputs.clone(), targets.clone())
         try:
@@ -101,10 +101,10 @@ class Passes:
                         self._network.zero_grad()
                         self._run(*self._batch)
                 torch.cuda.current_stream().wait_stream(side)
-                # A pass writes gradients where there are none, or adds to those that there are.
+                # The captured pass writes the gradients if they are None, and otherwise accumulates in them.
                 self._network.zero_grad(set_to_none=self._accumulation == 1)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread that pins may go on
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # allows the pin-memory thread to run
                     self._result = self._run(*self._batch)
             self._captured = graph
         except RuntimeError as error:
@@ -116,7 +116,7 @@ class Passes:
 
 
 def graph_of(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Whether a step of this run can be a CUDA graph; if it is compiled for a GPU and cannot, a warning says why."""
+    """Whether a step of this run can be a CUDA graph; warn with the reason if it is compiled for a GPU but cannot."""
     if not config.compile or accelerator.device.type != "cuda":
         return False
     why = "the gradient scaler of fp16 waits for the GPU" if accelerator.scaler is not None else ""

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: where they are, what they say of their images, loading and freezing them."""
+"""The initial weights of a run: finding them, reading their image settings, loading and freezing them."""
 
 import dataclasses
 import sys
@@ -30,24 +30,24 @@ from .processes import from_main_process, process_state
 
 @dataclass(frozen=True)
 class Initial:
-    """What a run starts from."""
+    """The initial weights of a run and their network."""
 
-    source: str  # of the weights, with the commit where they are from the Hub
-    architecture: str  # of the network that they are trained in, by name in timm's registry
-    activation: Activation  # that it has unless the settings say another
-    model_args: dict[str, Any]  # its other arguments, without img_size and num_classes
-    labels: Sequence[str] = ()  # names of the classes that the weights' classifier tells apart, () where unknown
-    classifier: Sequence[str] = ()  # names of the modules that are the classifier
-    tensors: dict[str, Tensor] | None = None  # None where the run goes on from a checkpoint
+    source: str  # of the weights, including the commit if they are from the Hub
+    architecture: str  # of the network to train, by name in timm's registry
+    activation: Activation  # default activation if the settings do not give one
+    model_args: dict[str, Any]  # other arguments of the network, without img_size and num_classes
+    labels: Sequence[str] = ()  # class names of the weights' classifier, () if unknown
+    classifier: Sequence[str] = ()  # names of the modules that form the classifier
+    tensors: dict[str, Tensor] | None = None  # None if the run resumes from a checkpoint
 
     @property
     def record(self) -> dict[str, Any]:
-        """What config.yaml says of it, from which a run that goes on builds the network again."""
+        """The entry in config.yaml, from which a resumed run builds the network again."""
         arguments = {"activation": self.activation.given(), "model_args": self.model_args}
         return {"source": self.source, "architecture": self.architecture, **arguments}
 
 
-# What is taken from the weights unless it is given.
+# Settings with defaults from the weights.
 _SAID = ("model", "img_size", "interpolation", "crop_pct", "mean", "std")
 _OF_NETWORK = (
     "input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "mean", "std",
@@ -56,7 +56,7 @@ _OF_NETWORK = (
 
 
 def find_initial(config: TrainConfig) -> tuple[TrainConfig, Initial | None]:
-    """Return the settings, with what is open as the weights say it, and what the run starts from; None for nothing."""
+    """Return the settings, with open ones filled in from the weights, and the initial weights, None without any."""
     if config.pretrained is None and config.initial_checkpoint is None:
         return config, None
     before = from_main_process(_recorded, config)
@@ -71,17 +71,17 @@ def find_initial(config: TrainConfig) -> tuple[TrainConfig, Initial | None]:
             raise ValueError(f"they are of images of {height, width} pixels, which are not square; give img_size")
         filled = _fill(config, cfg | {"model": initial.architecture, "img_size": width})
         return filled, _load(filled, initial, cfg)
-    except Exception as error:  # whatever timm, huggingface_hub, torch and their transports raise
+    except Exception as error:  # timm, huggingface_hub, torch and HTTP clients raise many types
         source = config.pretrained or config.initial_checkpoint
         reason = " ".join(str(error).split()) or type(error).__name__
-        if "loading state_dict" in reason:  # torch names every tensor
+        if "loading state_dict" in reason:  # torch's message lists every tensor
             missing = reason.partition(": ")[2]
             reason = f"it does not hold the weights of {config.model or 'its model'}: {missing[:200]} ..."
         raise ValueError(f"cannot start from {source}: {reason}") from error
 
 
 def _recorded(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the settings of the run that goes on, or that is evaluated; None where one starts."""
+    """Return the settings of the run to resume or evaluate; None for a new run."""
     if config.output is None:
         return None
     path = checkpoint_to_resume(config.folder / "checkpoints", config.resume)
@@ -96,7 +96,7 @@ def _fill(config: TrainConfig, said: dict[str, Any]) -> TrainConfig:
 
 
 def _locate(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
-    """Return timm's pretrained_cfg of the weights, and what the run starts from, without tensors."""
+    """Return timm's pretrained_cfg of the weights, and an `Initial` without tensors."""
     if config.initial_checkpoint is not None:
         return _file(config)
     given = str(config.pretrained)
@@ -106,8 +106,8 @@ def _locate(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
         cfg = _of_timm(source)
         return cfg, Initial(f"{name}.{cfg['tag']}" if cfg.get("tag") else name, name, Activation(), {})
     found = read_config(source if ":" in source else find_weights(name, tag or None))
-    cfg = _registered(found.architecture) | found.pretrained_cfg  # a folder may leave out what its architecture says
-    cfg["fixed_input_size"] |= "img_size" in found.model_args  # not so of networks that take other sizes too
+    cfg = _registered(found.architecture) | found.pretrained_cfg  # a folder may omit the defaults of its architecture
+    cfg["fixed_input_size"] |= "img_size" in found.model_args  # only networks with a fixed size have this argument
     place = f"hf-hub:{cfg['hf_hub_id']}" if cfg["source"] == "hf-hub" else found.source
     place = place if ":" in source else Path(found.source).name.partition("@")[0]
     arguments = {key: value for key, value in found.model_args.items() if key not in ("img_size", "num_classes")}
@@ -115,13 +115,13 @@ def _locate(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
 
 
 def _registered(architecture: str) -> dict[str, Any]:
-    """Return what timm's registry says of the network and the images of an architecture, whatever the weights."""
+    """Return the values of timm's registry for an architecture and its images that do not depend on the weights."""
     found = timm.get_pretrained_cfg(architecture)
     return {} if found is None else {name: getattr(found, name) for name in _OF_NETWORK}
 
 
 def _of_timm(name: str) -> dict[str, Any]:
-    """Return timm's pretrained_cfg of one of its models, or raise ValueError where it has no such tag or no weights."""
+    """Return timm's pretrained_cfg of one of its models, or raise ValueError if the tag or the weights do not exist."""
     cfgs = get_arch_pretrained_cfgs(name)
     having = [known for known, cfg in cfgs.items() if cfg.has_weights]
     wanted = timm.get_pretrained_cfg(name) if "." not in name or name in cfgs else None
@@ -132,13 +132,13 @@ def _of_timm(name: str) -> dict[str, Any]:
 
 
 def _file(config: TrainConfig) -> tuple[dict[str, Any], Initial]:
-    """As `_locate` for a file of weights: of its images, what the architecture usually takes is all that is known."""
+    """As `_locate` for a file of weights; image settings are the defaults of the architecture."""
     path = Path(str(config.initial_checkpoint))
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
     try:
         tensors = load_state_dict(str(path))
-    except Exception as error:  # of pickle, safetensors, zipfile and torch, each its own
+    except Exception as error:  # pickle, safetensors, zipfile and torch raise different types
         raise ValueError("it is no file of safetensors, nor of tensors alone that torch.save wrote") from error
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError("it holds more than tensors, and neither a state_dict nor a model among it")
@@ -154,7 +154,7 @@ def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _load(config: TrainConfig, initial: Initial, cfg: dict[str, Any]) -> Initial:
-    """Return `initial` with its tensors, for images of the run's size: timm loads them whole into their own network."""
+    """Return `initial` with its tensors for the run's image size, loaded by timm into the original network."""
     own = initial.architecture == config.model
     size = {"img_size": config.img_size} if cfg.get("fixed_input_size") else {}
     arguments = size | initial.model_args | (config.model_args if own else {})
@@ -176,7 +176,7 @@ def _load(config: TrainConfig, initial: Initial, cfg: dict[str, Any]) -> Initial
 
 
 def start_from(initial: Initial | None, network: nn.Module, config: TrainConfig, class_names: Sequence[str]) -> None:
-    """Give the network of a run its weights, freeze what is to be frozen, and say so on standard error."""
+    """Load the initial weights into the network, freeze parameters, and report both on standard error."""
     notes = [
         _describe_conversion(network, config.model),
         _load_initial(network, initial, class_names),
@@ -193,7 +193,7 @@ def _is_cached(cfg: PretrainedCfg) -> bool:
 
 
 def _load_initial(network: nn.Module, initial: Initial | None, class_names: Sequence[str]) -> str | None:
-    """Load the weights, and say so in one line; the classifier stays new unless it tells apart the same classes."""
+    """Load the weights and return a log line; the classifier is not loaded unless its classes are the same."""
     if initial is None or initial.tensors is None:
         return None
     own = network.state_dict()
@@ -218,7 +218,7 @@ def _load_initial(network: nn.Module, initial: Initial | None, class_names: Sequ
 
 
 def _describe_conversion(network: nn.Module, architecture: str) -> str | None:
-    """Return what `convert` did to the network of a run; None where it was not converted."""
+    """Return a log line about the changes by `convert`; None if the network was not converted."""
     report: SugarReport | None = getattr(network, "sugar_report", None)
     if report is None:
         return None
@@ -234,13 +234,13 @@ def _describe_conversion(network: nn.Module, architecture: str) -> str | None:
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> str | None:
-    """Freeze parameters whose names, or whose modules' names, match fnmatch patterns, and say so in one line.
+    """Freeze parameters whose names, or whose modules' names, match fnmatch patterns, and return a log line.
 
-    A BatchNorm whose parameters are all frozen normalises by its running statistics in training too, as at inference:
-    with those of the batch, the layers behind it would be trained on other inputs than they are evaluated on.
+    A BatchNorm whose parameters are all frozen uses its running statistics in training too, as at inference. With
+    batch statistics, the next layers would be trained on different inputs than they are evaluated on.
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing is left to train.
+        ValueError: a pattern matches nothing, or no parameter is left to train.
     """
     if not patterns:
         return None
@@ -261,7 +261,7 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> str | None:
             own = list(module.parameters(recurse=False))
             named = any(_matches(f"{name}.running_mean", pattern) for pattern in patterns)
             if (own and not any(p.requires_grad for p in own)) or (not own and named):
-                vars(module)["train"] = MethodType(_stay_in_eval, module)  # copies with the network, as a method does
+                vars(module)["train"] = MethodType(_stay_in_eval, module)  # a bound method is copied with the network
                 module.eval()
                 held += 1
     total = sum(p.numel() for p in parameters.values())
@@ -278,9 +278,9 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _topmost(network: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:
-    """Return the largest modules, and else the parameters, that are frozen as a whole."""
+    """Return the names of the topmost modules, and of other parameters, that are completely frozen."""
     found: list[str] = []
-    for name, part in (*network.named_modules(), *parameters.items()):  # a module comes before what is in it
+    for name, part in (*network.named_modules(), *parameters.items()):  # parents come before children
         own = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         if own and not any(p.requires_grad for p in own) and not any(name.startswith(f"{whole}.") for whole in found):
             found.append(name)

@@ -1,4 +1,4 @@
-"""Processes of a run: joining, collective decisions, signals, the lock on the folder."""
+"""Processes of a run: process group, collective decisions, signals, the lock on the folder."""
 
 import os
 import re
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def on_cpu() -> bool:
-    """Whether to train on the CPU: on request, or without an accelerator. accelerate uses gloo only if told so."""
+    """Whether to train on the CPU: on request, or without an accelerator. accelerate uses gloo only with cpu=True."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
@@ -36,7 +36,7 @@ def process_state() -> PartialState:
 
 
 class Stopped(Exception):
-    """A signal stopped the run, after its state was saved."""
+    """A signal stopped the run after its state was saved."""
 
     def __init__(self, signum: int, step: int | None = None):
         super().__init__(f"stopped by {signal.Signals(signum).name}" + ("" if step is None else f" at step {step}"))
@@ -79,7 +79,7 @@ def stop_signals() -> Iterator[StopSignal]:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Lock the folder of a run; wait while another process on this machine holds the lock.
 
-    A killed launcher may leave its training processes behind while the same command is started again.
+    After a launcher was killed, its training processes may still run when the same command is started again.
     """
     import fcntl  # Unix only
 
@@ -90,12 +90,12 @@ def folder_lock(folder: Path) -> Iterator[None]:
     while True:
         with path.open("w") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no loader worker inherits it
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
             except BlockingIOError:
                 print(f"waiting for another process that trains in {folder}", file=sys.stderr)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                continue  # whoever held it has removed the file
+                continue  # the previous holder removed the file
             try:
                 yield
             finally:
@@ -105,7 +105,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 class AllReduceMax:
-    """All-reduce with MAX over the processes, of integers held by the host, for decisions taken by all at one step."""
+    """All-reduce of host integers with MAX over the processes, for decisions that all take at the same step."""
 
     def __init__(self) -> None:
         self._group: Any = None
@@ -121,7 +121,7 @@ class AllReduceMax:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator of a run, or raise where it wants what this machine does not have."""
+    """Return the accelerator of a run, or raise if this machine does not support a setting."""
     # accelerate keeps the precision of an earlier run in this process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -134,7 +134,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             gradient_accumulation_steps=config.grad_accum,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=config.output,
-            # average_batch_norm does it after each step.
+            # average_batch_norm synchronises the buffers after each step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
@@ -151,7 +151,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def has_instructions(precision: str) -> bool:
-    """Whether oneDNN computes in this precision on this CPU, or only emulates it."""
+    """Whether this CPU supports this precision in oneDNN natively instead of by emulation."""
     if precision == "no" or not torch.backends.mkldnn.is_available():
         return True
     supported = dict(bf16=torch.ops.mkldnn._is_mkldnn_bf16_supported, fp16=torch.ops.mkldnn._is_mkldnn_fp16_supported)
@@ -159,7 +159,7 @@ def has_instructions(precision: str) -> bool:
 
 
 def from_main_process(compute: Callable[..., T], *arguments: Any) -> T:
-    """Return what a function gives in the main process, or raise the ValueError that it raises there, in every one."""
+    """Call a function in the main process; return its result, or raise its ValueError, in every process."""
     found: tuple[T | None, ValueError | None] = None, None
     if process_state().is_main_process:
         try:

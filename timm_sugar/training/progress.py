@@ -1,4 +1,4 @@
-"""Progress on standard error: a line an epoch, and a bar where it is a terminal."""
+"""Progress on standard error: a line per epoch, and a progress bar on a terminal."""
 
 import sys
 import time
@@ -14,13 +14,13 @@ from .device import HostCopy
 
 
 class Progress:
-    """A bar over all steps of a run, and a line for each epoch.
+    """A progress bar over all steps of a run, and a line for each epoch.
 
     Args:
-        total, done: Steps of the whole run, and before this start.
-        images: Images a step, over all processes.
-        enabled: Whether this process shows anything.
-        warm_up: What is shown until the first step is done.
+        total, done: Steps of the whole run, and steps completed before this start.
+        images: Images per step, over all processes.
+        enabled: Whether this process prints anything.
+        warm_up: Label of the bar until the first step is done.
     """
 
     def __init__(self, total: int, done: int, images: int, enabled: bool, warm_up: str = "training"):
@@ -38,14 +38,14 @@ class Progress:
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(),
             console=Console(stderr=True),
-            refresh_per_second=5,  # as often as what it shows can change
+            refresh_per_second=5,  # the displayed values change at most this often
             disable=not self._enabled,
         )
         self._shown_step: HostCopy | None = None
         self._task = self._bar.add_task(warm_up, total=total, completed=done, rate="", loss="-", accuracy="-")
 
     def __enter__(self) -> "Progress":
-        if self._enabled:  # older versions of rich print an empty line where it is disabled
+        if self._enabled:  # older versions of rich print an empty line if disabled
             self._bar.start()
         return self
 
@@ -54,9 +54,9 @@ class Progress:
             self._bar.stop()
 
     def step(self, loss: Tensor, logits: Tensor, labels: Tensor, mixed: bool = False) -> None:
-        """Advance by one step; nothing waits for the device after the first, which ends the warm-up.
+        """Advance by one step; the first call ends the warm-up, later calls do not synchronise with the device.
 
-        Shown are the mean loss, (), and the accuracy of the logits, (N, classes), unless the images are mixtures.
+        The bar shows the mean loss, (), and, unless images are mixed, the accuracy of the logits, (N, classes).
         """
         if not self._enabled:
             return
@@ -82,7 +82,7 @@ class Progress:
         self.note("  ".join(parts))
 
     def note(self, line: str) -> None:
-        """Print a line: above the bar, or by itself where there is none."""
+        """Print a line, above the bar if there is one."""
         if self._enabled:
             self._bar.console.print(line)
         elif self._says:

@@ -1,4 +1,4 @@
-"""What changes over a run as a function of the step or epoch alone: learning rate, weight decay, surrogate, alpha."""
+"""Schedules that depend only on the step or epoch: learning rate, weight decay, surrogate, alpha."""
 
 import math
 from dataclasses import replace
@@ -13,8 +13,8 @@ from ..settings import TrainConfig
 
 
 def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int, scale: float) -> Any:
-    """Return timm's scheduler, by step; `scale` multiplies every rate."""
-    warmup: Any = config.warmup_epochs  # timm takes a fraction of an epoch too, unlike its annotation
+    """Return timm's scheduler, updated per step; `scale` multiplies every rate."""
+    warmup: Any = config.warmup_epochs  # timm also accepts a fraction of an epoch, unlike its annotation
     scheduler: Any = create_scheduler_v2(
         optimizer,
         sched=config.sched,
@@ -33,19 +33,19 @@ def create_lr_schedule(config: TrainConfig, optimizer: Any, steps_per_epoch: int
 
 
 def set_weight_decay(config: TrainConfig, optimizer: Any, progress: float) -> None:
-    """Set the weight decay at `progress`, the share of all steps done; groups without weight decay stay without."""
+    """Set the weight decay at `progress`, the fraction of completed steps, except for groups without weight decay."""
     if config.weight_decay_end is None:
         return
     decay = anneal("cosine", config.weight_decay, config.weight_decay_end, progress)
     for group in optimizer.param_groups:
-        # timm puts what is not to be decayed in a group of its own, which starts at 0.
+        # timm puts parameters without weight decay in a separate group with weight_decay 0.
         group.setdefault("decayed", group["weight_decay"] != 0)
         if group["decayed"]:
             group["weight_decay"] = decay
 
 
 def activation_at(config: TrainConfig, epoch: int, start: Activation) -> Activation:
-    """Return surrogate and alpha of an epoch, counted from 1, where the network was built with those of `start`."""
+    """Return surrogate and alpha of an epoch, counted from 1; `start` are those that the network was built with."""
     if config.switch_epoch is not None and epoch >= config.switch_epoch:
         return Activation(config.switch_surrogate, config.switch_alpha).resolve()
     if config.alpha_end is None or start.alpha is None:
@@ -56,14 +56,14 @@ def activation_at(config: TrainConfig, epoch: int, start: Activation) -> Activat
 
 
 def set_activation(network: nn.Module, activation: Activation) -> None:
-    """Give every SUGAR activation of `network` this surrogate and alpha; a network without any has no surrogate."""
+    """Set surrogate and alpha of every SUGAR activation of `network`; no-op if `activation` has no surrogate."""
     for module in network.modules():
         if isinstance(module, Sugar) and activation.surrogate is not None:
             module.surrogate, module.alpha = activation.surrogate, activation.alpha
 
 
 def check_activation(config: TrainConfig, network: nn.Module) -> Activation:
-    """Return surrogate and alpha of the network as built, or raise ValueError where settings cannot change them."""
+    """Return surrogate and alpha of the network as built, or raise ValueError if their schedules are invalid for it."""
     start = Activation.of(network)
     if config.alpha_end is not None or config.switch_epoch is not None:
         if start.surrogate is None:
@@ -75,6 +75,6 @@ def check_activation(config: TrainConfig, network: nn.Module) -> Activation:
 
 
 def anneal(schedule: str, start: float, end: float, progress: float) -> float:
-    """Return the value at `progress` from 0 to 1 on a linear or cosine way from `start` to `end`."""
+    """Interpolate from `start` to `end`, linearly or on a cosine, at `progress` from 0 to 1."""
     share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
     return start + (end - start) * share

@@ -1,4 +1,4 @@
-"""What is sent to a tracker: metrics by epoch, loss and learning rate by step, all against the optimizer's steps."""
+"""Logging to a tracker: metrics per epoch, loss and learning rate per step, all over optimizer steps."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ _WINDOW = 50  # steps between two transfers from the device
 
 
 class Tracking:
-    """Sends numbers to a run's tracker, which shows the settings beside its curves; without one it does nothing.
+    """Logs metrics and the settings to a run's tracker; without a tracker it does nothing.
 
-    Losses stay on the device until a window of steps is full, since reading one waits for the device.
+    Losses stay on the device until a window of steps is full, since reading one synchronises with the device.
     """
 
     def __init__(self, accelerator: Accelerator, tracker: str, settings: dict[str, Any]):
@@ -26,14 +26,14 @@ class Tracking:
             accelerator.init_trackers("timm-sugar", shown)
 
     def step(self, step: int, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Keep this process's loss, (), and the learning rate of a step, and send a full window, in all alike."""
-        if self._enabled:  # copied, since a CUDA graph writes the next one into its place
+        """Store this process's loss, (), and the learning rate of a step; send the window when it is full."""
+        if self._enabled:  # cloned, since a CUDA graph overwrites the loss
             self._steps.append((step, loss.detach().clone(), learning_rate(optimizer)))
             if len(self._steps) == _WINDOW:
                 self.flush()
 
     def flush(self) -> None:
-        """Send the steps kept so far, the mean over the processes; every process calls this after the same step."""
+        """Send the stored steps, averaged over the processes; every process must call this after the same step."""
         if self._steps:
             losses: Any = self._accelerator.reduce(torch.stack([loss for _, loss, _ in self._steps]), "mean")
             for (step, _, rate), loss in zip(self._steps, losses.tolist(), strict=True):
@@ -53,5 +53,5 @@ class Tracking:
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the highest rate of an optimizer's groups: with decay by layer that of the last layers."""
+    """Return the highest learning rate of an optimizer's groups: with layer decay, that of the last layers."""
     return float(max(group["lr"] for group in optimizer.param_groups))

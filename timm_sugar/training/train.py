@@ -1,4 +1,4 @@
-"""Training a network, from top to bottom: build, resume, epochs, finish."""
+"""The training loop: build, resume, epochs, finish."""
 
 import dataclasses
 import time
@@ -46,22 +46,22 @@ class Run:
     accelerator: Accelerator
     all_reduce_max: AllReduceMax
     images: Images
-    step_images: int  # images in a step of the optimizer, over all processes
-    steps_per_epoch: int  # full steps; the images left over differ from epoch to epoch and are not trained on
-    network: nn.Module  # holds the weights that are trained
-    model: nn.Module  # the same as accelerate and torch.compile wrap it
-    evaluated: nn.Module  # a second one, in float32, for evaluation and packaging; holds the moving average, if any
+    step_images: int  # images per optimizer step, over all processes
+    steps_per_epoch: int  # full steps; the remaining images, others in each epoch, are skipped
+    network: nn.Module  # with the trained weights
+    model: nn.Module  # the same network as wrapped by torch.compile and accelerate
+    evaluated: nn.Module  # a second network, in float32, for evaluation and packaging; the moving average, if any
     ema: ModelEmaV3 | None
     mixup: Mixup | None
     passes: Passes  # forward and backward of `model`
     optimizer: Any
     scheduler: Any
     activation: Activation  # surrogate and alpha as built
-    initial: Initial | None  # what the network starts from; None for weights drawn from the seed
+    initial: Initial | None  # initial weights; None for random ones
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting as resolved, which of them were left open, the number of processes, and what tells the data."""
+        """The record of the run: resolved settings, names of open ones, data fingerprint, number of processes."""
         record = dataclasses.asdict(self.config) | {"data_fingerprint": self.images.fingerprint}
         record["gradients"] = path_of(self.config, self.network, self.accelerator.device)
         if self.initial is not None:
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """What has a state besides the weights, by its name in a checkpoint; None where there is none."""
+        """Objects with a state besides the weights, by their names in a checkpoint; None for absent ones."""
         ema = None if self.ema is None else self.ema.module
         return {"optimizer": self.optimizer, "scaler": self.accelerator.scaler, "ema": ema}
 
@@ -80,7 +80,7 @@ class Run:
 
 
 def build(config: TrainConfig) -> Run:
-    """Build everything that training needs, or raise, with one line on what is wrong, before anything is trained."""
+    """Build everything that training needs; raise an exception with a one-line message if something is invalid."""
     check_names(config)
     accelerator = make_accelerator(config)
     processes, device = accelerator.num_processes, accelerator.device
@@ -102,7 +102,7 @@ def build(config: TrainConfig) -> Run:
     evaluated.eval().requires_grad_(False)
     if config.sync_bn:
         network = convert_sync_batchnorm(network)
-        freeze(network, config.freeze)  # BatchNorm is another module now
+        freeze(network, config.freeze)  # again, since BatchNorm modules were replaced
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     count = images.sizes["train"]
@@ -111,7 +111,7 @@ def build(config: TrainConfig) -> Run:
     optimizer: Any = create_optimizer(config, network, lr_scale)
     use_fused_steps(optimizer, device)
     model = torch.compile(network) if config.compile else network
-    with warnings.catch_warnings():  # newer versions of torch name broadcast_buffers otherwise
+    with warnings.catch_warnings():  # newer versions of torch rename broadcast_buffers
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = create_lr_schedule(config, optimizer, count // step_images, lr_scale)
@@ -132,8 +132,8 @@ def fit(run: Run) -> dict[str, Any]:
     Raises:
         Stopped: SIGTERM or SIGINT was received; the state is saved.
         FloatingPointError: the loss is not finite; the message names step, learning rate and the last good checkpoint.
-        OSError: a checkpoint cannot be written; the last good one is in place.
-        BadImageError: an image that is decoded as it is needed cannot be.
+        OSError: a checkpoint cannot be written; the last good one is kept.
+        BadImageError: an image that is decoded on the fly cannot be decoded.
     """
     config, main = run.config, run.accelerator.is_main_process
     state, best = resume(run)
@@ -178,7 +178,7 @@ def fit(run: Run) -> dict[str, Any]:
                 progress.epoch(line, config.epochs)
             if state.epoch < config.epochs:
                 progress.note(f"stopped early: no better validation accuracy since epoch {state.best_epoch}")
-            assert best is not None  # there is an epoch
+            assert best is not None  # there is at least one epoch
             return finish(run, state, best, evaluate)
         except Stopped as stopped:
             tracking.flush()
@@ -212,7 +212,7 @@ def _save(run: Run, state: State, best: Weights | None) -> None:
 def train_epoch(
     run: Run, state: State, best: Weights | None, progress: Progress, tracking: Tracking, stop: StopSignal
 ) -> dict[str, Any]:
-    """Train the rest of an epoch, with the checkpoints that are due; return its training metrics, or raise as `fit`."""
+    """Train the rest of an epoch and write checkpoints when due; return the training metrics, or raise as `fit`."""
     config, accelerator, device = run.config, run.accelerator, run.accelerator.device
     so_far = state.loss_sums[accelerator.process_index] if state.loss_sums else 0.0
     loss_sum = torch.tensor(so_far, dtype=torch.float64, device=device)
@@ -234,12 +234,12 @@ def train_epoch(
         last = state.position == run.steps_per_epoch
         seen.update(bad_step)
         bad, checkpoint, signum = run.all_reduce_max(seen.read(), due, stop.number)
-        if signum or checkpoint or last:  # what is saved or ends waits for the device
+        if signum or checkpoint or last:  # synchronise before saving or ending
             (bad,) = run.all_reduce_max(int(bad_step.item()))
             state.epoch_seconds = earlier + time.monotonic() - began
         if bad >= 0:
             tracking.flush()
-            run.scheduler.step_update(bad - 1)  # the rate that this step was made with
+            run.scheduler.step_update(bad - 1)  # restore the learning rate of that step
             raise FloatingPointError(
                 f"the loss is not finite at step {bad} (epoch {(bad - 1) // run.steps_per_epoch + 1}), learning rate "
                 f"{learning_rate(run.optimizer):g}; {name_latest(run.config.folder / 'checkpoints')}"
@@ -266,8 +266,8 @@ def train_epoch(
 def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Train the rest of an epoch step by step; yield the mean loss, and logits and labels of the last forward pass.
 
-    Everything random is a function of the seed and of epoch, index, step and rank, and the order of the images one of
-    seed, epoch and position, so a run can resume from any step.
+    Randomness depends only on the seed, epoch, image index, step and rank, and the order of the images only on the
+    seed and epoch, so a run can resume from any step.
     """
     config, accelerator = run.config, run.accelerator
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -283,7 +283,7 @@ def train_steps(run: Run, state: State) -> Iterator[tuple[Tensor, Tensor, Tensor
     for inputs, labels in training_batches(config, run.images, device, state.epoch, parts):
         step = pass_number // config.grad_accum
         seed = mix_seeds(config.seed, pass_number, rank)
-        seed_everything(seed)  # Mixup, drop path and dropout
+        seed_everything(seed)  # for Mixup, drop path and dropout
         if device.type != "cpu":
             torch.get_device_module(device).manual_seed(seed)
         targets = labels
