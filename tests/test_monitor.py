@@ -241,6 +241,45 @@ def test_an_image_without_a_batch_dimension_is_one_image(dimensions):
     assert found[0][0] == 1
 
 
+class TwoLayouts(nn.Module):
+    """An activation before any layer of its rank, and a layer that leaves another layout behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.linear, self.second = nn.ReLU(), nn.Linear(6, 6), nn.ReLU()
+        self.convolution, self.third = nn.Conv2d(2, 3, 3), nn.ReLU()
+
+    def forward(self, x):
+        y = self.second(self.linear(self.first(x)))
+        return self.third(self.convolution(y.reshape(-1, 2, 6, 6)[0]))
+
+
+def test_the_layout_is_reset_before_each_pass():
+    model = TwoLayouts()
+    watch = DeadUnitMonitor(model, every=1)
+    for _ in range(2):
+        with count_units(model) as counts:
+            model(torch.randn(4, 24, 6))
+    assert [layer.units for layer in watch.summary().layers] == [6, 6, 3]
+    assert [len(layer.units) for layer in counts.layers.values()] == [6, 6, 3]
+
+
+def test_batch_norm_after_an_image_without_a_batch_dimension():
+    pool = [nn.AdaptiveAvgPool1d(1), nn.Flatten(0), nn.Unflatten(0, (1, 8))]
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), *pool, nn.BatchNorm1d(8), nn.ReLU()).eval()
+    with torch.no_grad(), count_units(model) as counts:
+        model(torch.randn(3, 10))
+    assert [len(layer.units) for layer in counts.layers.values()] == [8]
+
+
+def test_inputs_of_other_ranks_are_refused_in_one_line():
+    model = nn.Sequential(nn.ReLU())
+    with count_units(model):
+        model(torch.randn(2, 3))
+        with pytest.raises(ValueError, match="1 and 2 dimensions besides the batch"):
+            model(torch.randn(2, 3, 4))
+
+
 def test_an_empty_batch_counts_nothing():
     model = Signs()
     watch = DeadUnitMonitor(model, every=1)

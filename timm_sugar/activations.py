@@ -146,24 +146,33 @@ def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]
     Returns:
         A context that removes all hooks when it is closed.
     """
-    channels_last: dict[int, bool] = {3: True}  # by number of dimensions
-    batched: dict[int, bool] = {0: False, 1: False}  # likewise
+    channels_last: dict[int, bool] = {}  # by number of dimensions
+    batched: dict[int, bool] = {}  # likewise
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # during Dynamo's trace, in call order
-    def note_layout(module: nn.Module, dimensions: int) -> None:
-        channels_last[dimensions] = isinstance(module, nn.Linear)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            batched[dimensions] = dimensions == len(module.kernel_size) + 2
-        elif isinstance(module, nn.Linear):
-            batched[dimensions] = dimensions > 1
+    # The layout is noted during Dynamo's trace, in call order. It passes only constants to such functions.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def reset_layout() -> None:
+        channels_last.clear()
+        batched.clear()
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note_layout(dimensions: int, last: bool, is_batch: bool) -> None:
+        channels_last[dimensions], batched[dimensions] = last, is_batch
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def is_last(dimensions: int) -> bool:
-        return channels_last.get(dimensions, False)
+        return channels_last.get(dimensions, dimensions == 3)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def is_batched(dimensions: int) -> bool:
-        return batched.get(dimensions, True)
+        return batched.get(dimensions, dimensions > 1)
+
+    def note(last: bool, batch_dimensions: int) -> Callable[..., None]:
+        def call(_: Any, *given: Any) -> None:
+            dimensions = _input(*given).ndim
+            note_layout(dimensions, last, dimensions >= batch_dimensions)
+
+        return call
 
     def watch(name: str) -> Callable[..., None]:
         def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,9 +182,10 @@ def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]
         return call
 
     watched = ExitStack()
+    watched.callback(model.register_forward_pre_hook(Hook(lambda *_: reset_layout())).remove)
     for module in model.modules():
         if isinstance(module, (nn.Linear, *_CHANNELS_FIRST)):
-            hook = Hook(lambda module, *given: note_layout(module, _input(*given).ndim))
+            hook = Hook(note(isinstance(module, nn.Linear), _batch_dimensions(module)))
             watched.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     for parent, key, name, value, _, _ in watchable_activations(model):
         if isinstance(value, nn.Module):
@@ -185,6 +195,14 @@ def watch_activations(model: nn.Module, see: Callable[[str, Tensor, bool], None]
             setattr(parent, key, replaced)
             watched.callback(_unwrap, parent, key, replaced)
     return watched
+
+
+def _batch_dimensions(module: nn.Module) -> int:
+    """Return the number of dimensions from which on an input of `module` is a batch."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return len(module.kernel_size) + 2
+    kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    return next((number for number, kind in enumerate(kinds, 3) if isinstance(module, kind)), 2)
 
 
 def watchable_activations(model: nn.Module) -> list[Activation]:

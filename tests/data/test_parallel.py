@@ -42,6 +42,27 @@ def test_what_is_soon_done_needs_no_processes(monkeypatch):
     assert len({tuple(row) for row in compute_rows(_row, (COUNT, 5), processes=2)[:, 1:]}) == 1
 
 
+DAEMON = """
+import multiprocessing
+import numpy as np
+from timm_sugar.data import parallel
+parallel._WORTH_PROCESSES = 0.0
+def work():
+    rows = parallel.compute_rows(lambda index: np.array([index], np.uint8), (200, 1), processes=2)
+    raise SystemExit(0 if rows[:, 0].tolist() == list(range(200)) else 3)
+process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+process.start()
+process.join()
+raise SystemExit(process.exitcode)
+"""
+
+
+def test_a_daemonic_process_computes_alone():
+    """It may have no children, as in a pool's worker."""
+    done = subprocess.run([sys.executable, "-c", DAEMON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_first_error_in_order_is_raised(processes):
     def row(index):

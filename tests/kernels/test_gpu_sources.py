@@ -208,7 +208,7 @@ def test_triton_looks_for_a_kernel_once_where_it_has_one_for_all(monkeypatch):
         def __getitem__(self, grid: tuple[int, ...]):
             def launch(*arguments):
                 seen.append((self.name, grid[0], arguments[4:]))
-                return Kernel("found")
+                return None if self.name == "interpreted" else Kernel("found")
 
             return launch
 
@@ -225,6 +225,7 @@ def test_triton_looks_for_a_kernel_once_where_it_has_one_for_all(monkeypatch):
     assert names(Memory(1 << 20, torch.float32), 1 << 20, kernel) == ["found", "found"]
     assert names(Memory(4096, torch.bfloat16), 4096, kernel) == ["sought", "found"]
     assert names(Memory(4096, torch.float32), 4096, Kernel("sought")) == ["sought", "found"]
+    assert names(Memory(4096, torch.float32), 4096, Kernel("interpreted")) == ["interpreted"] * 2
     for unusual in (Memory(4096, torch.float32, 516), Memory(4100, torch.float32), Memory(1 << 31, torch.float32)):
         assert names(unusual, unusual.count, kernel) == ["sought", "sought"], vars(unusual)
     monkeypatch.setattr(torch.version, "hip", "7.0")

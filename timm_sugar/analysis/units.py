@@ -34,7 +34,16 @@ class LayerCounts:
     seen: int = 0
 
     def add(self, active: Tensor, images: int, seen: int) -> None:
-        """Add the counts of a pass, whose input may have another number of positions."""
+        """Add the counts of a pass, whose input may have another number of positions.
+
+        Raises:
+            ValueError: it has another number of dimensions.
+        """
+        if active.ndim != self.active.ndim:
+            raise ValueError(
+                f"inputs of an activation had {self.active.ndim} and {active.ndim} dimensions besides the batch; "
+                "count single images and batches apart"
+            )
         if active.shape != self.active.shape:
             shape = tuple(map(max, active.shape, self.active.shape))
             self.active, active = _pad(self.active, shape), _pad(active, shape)

@@ -57,7 +57,8 @@ def compute_rows(
     parts = [range(start, min(start + _PART, count)) for start in range(head, count, _PART)]
     done = _shared((len(parts),), np.bool_)
     processes = min(available_cpus() if processes is None else processes, len(parts))
-    if short or processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    may_fork = "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+    if short or processes < 2 or not may_fork:
         processes = 0
 
     def work(first: int) -> None:

@@ -41,8 +41,8 @@ def _launch(kernel: "triton.JITFunction", source: Tensor, target: Tensor, codes:
         kernel[grid](*arguments)
     elif key in _compiled:
         _compiled[key][grid](*arguments)
-    else:
-        _compiled[key] = kernel[grid](*arguments)
+    elif (made := kernel[grid](*arguments)) is not None:  # Triton's interpreter returns None
+        _compiled[key] = made
 
 
 def _is_usual(source: Tensor, target: Tensor, codes: Tensor, levels: Tensor, count: int, second: int, _: int) -> bool:
