@@ -15,9 +15,11 @@ test: $(VENV)/.installed lint
 timm-test: $(VENV)/.installed
 	.ci/timm-test $(BIN)/python
 
-# Does the gradient arrive on other versions of torch? Each gets an environment of its own, $(VENV)-VERSION.
+# Does the gradient arrive, and does the monitor count, on other versions of torch? Each gets an environment of its own,
+# $(VENV)-VERSION.
 TORCH_VERSIONS ?= 2.8.0 2.11.0
-GRADIENT_TESTS := tests/test_gradient_arrives.py tests/test_functional.py tests/test_layers.py tests/kernels
+GRADIENT_TESTS := tests/test_gradient_arrives.py tests/test_functional.py tests/test_layers.py tests/test_monitor.py \
+	tests/kernels
 
 test-versions: $(TORCH_VERSIONS:%=$(VENV)-%/.tested)
 
