@@ -71,25 +71,32 @@ template <typename T> void map_pages(T* out, int64_t count) {
 #endif
 }
 
-// Calls write(out), or calls write on a buffer and copies that to out with non-temporal stores.
-template <bool PAST, typename T, typename Write> void store_strip(T* out, int64_t count, Write write) {
+// A strip of a result: computed in place, or in a buffer that is copied with non-temporal stores.
+template <typename T> struct Strip {
+  T* const out;
+  T* const to;  // where to compute it
+  alignas(32) T buffer[STRIP];
+
+  Strip(T* out, bool past) : out(out), to(past ? buffer : out) {}
+
+  void store(int64_t count) const {
+    if (to == out) return;
 #ifdef __AVX2__
-  if (PAST && count == STRIP) {
-    alignas(64) T strip[STRIP];
-    write(strip);
     constexpr int64_t vectors = sizeof(T) * STRIP / sizeof(__m256i);
-    for (int64_t i = 0; i < vectors; i++)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(out) + i, reinterpret_cast<const __m256i*>(strip)[i]);
-    return;
-  }
+    if (count == STRIP) {
+      for (int64_t i = 0; i < vectors; i++)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out) + i, reinterpret_cast<const __m256i*>(buffer)[i]);
+      return;
+    }
 #endif
-  write(out);
-}
+    std::copy(buffer, buffer + count, out);
+  }
+};
 
 // Makes non-temporal stores visible to other threads.
-inline void fence(bool past) {
+inline void fence() {
 #ifdef __AVX2__
-  if (past) _mm_sfence();
+  _mm_sfence();
 #endif
 }
 
@@ -240,20 +247,21 @@ inline double derivative(double x, double alpha) {
   return as<double>(as<uint64_t>(formula(x, alpha)) | nan);
 }
 
-template <typename D, bool PAST, typename T = typename D::stored>
+template <typename D, typename T = typename D::stored>
 void multiply(const T* grad, const T* x, T* out, int64_t count, double alpha, int threads) {
   const typename D::computed a = alpha;
+  const bool past = bypasses_caches(out, count);
   in_parallel(count, threads, [=](int64_t first, int64_t many) {
-    if (PAST) map_pages(out + first, many);
+    if (past) map_pages(out + first, many);
     by_strips(many, [=](int64_t offset, int64_t n) {
       const int64_t start = first + offset;
-      store_strip<PAST>(out + start, n, [=](T* to) {
+      Strip<T> strip(out + start, past);
+      T* const to = strip.to;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++)
-          to[i] = D::store(D::load(grad[start + i]) * derivative(D::load(x[start + i]), a));
-      });
+      for (int64_t i = 0; i < n; i++) to[i] = D::store(D::load(grad[start + i]) * derivative(D::load(x[start + i]), a));
+      strip.store(n);
     });
-    fence(PAST);
+    if (past) fence();
   });
 }
 
@@ -262,8 +270,7 @@ void multiply(const T* grad, const T* x, T* out, int64_t count, double alpha, in
 #define EXPORT(dtype, D)                                                                                           \
   extern "C" void multiply_##dtype(const D::stored* grad, const D::stored* x, D::stored* out, int64_t count,       \
                                    double alpha, int threads) {                                                    \
-    const auto pass = bypasses_caches(out, count) ? multiply<D, true> : multiply<D, false>;                        \
-    pass(grad, x, out, count, alpha, threads);                                                                     \
+    multiply<D>(grad, x, out, count, alpha, threads);                                                              \
   }
 
 EXPORT(float16, Float16)
@@ -349,67 +356,76 @@ void look_up_halves(const float* table, const uint8_t* codes, float* low, float*
 
 // Kernels for the part of one thread. `levels` is Levels.encoder or Levels.table of lean.py.
 
-template <typename D, bool PAST, typename T = typename D::stored>
-void encode_uint8(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels) {
+template <typename D, typename T = typename D::stored>
+void encode_uint8(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels, bool past) {
   const Encoder<typename D::computed> encoder(levels);
   by_strips(count, [=](int64_t start, int64_t n) {
     int32_t numbers[STRIP];
-    store_strip<PAST>(y + start, n, [=, at = &numbers[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
+    Strip<T> strip(y + start, past);
+    encode<D>(x + start, strip.to, numbers, n, encoder);
+    strip.store(n);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(numbers[i]);
   });
 }
 
-template <typename D, bool PAST, typename T = typename D::stored>
-void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels) {
+template <typename D, typename T = typename D::stored>
+void decode_uint8(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels, bool past) {
   typename D::computed table[256];
   std::copy(levels, levels + 256, table);
   by_strips(count, [=, &table](int64_t start, int64_t n) {
     typename D::computed found[STRIP];
     look_up(table, codes + start, found, n);
-    store_strip<PAST>(out + start, n, [=, at = &found[0]](T* to) { multiply<D>(grad + start, at, to, n); });
+    Strip<T> strip(out + start, past);
+    multiply<D>(grad + start, found, strip.to, n);
+    strip.store(n);
   });
 }
 
 // Two elements per byte: one of the first half of the tensor, and the one `second` elements after it.
 
-template <typename D, bool PAST, typename T = typename D::stored>
-void encode_uint4(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
+template <typename D, typename T = typename D::stored>
+void encode_uint4(const T* x, T* y, uint8_t* codes, int64_t count, const double* levels, bool past, int64_t second) {
   const Encoder<typename D::computed> encoder(levels);
   by_strips(count, [=](int64_t start, int64_t n) {
     int32_t low[STRIP], high[STRIP];
-    const int64_t also = start + second;
-    store_strip<PAST>(y + start, n, [=, at = &low[0]](T* to) { encode<D>(x + start, to, at, n, encoder); });
-    store_strip<PAST>(y + also, n, [=, at = &high[0]](T* to) { encode<D>(x + also, to, at, n, encoder); });
+    Strip<T> strip(y + start, past), other(y + start + second, past);
+    encode<D>(x + start, strip.to, low, n, encoder);
+    encode<D>(x + start + second, other.to, high, n, encoder);
+    strip.store(n);
+    other.store(n);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) codes[start + i] = static_cast<uint8_t>(low[i] + 16 * high[i]);
   });
 }
 
-template <typename D, bool PAST, typename T = typename D::stored>
-void decode_uint4(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels, int64_t second) {
+template <typename D, typename T = typename D::stored>
+void decode_uint4(const T* grad, T* out, uint8_t* codes, int64_t count, const double* levels, bool past,
+                  int64_t second) {
   typename D::computed table[16];
   std::copy(levels, levels + 16, table);
   by_strips(count, [=, &table](int64_t start, int64_t n) {
     typename D::computed low[STRIP], high[STRIP];
     look_up_halves(table, codes + start, low, high, n);
-    const int64_t also = start + second;
-    store_strip<PAST>(out + start, n, [=, at = &low[0]](T* to) { multiply<D>(grad + start, at, to, n); });
-    store_strip<PAST>(out + also, n, [=, at = &high[0]](T* to) { multiply<D>(grad + also, at, to, n); });
+    Strip<T> strip(out + start, past), other(out + start + second, past);
+    multiply<D>(grad + start, low, strip.to, n);
+    multiply<D>(grad + start + second, high, other.to, n);
+    strip.store(n);
+    other.store(n);
   });
 }
 
 template <typename T, typename Loop, typename... Last>
-void run(Loop loop, bool past, const T* in, T* out, uint8_t* codes, int64_t count, const double* levels,
-         int threads, Last... second) {
+void run(Loop loop, const T* in, T* out, uint8_t* codes, int64_t count, const double* levels, int threads, bool past,
+         Last... second) {
   in_parallel(count, threads, [=](int64_t start, int64_t n) {
     if (past) {
       map_pages(out + start, n);
       (map_pages(out + start + second, n), ...);
       map_pages(codes + start, n);
     }
-    loop(in + start, out + start, codes + start, n, levels, second...);
-    fence(past);
+    loop(in + start, out + start, codes + start, n, levels, past, second...);
+    if (past) fence();
   });
 }
 
@@ -420,14 +436,12 @@ void run(Loop loop, bool past, const T* in, T* out, uint8_t* codes, int64_t coun
   extern "C" void name##_uint8_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
                                        const double* levels, int threads) {                                        \
     const bool past = bypasses_caches(out, count);                                                                 \
-    const auto loop = past ? name##_uint8<D, true> : name##_uint8<D, false>;                                       \
-    run(loop, past, in, out, codes, count, levels, threads);                                                       \
+    run(name##_uint8<D>, in, out, codes, count, levels, threads, past);                                            \
   }                                                                                                                \
   extern "C" void name##_uint4_##dtype(const D::stored* in, D::stored* out, uint8_t* codes, int64_t count,         \
                                        const double* levels, int threads) {                                        \
     const bool past = bypasses_caches(out, count) && bypasses_caches(out + count / 2, count);                      \
-    const auto loop = past ? name##_uint4<D, true> : name##_uint4<D, false>;                                       \
-    run(loop, past, in, out, codes, (count + 1) / 2, levels, threads, count / 2);                                  \
+    run(name##_uint4<D>, in, out, codes, (count + 1) / 2, levels, threads, past, count / 2);                       \
   }
 
 EXPORT(encode, float16, Float16)

@@ -30,22 +30,22 @@ _compiled: dict[Any, Any] = {}
 
 
 def _launch(kernel: "triton.JITFunction", source: Tensor, target: Tensor, codes: Tensor, levels: Tensor) -> None:
-    arguments = (source, target, codes, levels, codes.numel(), source.numel() // 2, _BLOCK)
+    arguments = (source, target, codes, levels, codes.numel(), source.numel() // 2)
     grid = (triton.cdiv(codes.numel(), _BLOCK), 1, 1)
     if source.is_cuda and source.device.index != torch.cuda.current_device():
         with torch.cuda.device_of(source):
-            kernel[grid](*arguments)
+            kernel[grid](*arguments, _BLOCK)
         return
     key = kernel, source.dtype, source.device
     if not _is_usual(*arguments):
-        kernel[grid](*arguments)
+        kernel[grid](*arguments, _BLOCK)
     elif key in _compiled:
-        _compiled[key][grid](*arguments)
-    elif (made := kernel[grid](*arguments)) is not None:  # Triton's interpreter returns None
+        _compiled[key][grid](*arguments, _BLOCK)
+    elif (made := kernel[grid](*arguments, _BLOCK)) is not None:  # Triton's interpreter returns None
         _compiled[key] = made
 
 
-def _is_usual(source: Tensor, target: Tensor, codes: Tensor, levels: Tensor, count: int, second: int, _: int) -> bool:
+def _is_usual(source: Tensor, target: Tensor, codes: Tensor, levels: Tensor, count: int, second: int) -> bool:
     """Whether Triton uses the same compiled kernel for all such arguments of a dtype, so that it can be cached here.
 
     This holds if pointers and integers are multiples of 16, and integers are not 1 and fit into 32 bits. ROCm has more
