@@ -272,7 +272,7 @@ def summarise_landscape(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_range(landscapes: Iterable[dict[str, Any]]) -> tuple[float, float]:
-    """Return the lowest and the highest finite loss of complete landscapes, for a logarithmic axis of six decades."""
+    """Return the limits of a logarithmic axis, of six decades at most, for the losses of complete landscapes."""
     losses = [loss for found in landscapes for row in found["loss"] for loss in row if loss is not None]
     high = max(*losses, 1e-6)
     return min(max(min(losses), high * 1e-6), high / 1.1), high
@@ -280,6 +280,8 @@ def loss_range(landscapes: Iterable[dict[str, Any]]) -> tuple[float, float]:
 
 def _move(network: nn.Module, axis: list[float], start: int, seed: int) -> Iterator[tuple[int, int]]:
     """Move the weights to each point of the grid, beginning with number `start`, and yield its row and column."""
+    if start == len(axis) ** 2:
+        return
     first, second = random_directions(network, seed)
     weights = [(p, p.clone(), first[name], second[name]) for name, p in network.named_parameters() if name in first]
     for point in range(start, len(axis) ** 2):

@@ -175,11 +175,13 @@ def landscape_charts(landscapes: Mapping[str, dict[str, Any]], curve_of: Mapping
         landscapes: Name of each run -> the content of its landscape.json, complete.
         curve_of: As for `activation_charts`.
     """
+    if not landscapes:
+        return []
+    low, high = loss_range(landscapes.values())
+    first, last = math.log10(low), math.log10(high)
+    ticks = [first + (last - first) * i / 6 for i in range(7)]
     charts = []
     for place, (name, found) in enumerate(landscapes.items()):
-        low, high = loss_range(landscapes.values())
-        first, last = math.log10(low), math.log10(high)
-        ticks = [first + (last - first) * i / 6 for i in range(7)]
         trace = {
             "type": "contour",
             "meta": curve_of[name],

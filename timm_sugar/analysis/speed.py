@@ -75,7 +75,7 @@ def bench(
         surrogate: The surrogate of SUGAR and of forward gradient injection.
         only: Names of `activations`; "relu", the baseline, is always included.
         rounds: Steps per activation, every round in a new random order, after two warm-up rounds.
-        compiled: Mode of ``torch.compile(fullgraph=True)`` to train with.
+        compiled: Whether to train with ``torch.compile(fullgraph=True)``, or its mode.
         device: Device; a GPU is synchronised after each step.
         precision: "float32", or "bfloat16" or "float16" for autocast with the network and images in channels_last.
         kwargs: Further arguments of the model.

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import read_mapping, write_file
+from ..models._download import file_hash
 
 # 1: the manifest maps file names to SHA-256. 2: it holds the format version and that mapping. 3: adds unit counts.
 FORMAT = 3
@@ -172,9 +172,8 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = sha_fileobj(file)
         os.fsync(file.fileno())
-    return digest.hex()
+    return file_hash(path)
 
 
 def _fsync(folder: Path) -> None:

@@ -102,9 +102,7 @@ def load_images(config: TrainConfig, source: Source, rank: int, processes: int) 
     measured: Any = ((), ())
     if config.mean is None or config.std is None:
         title = "measuring mean and standard deviation" if rank == 0 else None
-        measured = _statistics(
-            parts["train"], None if by_image or by_batch else pixels["train"], data_config, cache, title
-        )
+        measured = _statistics(parts["train"], None if by_batch else pixels["train"], data_config, cache, title)
     data_config |= dict(mean=tuple(config.mean or measured[0]), std=tuple(config.std or measured[1]))
     splits = {
         name: Split(torch.from_numpy(part.labels), pixels[name], part, evaluation) for name, part in parts.items()
