@@ -172,7 +172,7 @@ class TrainConfig:
     momentum: float = _opt(0.9, "momentum of SGD", "[0, 1]")
     weight_decay: float = _opt(0.0, "weight decay; not applied to normalisation layers and biases", "[0, 1e30]")
     weight_decay_end: float | None = _opt(
-        None, "weight decay at the end of a cosine schedule; default: constant", "[0, 1e30]"
+        None, "weight decay at the end of training, reached on a cosine; default: constant", "[0, 1e30]"
     )
     layer_decay: float | None = _opt(
         None, "factor of the learning rate from each layer to the previous one, as in timm", "(0, 1]"

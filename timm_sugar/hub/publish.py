@@ -145,7 +145,7 @@ def _content(file: bytes | Path) -> bytes:
 
 
 def read_test_images(output: Path, data: str | None = None) -> LabelledImages:
-    """Return the test images of a run, from `data` or from their location in training, without a download.
+    """Return the test images of a run, from `data`, or from their location in training, without a download then.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: they are not available.

@@ -19,7 +19,10 @@ _BATCH = 64
 
 
 def dry_run(run: Run) -> dict[str, Any]:
-    """Time two training steps and one evaluation batch, and return the estimated cost of the run; write nothing."""
+    """Time two training steps and one evaluation batch, and return the estimated cost of the run; write nothing.
+
+    `peak_memory_bytes` is the peak so far, and `disk_bytes` an upper bound.
+    """
     config = run.config
     steps = itertools.chain(train_steps(run, State()), train_steps(run, State()))  # an epoch may be a single step
     next(steps)[0].item()  # synchronises with the device
